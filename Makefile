@@ -1,0 +1,61 @@
+# make demo            everything once, on bundled digits
+# make test            lint, types and the whole test suite, the real TorchServe included
+# make serve RUN=runs/digits [PORT=9000]
+# make check           lint and types only
+# make bench           the benchmarks whose figures stand in the README
+# make setup           only the environment; TORCH=cpu takes PyTorch's small CPU-only build
+
+PYTHON ?= python3
+RUN    ?= runs/digits
+UV      = 0.13.9
+BIN     = .venv/bin
+
+.PHONY: demo test check serve bench setup lock clean
+.DELETE_ON_ERROR:
+
+demo: .venv/ready
+	$(BIN)/python demo.py --at-least 0.95
+
+test: .venv/ready check
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+serve: .venv/ready
+	$(BIN)/python serve.py $(RUN) $(if $(PORT),--port $(PORT))
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks.training
+
+setup: .venv/ready
+
+# uv, and not pip: it is many times faster, and it takes torch and torchvision from the same index, so that they match.
+# With TORCH=cpu it takes them from PyTorch's own CPU index, without the CUDA libraries.
+ifeq ($(TORCH),cpu)
+TORCH_PINS = --torch-backend cpu $$(sed -n 's/^\(torch\(vision\)\{0,1\}==[^ ]*\).*/\1/p' requirements-torch.lock)
+else
+TORCH_PINS = -r requirements-torch.lock
+endif
+
+.venv/ready: requirements.lock requirements-torch.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.12"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet -r requirements.lock $(TORCH_PINS)
+	@touch $@
+
+# Pins for every Python from 3.10 and every platform, with hashes, without an index's name. torch, torchvision and their
+# CUDA libraries stand in a file of their own, so that another build of them can be chosen.
+lock:
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate --no-header \
+		--extra dev $(UPGRADE) pyproject.toml -o requirements.all
+	awk '/^[a-z]/ {torch = /^(torch==|torchvision==|triton==|nvidia-|cuda-)/} \
+		{print > (torch ? "requirements-torch.lock" : "requirements.lock")}' requirements.all
+	rm requirements.all
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
