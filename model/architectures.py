@@ -1,0 +1,164 @@
+"""Networks by name: `simplecnn` and every torchvision classification model, each with a head for our labels."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from model.checkpoint import load_state_dict
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class SimpleCNN(nn.Module):
+    """The classic small network (LeCun et al. 1998, with ReLU and max-pooling): conv 6/16, fc 120/84/N."""
+
+    def __init__(self, classes: int, size: int = 32) -> None:
+        super().__init__()
+        side = ((size - 4) // 2 - 4) // 2  # two 5×5 convolutions without padding, each halved by its pooling
+        if side < 1:
+            raise ValueError(f"simplecnn needs pictures of at least 16 px, not {size}; pass --size 16 or more")
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 6, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(16 * side * side, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+            nn.Linear(84, classes),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images).flatten(1))
+
+
+@lru_cache
+def names() -> tuple[str, ...]:
+    return ("simplecnn", *torchvision.models.list_models(module=torchvision.models))
+
+
+def build(arch: str, classes: int, size: int) -> nn.Module:
+    """A network with random weights: float32 (N, 3, size, size), normalised, to logits float32 (N, classes).
+
+    Raises:
+        ValueError: no such architecture, or it cannot take pictures of this size; the message says what can.
+    """
+    if arch not in names():
+        close = difflib.get_close_matches(arch, names(), n=3) or ["simplecnn", "resnet18", "mobilenet_v3_small"]
+        raise ValueError(f"--arch {arch}: no such architecture; did you mean {', '.join(close)}? (--list-archs)")
+    try:
+        network = _build(arch, classes, size)
+        _check_shapes(network, classes, size)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        best = default_size(arch)[0]
+        raise ValueError(f"--size {size}: {arch} cannot take it ({reason}); --size {best} is its own") from None
+    return network
+
+
+def default_size(arch: str) -> tuple[int, int]:
+    """The (size, resize) that the architecture was made for, px."""
+    if arch == "simplecnn":
+        return 32, 32
+    preset = torchvision.models.get_model_weights(arch).DEFAULT.transforms()
+    return preset.crop_size[0], preset.resize_size[0]
+
+
+def load_pretrained(network: nn.Module, arch: str, weights: Path | None = None) -> list[str]:
+    """Puts trained weights into all but the head, which keeps its random ones; returns the names that were left.
+
+    Args:
+        weights: a state_dict file; without it torchvision's own are downloaded.
+
+    Raises:
+        ValueError: there are none, they cannot be had, or they belong to another architecture.
+    """
+    given = load_state_dict(weights) if weights else _download(arch)
+    own = network.state_dict()
+    fits = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    head = set(head_names(network))
+    missing = [name for name in own if name not in fits and name not in head]
+    if missing:
+        source = weights or "torchvision's weights"
+        raise ValueError(f"{source}: not weights of {arch}: '{missing[0]}' is missing or has another shape")
+    network.load_state_dict({**own, **fits})
+    return [name for name in own if name not in fits]
+
+
+def pretrained_normalisation(arch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that torchvision's weights of this architecture were trained with."""
+    if arch in ("googlenet", "inception_v3"):  # ported from TensorFlow; torchvision re-scales inside the network
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    return IMAGENET_MEAN, IMAGENET_STD
+
+
+def freeze_backbone(network: nn.Module) -> None:
+    """Leaves only the head trainable. With `train_mode` the BatchNorm statistics stay as they are too."""
+    head = set(head_names(network))
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in head)
+
+
+def train_mode(network: nn.Module) -> None:
+    """`network.train()`, but BatchNorm whose parameters are frozen keeps its statistics."""
+    network.train()
+    for module in network.modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and own and not own[0].requires_grad:
+            module.eval()
+
+
+def head_names(network: nn.Module) -> list[str]:
+    """The names of the head's parameters: those of the last linear or convolution layer, whatever it is called."""
+    name, head = [(n, m) for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+    return [f"{name}.{parameter}" for parameter, _ in head.named_parameters()]
+
+
+def _build(arch: str, classes: int, size: int) -> nn.Module:
+    if arch == "simplecnn":
+        return SimpleCNN(classes, size)
+    options: dict[str, Any] = {}
+    if arch in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}  # the second heads only serve ImageNet training
+    elif arch.startswith("vit_"):
+        options = {"image_size": size}
+    elif arch.startswith("maxvit"):
+        options = {"input_size": (size, size)}
+    return torchvision.models.get_model(arch, weights=None, num_classes=classes, **options)
+
+
+def _check_shapes(network: nn.Module, classes: int, size: int) -> None:
+    """Runs shapes alone through the network, on the meta device: a size that it cannot take is found at once."""
+    training = network.training
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    with torch.no_grad():
+        shapes = {name: value.to("meta") for name, value in tensors.items()}
+        pictures = torch.empty(2, 3, size, size, device="meta")
+        logits = torch.func.functional_call(network.eval(), shapes, pictures)
+    network.train(training)
+    assert logits.shape == (2, classes), f"it gives {tuple(logits.shape)}"
+
+
+def _download(arch: str) -> Mapping[str, Tensor]:
+    if arch == "simplecnn":
+        raise ValueError("--pretrained: there are no published weights of simplecnn; pass --weights FILE")
+    try:
+        return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=True)
+    except OSError as error:  # URLError is one
+        raise ValueError(
+            f"--pretrained: torchvision's weights of {arch} cannot be downloaded ({error}); "
+            "download them where there is a network and pass --weights FILE"
+        ) from None

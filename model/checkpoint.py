@@ -1,0 +1,57 @@
+"""Checkpoints: plain dicts of tensors and numbers, written whole or not at all, read with `weights_only=True`."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.files import atomic_write
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used. The message names the file, the reason and the way out."""
+
+
+def save(values: Mapping[str, Any], path: Path | str) -> None:
+    """Writes `values` to `path`; a kill at any moment leaves the old file or the new one."""
+    with atomic_write(path) as file:
+        torch.save(dict(values), file)
+
+
+def load(path: Path | str) -> dict[str, Any]:
+    """Reads a dict onto the CPU. Runs no code from the file.
+
+    Raises:
+        CheckpointError: missing, damaged, or holding more than tensors, numbers, texts, lists and dicts.
+    """
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; make a run with train.py") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: holds more than weights and is not loaded ({reason})") from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: damaged or not a checkpoint ({reason})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}, not a dict of tensors")
+    return values
+
+
+def load_state_dict(path: Path | str) -> dict[str, Tensor]:
+    """Reads a file that holds a state_dict and nothing else.
+
+    Raises:
+        CheckpointError: as `load`, or an entry is not a tensor.
+    """
+    values = load(path)
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: '{name}' is a {type(value).__name__}, not a tensor; pass a state_dict")
+    return values

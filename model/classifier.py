@@ -1,0 +1,47 @@
+"""The three graphs that are exported, each the next one's inside: network, crop graph, pixel graph."""
+
+import torch
+from torch import Tensor, nn
+
+from model.preprocessing import normalise, resize_crop
+from model.spec import ModelSpec
+
+
+class Classifier(nn.Module):
+    """A network with its preprocessing before it and its probabilities after it, as the spec says.
+
+    `forward` is the pixel graph, `classify_crops` the crop graph, the submodule `network` the network itself.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.size = spec.size
+        self.resize = spec.resize
+        self.temperature = float(spec.temperature)
+        self.register_buffer("mean", torch.tensor(spec.mean))
+        self.register_buffer("std", torch.tensor(spec.std))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (N, H, W, 3), RGB, any H and W, to probabilities float32 (N, C)."""
+        return self.classify_crops(resize_crop(images, self.size, self.resize))
+
+    @torch.jit.export
+    def classify_crops(self, images: Tensor) -> Tensor:
+        """uint8 (N, S, S, 3), RGB, S the spec's size, to probabilities float32 (N, C)."""
+        logits = self.network(normalise(images, self.mean, self.std))
+        return torch.softmax(logits / self.temperature, dim=1)
+
+
+class CropGraph(nn.Module):
+    """`Classifier.classify_crops` as a module, for exporters that take only `forward`."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.classify_crops(images)

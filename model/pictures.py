@@ -1,0 +1,139 @@
+"""From the bytes of a picture file to the square of pixels that a network sees, with Pillow.
+
+Training reads its data with this file, and every archive carries a copy of it for its handler, so both see the same
+pixels. It therefore needs nothing but Pillow and NumPy, and imports nothing of this repository.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+KINDS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+MAX_PIXELS = 50_000_000  # 150 MB as RGB: more than a camera's 48 megapixels, and too few to exhaust a worker
+
+# How the supported kinds begin; a body that begins so and cannot be opened is damaged, not foreign.
+_SUPPORTED_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+# Kinds that people send and that are not read here: (offset, bytes, name).
+_FOREIGN_STARTS = (
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftypheic", "HEIC"),
+    (4, b"ftypheix", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftyp", "MP4 or another video"),
+    (0, b"%PDF", "PDF"),
+    (0, b"8BPS", "PSD"),
+    (0, b"<svg", "SVG"),
+    (0, b"<?xml", "SVG or another XML"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"%!PS", "PostScript"),
+)
+
+
+class PictureError(ValueError):
+    """Bytes that are not a picture we can use.
+
+    `cause` is one of: empty, not_a_picture, unsupported_kind, truncated, too_many_pixels.
+    """
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+def decode(body: bytes, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+    """The picture as upright 8-bit RGB.
+
+    The first frame of an animation; transparency on white; 16-bit grey scaled to 8; CMYK converted; turned as its
+    EXIF says. The number of pixels is checked in the header, before anything is decoded.
+
+    Raises:
+        PictureError: see there for the causes.
+    """
+    if not body:
+        raise PictureError("empty", "the body is empty; send the bytes of a picture")
+    picture = _open(body)
+    width, height = picture.size
+    if max_pixels is not None and width * height > max_pixels:
+        raise _too_many_pixels(f"{width}×{height}", max_pixels)
+    try:
+        picture.load()
+    except Image.DecompressionBombError as error:
+        raise _too_many_pixels(str(error), max_pixels) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever the damage leads them into
+        raise PictureError("truncated", f"the {picture.format} picture is truncated or damaged ({error})") from None
+    return _to_rgb(_upright(picture))
+
+
+def crop_box(width: int, height: int, size: int, resize: int) -> tuple[int, int, int, int]:
+    """The centred square that the network sees, in the picture's own pixels: left, top, right, bottom."""
+    side = max(1, (2 * min(width, height) * size + resize) // (2 * resize))  # rounds half up
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def crop(picture: Image.Image, size: int, resize: int) -> np.ndarray:
+    """The pixel rule of the spec, the reference that `model.preprocessing.resize_crop` equals bit for bit.
+
+    Returns:
+        uint8 (size, size, 3), RGB.
+    """
+    square = picture.crop(crop_box(*picture.size, size, resize))
+    return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _open(body: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(body), formats=KINDS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_many_pixels(str(error), None) from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        if body.startswith(_SUPPORTED_STARTS):
+            reason = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else error
+            raise PictureError("truncated", f"the picture is truncated or damaged ({reason})") from None
+    for offset, start, name in _FOREIGN_STARTS:
+        if body[offset:].startswith(start):
+            raise PictureError("unsupported_kind", f"{name} is not supported; send {', '.join(KINDS)}")
+    raise PictureError("not_a_picture", f"the body is not a picture; send {', '.join(KINDS)}")
+
+
+def _too_many_pixels(what: str, max_pixels: int | None) -> PictureError:
+    limit = "" if max_pixels is None else f"; at most {max_pixels:,} pixels are accepted"
+    return PictureError("too_many_pixels", f"the picture is too large ({what}{limit}); send a smaller one")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except MemoryError:
+        raise
+    except Exception:  # EXIF that cannot be read says nothing; the pixels are good
+        return picture
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):
+        grey = np.asarray(picture).astype(np.uint32)
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise PictureError("unsupported_kind", "32-bit grey has no agreed white; send 8-bit or 16-bit grey, or RGB")
+    try:
+        if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            return Image.alpha_composite(white, picture).convert("RGB")
+        return picture.convert("RGB")
+    except ValueError as error:  # a mode with no way to RGB, such as LAB
+        raise PictureError("unsupported_kind", f"pixels of mode {picture.mode} are not supported ({error})") from None
