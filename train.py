@@ -1,0 +1,305 @@
+"""Trains an image classifier and writes a run folder: weights, spec, metrics, history, report.
+
+    python train.py --data digits --out runs/digits
+    python train.py --data DIR --arch resnet18 --pretrained --freeze --out runs/NAME
+
+DIR holds one folder of pictures for each class. Ctrl-C ends the training, keeps the best weights and writes everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model import architectures, checkpoint
+from model.files import sha256, write_text
+from model.spec import ModelSpec
+from training import data as training_data
+from training.config import TrainConfig, add_options
+from training.data import Data
+from training.loop import Diverged, evaluate, make_optimizer, train_one_epoch
+from training.metrics import score
+from training.report import write_report
+from training.schedule import lr_factor
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list-archs", action="store_true", help="print the names that --arch takes, and stop")
+    add_options(parser)
+    if "--list-archs" in (sys.argv[1:] if arguments is None else arguments):
+        print("\n".join(architectures.names()))
+        return 0
+    options = vars(parser.parse_args(arguments))
+    del options["list_archs"]
+    try:
+        train(TrainConfig(**options))
+    except (ValueError, Diverged) as error:  # the user's mistakes: data, flags, files
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains as `config` says and writes the run folder `config.out`; returns what metrics.json holds.
+
+    Raises:
+        ValueError: the data, the architecture or an option cannot be used. Nothing has been written then.
+        Diverged: the loss is no number any more.
+    """
+    out, started = Path(config.out), time.perf_counter()
+    device = pick_device(config.device)
+    config = _resolve_size(config)
+    torch.manual_seed(config.seed)
+    network = architectures.build(config.arch, 2, config.size or 0)  # an unusable size is found before the data is read
+
+    # Data
+    data = training_data.load(
+        config.data,
+        size=config.size or 0,
+        resize=config.resize or 0,
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        split_seed=config.split_seed,
+        skip_bad=config.skip_bad,
+        download_dir=config.download_dir,
+        progress=sys.stderr.isatty(),
+    )
+    config = replace(
+        config,
+        flip=data.flips if config.flip is None else config.flip,
+        batch_size=config.batch_size or (32 if len(data.train) < 10_000 else 128),
+    )
+    data_seconds = time.perf_counter() - started
+    _announce(config, data, device, data_seconds)
+
+    # Network
+    network = architectures.build(config.arch, len(data.labels), config.size or 0)
+    mean: tuple[float, ...] = architectures.IMAGENET_MEAN
+    std: tuple[float, ...] = architectures.IMAGENET_STD
+    if config.pretrained or config.weights:
+        mean, std = architectures.pretrained_normalisation(config.arch)
+        weights = Path(config.weights) if config.weights else None
+        fresh = architectures.load_pretrained(network, config.arch, weights)
+        print(f"weights: {weights or 'torchvision'}; from scratch: {', '.join(fresh) or 'nothing'}")
+    if config.freeze:
+        architectures.freeze_backbone(network)
+    network.to(device)
+    scale = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+
+    # Loop
+    out.mkdir(parents=True, exist_ok=True)
+    config.save(out / "config.yaml")
+    best, history, seconds = fit(network, data, config, scale, out)
+
+    # Results
+    network.load_state_dict(best["network"])
+    val = score(evaluate(network, data.val, *scale), data.val.targets, data.labels)
+    logits = evaluate(network, data.test, *scale)
+    metrics = {
+        "test": score(logits, data.test.targets, data.labels),
+        "val": val,
+        "train": {
+            "seconds": round(seconds, 2),
+            "data_seconds": round(data_seconds, 2),
+            "epochs": len(history),
+            "best_epoch": best["epoch"],
+            "pictures": len(data.train),
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "device": str(device),
+        },
+    }
+    checkpoint.save(best["network"], out / "model.pt")
+    spec = ModelSpec(
+        arch=config.arch,
+        labels=tuple(data.labels),
+        size=config.size or 0,
+        resize=config.resize or 0,
+        mean=mean,
+        std=std,
+        trained_on=f"{data.name}, {len(data.train):,} pictures",
+        metrics={name: metrics["test"][name] for name in ("accuracy", "top5", "ece", "pictures")},
+        weights_sha256=sha256(out / "model.pt"),
+        versions=library_versions(),
+    )
+    spec.save(out / "spec.json")
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    training_data.save_samples(data.samples, out / "samples")
+    write_report(out / "report", spec, metrics, out / "history.csv", data.test, logits)
+    _summarise(out, metrics)
+    return metrics
+
+
+def fit(
+    network: nn.Module, data: Data, config: TrainConfig, scale: tuple[Tensor, Tensor], out: Path
+) -> tuple[dict[str, Any], list[dict[str, float]], float]:
+    """Trains epoch by epoch; after each, writes history.csv and last.ckpt.
+
+    Returns:
+        The best epoch (its number, val accuracy and state_dict), the history, and the seconds that it took.
+    """
+    optimizer = make_optimizer(network, config)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    generator = torch.Generator().manual_seed(config.seed)
+    history: list[dict[str, float]] = []
+    best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0, "network": _snapshot(network)}
+    started = time.perf_counter()
+    epochs = 1_000_000 if config.minutes else config.epochs
+
+    for epoch in range(epochs):
+
+        def set_lr(step: int, steps: int, epoch: int = epoch) -> bool:
+            progress = (epoch + step / steps) / epochs
+            if config.minutes:
+                progress = (time.perf_counter() - started) / (60 * config.minutes)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * lr_factor(config, progress, epoch)
+            return progress < 1
+
+        bar = tqdm(total=len(data.train), unit="pictures", leave=False, disable=not sys.stderr.isatty())
+        bar.set_description(f"epoch {epoch + 1}" + ("" if config.minutes else f"/{epochs}"))
+
+        def on_step(loss: float, seen: int, bar: Any = bar) -> None:
+            bar.update(seen - bar.n)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+        try:
+            with bar:
+                train_loss, train_accuracy = train_one_epoch(
+                    network, data.train, optimizer, config, *scale, generator=generator, set_lr=set_lr, on_step=on_step
+                )
+            val = score(evaluate(network, data.val, *scale), data.val.targets, data.labels)
+        except KeyboardInterrupt:
+            print("interrupted: the best weights so far are kept; Ctrl-C again stops at once", file=sys.stderr)
+            break
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "lr": optimizer.param_groups[0]["lr"],
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
+                "val_loss": val["loss"],
+                "val_accuracy": val["accuracy"],
+                "seconds": round(time.perf_counter() - started, 2),
+            }
+        )
+        print(
+            f"epoch {epoch + 1:3}  loss {train_loss:.4f}  train {train_accuracy:.2%}  "
+            f"val {val['accuracy']:.2%}  {history[-1]['seconds']:.0f} s",
+            flush=True,
+        )
+        if val["accuracy"] > best["accuracy"]:
+            best = {"epoch": epoch + 1, "accuracy": val["accuracy"], "network": _snapshot(network)}
+        _write_history(history, out / "history.csv")
+        checkpoint.save(
+            {
+                "epoch": epoch + 1,
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+                "torch_generator": torch.get_rng_state(),
+                "best": best,
+                "history": history,
+            },
+            out / "last.ckpt",
+        )
+        if config.patience and epoch + 1 - best["epoch"] >= config.patience:
+            print(f"no better val accuracy for {config.patience} epochs: stopping early")
+            break
+        if config.minutes and time.perf_counter() - started >= 60 * config.minutes:
+            break
+    if not history:
+        raise ValueError("interrupted before the first epoch ended; there is nothing to keep")
+    return best, history, time.perf_counter() - started
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes a CUDA GPU, else Apple's, else the CPU.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; pass --device auto or cpu") from None
+    return device
+
+
+def library_versions() -> dict[str, str]:
+    import torchvision
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+
+
+def _resolve_size(config: TrainConfig) -> TrainConfig:
+    """Fills in what depends on the architecture."""
+    if config.arch not in architectures.names():
+        architectures.build(config.arch, 2, 32)  # raises, naming the close ones
+    own_size, own_resize = architectures.default_size(config.arch)
+    size = config.size or own_size
+    resize = config.resize or round(size * own_resize / own_size)
+    if resize < size:
+        raise ValueError(f"--resize {resize}: must be at least --size {size}")
+    padding = size // 8 if config.crop_padding is None else config.crop_padding
+    if padding >= size:
+        raise ValueError(f"--crop-padding {padding}: must be below --size {size}")
+    return replace(config, size=size, resize=resize, crop_padding=padding)
+
+
+def _announce(config: TrainConfig, data: Data, device: torch.device, seconds: float) -> None:
+    if data.skipped:
+        print(f"left out {len(data.skipped)} unreadable pictures:", *data.skipped, sep="\n  ")
+    print(
+        f"{data.name}: {len(data.labels)} classes, {len(data.train):,} train, {len(data.val):,} val, "
+        f"{len(data.test):,} test pictures, read in {seconds:.1f} s"
+    )
+    length = f"{config.minutes:g} minutes" if config.minutes else f"{config.epochs} epochs"
+    print(
+        f"{config.arch} at {config.size} px for {length} on {device}; batches of {config.batch_size}, "
+        f"flip {'on' if config.flip else 'off'}, shift {config.crop_padding} px, jitter {config.jitter:g}",
+        flush=True,
+    )
+
+
+def _snapshot(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+
+
+def _write_history(history: list[dict[str, float]], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(path, text.getvalue())
+
+
+def _summarise(out: Path, metrics: dict[str, Any]) -> None:
+    test, trained = metrics["test"], metrics["train"]
+    print(
+        f"test: {test['accuracy']:.2%} of {test['pictures']:,} pictures (top-5 {test['top5']:.2%}, "
+        f"calibration error {test['ece']:.3f}); best epoch {trained['best_epoch']}, {trained['seconds']:.0f} s\n"
+        f"report: {out / 'report' / 'index.html'}\nnext:   python -m export {out}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How a model learns: data, augmentation, schedule, loop, metrics, report."""

@@ -1,0 +1,131 @@
+"""Every option of `train.py`, once: its default, its group, its help. The command line is made from this."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from model.files import write_text
+
+
+def _option(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What a training run is asked to do. None means: chosen from the data, the architecture or the optimizer."""
+
+    data: str = _option(
+        MISSING,
+        "data",
+        "digits, cifar10, cifar100, mnist, fashion-mnist; or a folder, .zip, .tar, .tar.gz or .tar.xz "
+        "of pictures as CLASS/* or {train,val,test}/CLASS/*",
+    )
+    out: str = _option(MISSING, "data", "run folder to write, e.g. runs/NAME")
+    download_dir: str = _option("data", "data", "where torchvision's data sets are kept")
+    val_fraction: float = _option(0.1, "data", "share of train cut for validation where there is no val split")
+    test_fraction: float = _option(0.1, "data", "share cut for test where there is no test split")
+    split_seed: int = _option(0, "data", "seed of these cuts; keep it, so that runs share their test split")
+    skip_bad: bool = _option(False, "data", "leave unreadable pictures out (and list them) instead of stopping")
+
+    arch: str = _option("simplecnn", "network", "simplecnn or any torchvision classification model (--list-archs)")
+    size: int | None = _option(None, "network", "side of the square that the network sees, px (default: its own)")
+    resize: int | None = _option(
+        None, "network", "short edge before the centre crop, px (default: the architecture's own, scaled to --size)"
+    )
+    pretrained: bool = _option(False, "network", "start from torchvision's weights, or from --weights")
+    weights: str | None = _option(None, "network", "a local state_dict of the architecture to start from")
+    freeze: bool = _option(False, "network", "train the head only; BatchNorm statistics stay too")
+
+    flip: bool | None = _option(None, "augmentation", "mirror half of the pictures (default: on, but not for digits)")
+    crop_padding: int | None = _option(
+        None, "augmentation", "shift by up to this many px, edges mirrored; 0 for off (default: size / 8)"
+    )
+    jitter: float = _option(0.0, "augmentation", "brightness, contrast, saturation by ±this share; 0 for off")
+
+    epochs: int = _option(10, "optimisation", "passes over the training pictures")
+    minutes: float | None = _option(None, "optimisation", "train this long instead of --epochs")
+    batch_size: int | None = _option(
+        None, "optimisation", "pictures per step (default: 32 below 10,000 training pictures, else 128)"
+    )
+    optimizer: str = _option("adamw", "optimisation", "optimizer", ("adam", "adamw", "sgd"))
+    lr: float | None = _option(None, "optimisation", "peak learning rate (default: adam 2e-3, adamw 2e-3, sgd 0.05)")
+    weight_decay: float = _option(0.01, "optimisation", "decay of the weights; biases and norms have none")
+    momentum: float = _option(0.9, "optimisation", "of sgd, Nesterov's")
+    label_smoothing: float = _option(0.0, "optimisation", "of the cross-entropy, 0 to below 1")
+    schedule: str = _option("cosine", "optimisation", "learning rate over time", ("cosine", "step", "constant"))
+    warmup: float = _option(0.05, "optimisation", "share of the run in which the rate rises from 0")
+    step_size: int = _option(4, "optimisation", "epochs between two drops of the step schedule")
+    gamma: float = _option(0.3, "optimisation", "factor of each drop of the step schedule")
+    patience: int = _option(0, "optimisation", "stop after this many epochs without a better val accuracy; 0: never")
+
+    device: str = _option("auto", "machine", "auto, cpu, cuda, cuda:N or mps")
+    seed: int = _option(0, "machine", "seed of weights, order and augmentation")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of its rule, naming the flag."""
+        for name, low, high in (
+            ("size", 1, 4096),
+            ("resize", 1, 8192),
+            ("crop_padding", 0, 4096),
+            ("jitter", 0, 1),
+            ("epochs", 1, 1_000_000),
+            ("batch_size", 1, 1_000_000),
+            ("weight_decay", 0, 10),
+            ("momentum", 0, 0.9999),
+            ("label_smoothing", 0, 0.99),
+            ("warmup", 0, 1),
+            ("step_size", 1, 1_000_000),
+            ("gamma", 0, 1),
+            ("patience", 0, 1_000_000),
+            ("val_fraction", 0.001, 0.9),
+            ("test_fraction", 0.001, 0.9),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
+        for name in ("lr", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"--{name} {value}: must be above 0")
+        for option in fields(self):
+            choices = option.metadata["choices"]
+            if choices and getattr(self, option.name) not in choices:
+                raise ValueError(f"--{option.name} {getattr(self, option.name)}: must be one of {', '.join(choices)}")
+
+    def save(self, path: Path) -> None:
+        write_text(path, yaml.safe_dump(asdict(self), sort_keys=False))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of `TrainConfig`."""
+    hints = get_type_hints(TrainConfig)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in fields(TrainConfig):
+        meta = option.metadata
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        kind = hints[option.name]
+        if get_origin(kind) is not None:  # `int | None`
+            kind = next(k for k in get_args(kind) if k is not type(None))
+        shown = "" if option.default in (None, MISSING, False) or "default" in meta["help"] else f" ({option.default})"
+        keywords: dict[str, Any] = {"help": meta["help"] + shown, "default": option.default}
+        if option.default is MISSING:
+            keywords |= {"required": True, "default": None}
+        if kind is bool:
+            keywords["action"] = argparse.BooleanOptionalAction if option.default is None else "store_true"
+        else:
+            keywords |= {
+                "type": kind,
+                "choices": meta["choices"],
+                "metavar": None if meta["choices"] else _metavar(kind),
+            }
+        group.add_argument(f"--{option.name.replace('_', '-')}", **keywords)
+
+
+def _metavar(kind: type) -> str:
+    return {int: "N", float: "X", str: "NAME"}[kind]

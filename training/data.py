@@ -1,0 +1,225 @@
+"""Labelled pictures, decoded once into the squares that the network sees, split into train, val and test."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from model.files import atomic_write
+from model.pictures import PictureError, crop, decode
+from training.sources import DataError, Entry, Picture, Source, open_source
+
+SAMPLES = 64  # pictures kept as files, for parity checks and for trying the endpoint
+SAMPLE_BYTES = 2 << 20  # of each at the most, so that a run folder stays small
+LISTED = 50  # unreadable files named one by one before the rest is counted
+
+
+@dataclass(frozen=True)
+class Split:
+    """N labelled pictures, as rows of a tensor that the splits share.
+
+    pixels: uint8 (all, S, S, 3), RGB; rows: int64 (N,), places in it; targets: int64 (N,), places in the labels.
+    """
+
+    pixels: Tensor
+    rows: Tensor
+    targets: Tensor
+    names: list[str]
+
+    def crops(self, chosen: Tensor | slice) -> Tensor:
+        """uint8 (n, S, S, 3) of the chosen pictures."""
+        return self.pixels[self.rows[chosen]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Data:
+    name: str
+    labels: list[str]
+    flips: bool
+    train: Split
+    val: Split
+    test: Split
+    samples: dict[str, bytes]  # file name to picture file, of the val split
+    skipped: list[str]  # unreadable files that --skip-bad left out, with the reason
+
+
+def load(
+    data: str,
+    *,
+    size: int,
+    resize: int,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    split_seed: int = 0,
+    skip_bad: bool = False,
+    download_dir: str = "data",
+    progress: bool = False,
+) -> Data:
+    """Reads and decodes every picture. The pixels of the test split are only looked at by the final evaluation.
+
+    Raises:
+        DataError: as `open_source`; a picture cannot be read (unless `skip_bad`); a class has too few pictures.
+    """
+    source = open_source(data, download_dir)
+    splits = cut_splits(source.entries, val_fraction, test_fraction, split_seed)
+    sampled = _choose_samples(source.entries, splits)
+    crops = _allocate(len(splits), size)
+    kept: dict[int, bytes] = {}
+    bad: dict[int, str] = {}
+
+    def decode_one(item: tuple[int, Picture]) -> tuple[int, Picture, str]:
+        place, picture = item
+        try:
+            image = decode(picture) if isinstance(picture, bytes) else picture
+            crops[place] = torch.from_numpy(crop(image, size, resize).copy())
+            return place, picture, ""
+        except PictureError as error:
+            return place, picture, str(error)
+
+    bar = tqdm(total=len(splits), desc="reading", unit="pictures", disable=not progress, leave=False)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for batch in _batches(source.read(), 256):
+            for place, picture, reason in pool.map(decode_one, batch):
+                if reason:
+                    bad[place] = reason
+                elif place in sampled:
+                    kept[place] = _as_file(picture)
+            bar.update(len(batch))
+    skipped = [f"{source.entries[place].name}: {reason}" for place, reason in sorted(bad.items())]
+    if skipped and not skip_bad:
+        raise DataError(_unreadable(data, skipped, len(splits)))
+    return _assemble(source, splits, crops, bad, skipped, _name_samples(source.entries, kept))
+
+
+def cut_splits(entries: list[Entry], val_fraction: float, test_fraction: float, seed: int) -> list[str]:
+    """The split of each entry: its own, or cut from its class with a seed where the data has none.
+
+    Raises:
+        DataError: a class is too small to be cut.
+    """
+    given = {entry.split for entry in entries}
+    cuts = {} if "val" in given else {"val": val_fraction}
+    if "test" not in given:
+        cuts["test"] = test_fraction
+    by_class: dict[str, list[int]] = defaultdict(list)
+    for place, entry in enumerate(entries):
+        if entry.split in ("", "train"):
+            by_class[entry.label].append(place)
+    splits = [entry.split or "train" for entry in entries]
+    for label, places in sorted(by_class.items()):
+        if len(places) < len(cuts) + 1:
+            raise DataError(
+                f"class '{label}' has {len(places)} pictures; it needs {len(cuts) + 1}, one for each of train, "
+                f"{', '.join(cuts)}; add pictures or remove the class"
+            )
+        random.Random(f"{seed}/{label}").shuffle(places)
+        for split, fraction in cuts.items():
+            count = min(max(1, round(fraction * len(places))), len(places) - 1)
+            for place in places[:count]:
+                splits[place] = split
+            places = places[count:]
+    return splits
+
+
+def read_split(data: str, split: str, download_dir: str = "data", **cuts: float) -> Iterator[tuple[str, str, bytes]]:
+    """The picture files of one split as they are, with name and label: what a client would send."""
+    source = open_source(data, download_dir)
+    options = {"val_fraction": 0.1, "test_fraction": 0.1, "seed": 0, **cuts}
+    splits = cut_splits(source.entries, **options)  # type: ignore[arg-type]
+    for place, picture in source.read():
+        if splits[place] == split:
+            entry = source.entries[place]
+            yield entry.name, entry.label, _as_file(picture)
+
+
+def save_samples(samples: dict[str, bytes], folder: Path) -> None:
+    for name, body in samples.items():
+        with atomic_write(folder / name) as file:
+            file.write(body)
+
+
+def _allocate(count: int, size: int) -> Tensor:
+    """uint8 (count, size, size, 3): in memory, or in an unnamed file where that would take over half of it."""
+    shape, needed = (count, size, size, 3), count * size * size * 3
+    if needed <= psutil.virtual_memory().available // 2:
+        return torch.empty(shape, dtype=torch.uint8)
+    print(f"the pictures take {needed / 1e9:.1f} GB, over half of the free memory: they are kept in a temporary file")
+    with tempfile.NamedTemporaryFile() as file:  # the mapping keeps the data after the name is gone
+        return torch.from_file(file.name, shared=True, size=needed, dtype=torch.uint8).view(shape)
+
+
+def _assemble(
+    source: Source, splits: list[str], crops: Tensor, bad: dict[int, str], skipped: list[str], samples: dict[str, bytes]
+) -> Data:
+    index = {label: i for i, label in enumerate(source.labels)}
+    parts = {}
+    for split in ("train", "val", "test"):
+        places = [i for i, own in enumerate(splits) if own == split and i not in bad]
+        targets = torch.tensor([index[source.entries[i].label] for i in places], dtype=torch.int64)
+        parts[split] = Split(crops, torch.tensor(places), targets, [source.entries[i].name for i in places])
+        if not places:
+            raise DataError(f"{source.name}: no readable picture is left in {split}; see the list of unreadable files")
+    if empty := sorted(set(source.labels) - {source.labels[i] for i in parts["train"].targets.tolist()}):
+        raise DataError(f"{source.name}: class '{empty[0]}' has no readable training picture; add some")
+    return Data(source.name, source.labels, source.flips, **parts, samples=samples, skipped=skipped)
+
+
+def _choose_samples(entries: list[Entry], splits: list[str]) -> set[int]:
+    """Places of val pictures, the classes in turn, so that each has its share."""
+    by_class: dict[str, list[int]] = defaultdict(list)
+    for place, entry in enumerate(entries):
+        if splits[place] == "val":
+            by_class[entry.label].append(place)
+    rounds = max(map(len, by_class.values()), default=0)
+    turns = (places[i] for i in range(rounds) for _, places in sorted(by_class.items()) if i < len(places))
+    return set(islice(turns, SAMPLES))
+
+
+def _name_samples(entries: list[Entry], kept: dict[int, bytes]) -> dict[str, bytes]:
+    """`LABEL-0.png`, `LABEL-1.png`, …: names that a person can type."""
+    named: dict[str, bytes] = {}
+    counts: dict[str, int] = defaultdict(int)
+    for place, body in sorted(kept.items()):
+        if len(body) > SAMPLE_BYTES:
+            continue
+        label = "".join(c if c.isalnum() else "_" for c in entries[place].label)
+        named[f"{label}-{counts[label]}{Path(entries[place].name).suffix.lower()}"] = body
+        counts[label] += 1
+    return named
+
+
+def _as_file(picture: Picture) -> bytes:
+    if isinstance(picture, bytes):
+        return picture
+    buffer = io.BytesIO()
+    Image.Image.save(picture, buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _unreadable(data: str, skipped: list[str], total: int) -> str:
+    rest = f"\n  … and {len(skipped) - LISTED} more" if len(skipped) > LISTED else ""
+    names = "".join(f"\n  {line}" for line in skipped[:LISTED])
+    return f"{data}: {len(skipped)} of {total} pictures cannot be read; mend them or pass --skip-bad{names}{rest}"
+
+
+def _batches(items: Iterable[tuple[int, Picture]], count: int) -> Iterator[list[tuple[int, Picture]]]:
+    items = iter(items)
+    while batch := list(islice(items, count)):
+        yield batch

@@ -1,0 +1,52 @@
+"""How good a classifier is, from the logits of a split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sklearn.metrics import precision_recall_fscore_support
+from torch import Tensor
+
+
+def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """Accuracy, top-5, loss, calibration, and precision, recall and F1 for each class and as their plain mean.
+
+    Args:
+        logits: float32 (N, C).
+        targets: int64 (N,).
+
+    Returns:
+        Numbers 0..1 (the loss in nats), ready for JSON. With fewer than 5 classes "top5" counts them all.
+    """
+    predicted = logits.argmax(dim=1)
+    best = logits.topk(min(5, len(labels)), dim=1).indices
+    precision, recall, f1, support = precision_recall_fscore_support(
+        targets.numpy(), predicted.numpy(), labels=range(len(labels)), zero_division=0.0
+    )
+    per_class = {
+        label: {"precision": float(p), "recall": float(r), "f1": float(f), "pictures": int(n)}
+        for label, p, r, f, n in zip(labels, precision, recall, f1, support, strict=True)
+    }
+    return {
+        "accuracy": float((predicted == targets).float().mean()),
+        "top5": float((best == targets[:, None]).any(dim=1).float().mean()),
+        "loss": float(torch.nn.functional.cross_entropy(logits, targets)),
+        "ece": expected_calibration_error(logits.softmax(dim=1), targets),
+        "pictures": len(targets),
+        "macro": {"precision": float(precision.mean()), "recall": float(recall.mean()), "f1": float(f1.mean())},
+        "per_class": per_class,
+    }
+
+
+def expected_calibration_error(probabilities: Tensor, targets: Tensor, bins: int = 15) -> float:
+    """The mean gap between confidence and accuracy over equal bins of confidence (Guo et al. 2017, 15 bins).
+
+    Args:
+        probabilities: (N, C); targets: (N,).
+    """
+    confidence, predicted = probabilities.max(dim=1)
+    correct = (predicted == targets).float()
+    places = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are open below, closed above
+    gaps = torch.zeros(bins).scatter_add_(0, places, confidence - correct)
+    return float(gaps.abs().sum() / len(targets))

@@ -1,0 +1,307 @@
+"""Where labelled pictures come from: bundled and downloaded data sets, folders, and archives read in place.
+
+A source lists its pictures first (`entries`) and reads them afterwards, once, in its own order (`read`), so that a
+compressed archive is never unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import difflib
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from model.pictures import SUFFIXES
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
+MAX_FILE_BYTES = 256 << 20  # of one picture file: what is larger is a mistake, or a bomb
+
+# Suffixes of pictures that are not read here: listed as unreadable, not passed over in silence.
+FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".psd", ".svg", ".jp2", ".jxl", ".cr2", ".nef", ".dng")
+
+Picture = bytes | Image.Image
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on. The message names the place, the rule and the way out."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One labelled picture. `split` is "train", "val", "test", or "" where the data does not say."""
+
+    name: str
+    label: str
+    split: str
+
+
+class Source(Protocol):
+    name: str
+    labels: list[str]
+    entries: list[Entry]
+    flips: bool  # whether a mirrored picture keeps its label
+
+    def read(self) -> Iterator[tuple[int, Picture]]:
+        """Every picture once, as its place in `entries` and its file's bytes or its pixels."""
+
+
+def open_source(data: str, download_dir: str = "data") -> Source:
+    """The source that `--data` names.
+
+    Raises:
+        DataError: there is none, or its layout breaks a rule.
+    """
+    if data in BUILT_IN:
+        return BUILT_IN[data](data, download_dir)
+    path = Path(data)
+    if path.is_dir():
+        return FolderSource(path)
+    if path.is_file():
+        if zipfile.is_zipfile(path):
+            return ZipSource(path)
+        return TarSource(path)
+    close = difflib.get_close_matches(data, BUILT_IN, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(BUILT_IN)}, a folder, or an archive"
+    raise DataError(f"--data {data}: no such data set, folder or archive; {hint}")
+
+
+class ArraySource:
+    """Pictures that lie in memory as uint8 arrays (H, W) or (H, W, 3)."""
+
+    def __init__(self, name: str, labels: list[str], splits: dict[str, tuple[np.ndarray, np.ndarray]], flips: bool):
+        self.name, self.labels, self.flips = name, labels, flips
+        self._pictures = [picture for pictures, _ in splits.values() for picture in pictures]
+        self.entries = [
+            Entry(f"{split}/{i:05}.png", labels[target], split)
+            for split, (_, targets) in splits.items()
+            for i, target in enumerate(targets)
+        ]
+
+    def read(self) -> Iterator[tuple[int, Picture]]:
+        for i, pixels in enumerate(self._pictures):
+            yield i, Image.fromarray(pixels).convert("RGB")
+
+
+def _digits(name: str, _: str) -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8×8 px, 17 grey levels; a fifth of each class is the test split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bundle = load_digits()
+    pixels = np.round(bundle.images * (255 / 16)).astype(np.uint8)
+    train_x, test_x, train_y, test_y = train_test_split(
+        pixels, bundle.target, test_size=0.2, random_state=0, stratify=bundle.target
+    )
+    labels = [str(digit) for digit in range(10)]
+    return ArraySource(name, labels, {"train": (train_x, train_y), "test": (test_x, test_y)}, flips=False)
+
+
+def _torchvision(name: str, download_dir: str) -> Source:
+    from torchvision import datasets
+
+    kind = {
+        "cifar10": datasets.CIFAR10,
+        "cifar100": datasets.CIFAR100,
+        "mnist": datasets.MNIST,
+        "fashion-mnist": datasets.FashionMNIST,
+    }[name]
+    splits = {}
+    try:
+        for split in ("train", "test"):
+            part = kind(download_dir, train=split == "train", download=True)
+            splits[split] = (np.asarray(part.data), np.asarray(part.targets))
+    except (OSError, RuntimeError) as error:  # URLError, or "not found or corrupted"
+        raise DataError(
+            f"--data {name}: cannot be downloaded ({error}); fetch it where there is a network and copy it to "
+            f"{download_dir}/, or give your own folder or archive of pictures"
+        ) from None
+    return ArraySource(name, list(part.classes), splits, flips=name != "mnist")
+
+
+BUILT_IN = {
+    "digits": _digits,
+    "cifar10": _torchvision,
+    "cifar100": _torchvision,
+    "mnist": _torchvision,
+    "fashion-mnist": _torchvision,
+}
+
+
+class FolderSource:
+    """DIR/CLASS/* or DIR/{train,val,test}/CLASS/*."""
+
+    flips = True
+
+    def __init__(self, path: Path) -> None:
+        self.name, self._path = path.resolve().name, path
+        files, folders = _walk(path)
+        self.entries, self.labels = _layout(str(path), files, folders)
+
+    def read(self) -> Iterator[tuple[int, Picture]]:
+        for i, entry in enumerate(self.entries):
+            path = self._path / entry.name
+            yield i, _read(path, path.stat().st_size, Path.read_bytes)
+
+
+class ZipSource:
+    """The same layout inside a .zip."""
+
+    flips = True
+
+    def __init__(self, path: Path) -> None:
+        self.name, self._path = path.name.split(".")[0], path
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        if any(member.flag_bits & 1 for member in members):
+            raise DataError(f"{path}: is encrypted; unpack it and give the folder")
+        files = [m.filename for m in members if not m.is_dir()]
+        folders = [m.filename for m in members if m.is_dir()]
+        self.entries, self.labels = _layout(str(path), files, folders, may_be_wrapped=True)
+
+    def read(self) -> Iterator[tuple[int, Picture]]:
+        with zipfile.ZipFile(self._path) as archive:
+            for i, entry in enumerate(self.entries):
+                yield i, _read(entry.name, archive.getinfo(entry.name).file_size, archive.read)
+
+
+class TarSource:
+    """The same layout inside a .tar, compressed or not, read as a stream."""
+
+    flips = True
+
+    def __init__(self, path: Path) -> None:
+        self.name, self._path = path.name.split(".")[0], path
+        files: list[str] = []
+        folders: list[str] = []
+        for member, _ in self._members():
+            (files if member.isreg() else folders).append(member.name)
+        self.entries, self.labels = _layout(str(path), files, folders, may_be_wrapped=True)
+
+    def read(self) -> Iterator[tuple[int, Picture]]:
+        places = {entry.name: i for i, entry in enumerate(self.entries)}
+        for member, archive in self._members():
+            if member.isreg() and (place := places.pop(member.name, None)) is not None:
+                file = archive.extractfile(member)
+                yield place, b"" if file is None or member.size > MAX_FILE_BYTES else file.read()
+
+    def _members(self) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+        """Files and folders, one after the other; links and devices are passed over."""
+        try:
+            with tarfile.open(self._path, "r|*") as archive:
+                for member in archive:
+                    if member.isreg() or member.isdir():
+                        yield member, archive
+        except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            kinds = ", ".join(ARCHIVES)
+            raise DataError(f"{self._path}: not an archive, or damaged ({error}); give one of {kinds}") from None
+
+
+def _read(name: Any, size: int, read: Callable[[Any], bytes]) -> bytes:
+    """The file's bytes; none where it cannot be read or is far too large: the decoder then names it as unreadable."""
+    try:
+        return read(name) if size <= MAX_FILE_BYTES else b""
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
+        return b""
+
+
+def _walk(root: Path) -> tuple[list[str], list[str]]:
+    """Paths of files and folders below `root`, relative and sorted; linked folders are followed, once each."""
+    files, folders, seen = [], [], set()
+    for folder, children, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            children.clear()
+            continue
+        seen.add(real)
+        children.sort()
+        base = Path(folder).relative_to(root)
+        folders += [(base / child).as_posix() for child in children]
+        files += [(base / name).as_posix() for name in sorted(names)]
+    return files, folders
+
+
+def _layout(
+    place: str, files: list[str], folders: list[str], may_be_wrapped: bool = False
+) -> tuple[list[Entry], list[str]]:
+    """Splits and classes from paths.
+
+    Raises:
+        DataError: no pictures, pictures outside any class, one class only, an empty class, two spellings of a class,
+            or a class that only val or test has.
+    """
+    pictures = [name for name in files if _is_picture(name)]
+    if not pictures:
+        raise DataError(f"{place}: no pictures found; the layout is CLASS/*.jpg or {{train,val,test}}/CLASS/*.jpg")
+    parts = {name: _parts(name) for name in pictures}
+    skip = _wrapping(parts.values()) if may_be_wrapped else 0
+    split_depth = _split_depth(place, list(parts.values()), skip)
+    entries, outside = [], []
+    for name, path in parts.items():
+        if len(path) < skip + split_depth + 2:
+            outside.append(name)
+            continue
+        split = SPLITS[path[skip].lower()] if split_depth else ""
+        entries.append(Entry(name, path[skip + split_depth], split))
+    if outside:
+        raise DataError(f"{place}: {len(outside)} pictures lie in no class folder, such as {outside[0]}; move them")
+    classes = {p[skip + split_depth] for p in map(_parts, folders) if len(p) == skip + split_depth + 1}
+    labels = sorted({entry.label for entry in entries if entry.split in ("", "train")})
+    _check_classes(place, labels, classes | {entry.label for entry in entries})
+    return entries, labels
+
+
+def _check_classes(place: str, labels: list[str], everywhere: set[str]) -> None:
+    spellings: dict[str, str] = {}
+    for name in sorted(everywhere):
+        plain = " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+        if plain in spellings:
+            raise DataError(f"{place}: '{spellings[plain]}' and '{name}' are two spellings of a class; rename one")
+        spellings[plain] = name
+    if without := sorted(everywhere - set(labels)):
+        raise DataError(f"{place}: class '{without[0]}' has no training pictures; add some or remove its folder")
+    if len(labels) < 2:
+        raise DataError(f"{place}: one class only ('{labels[0]}'); a classifier needs at least 2 class folders")
+
+
+def _split_depth(place: str, paths: list[tuple[str, ...]], skip: int) -> int:
+    """1 where the first folders are splits, else 0: a folder `train` that holds pictures itself is a class."""
+    tops = {path[skip].lower() for path in paths if len(path) > skip + 1}
+    flat = {path[skip].lower() for path in paths if len(path) == skip + 2}
+    splits = tops & SPLITS.keys() - flat
+    if not splits:
+        return 0
+    if "train" not in splits:
+        raise DataError(f"{place}: has {sorted(splits)[0]}/ but no train/; add train/CLASS/*.jpg")
+    if others := sorted(tops - SPLITS.keys()):
+        raise DataError(f"{place}: has {others[0]}/ beside train/; only train/, val/ and test/ may stand there")
+    return 1
+
+
+def _wrapping(paths: Iterable[tuple[str, ...]]) -> int:
+    """How many folders an archive is wrapped in, as `cifar10/` in `cifar10/train/cat/1.jpg`."""
+    paths, depth = list(paths), 0
+    while all(len(path) >= depth + 3 for path in paths) and len({path[depth] for path in paths}) == 1:
+        if paths[0][depth].lower() in SPLITS:
+            break
+        depth += 1
+    return depth
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in (".", "/"))
+
+
+def _is_picture(name: str) -> bool:
+    path = _parts(name)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path)
+    return bool(path) and not hidden and path[-1].lower().endswith(SUFFIXES + FOREIGN_SUFFIXES)
