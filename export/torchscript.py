@@ -1,0 +1,39 @@
+"""TorchScript: one file that holds all three graphs, loadable from Python, C++ and TorchServe."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from model.classifier import Classifier
+from model.files import atomic_write
+from model.spec import ModelSpec
+
+# torch 2.9 and later name these as deprecated at each call; TorchServe and LibTorch still load nothing else.
+warnings.filterwarnings("ignore", message=r".*torch\.jit\..*", category=DeprecationWarning)
+
+SPEC_FILE = "spec.json"
+
+
+def save(classifier: Classifier, spec: ModelSpec, path: Path) -> None:
+    """Writes `path`: `forward` is the pixel graph, `classify_crops` the crop graph, `network` the network.
+
+    The network is traced, since a user's own network need not be scriptable; the rest is scripted, so that N, H and W
+    stay open.
+    """
+    example = torch.randn(2, 3, spec.size, spec.size)
+    with torch.no_grad():
+        network = torch.jit.trace(classifier.network.eval(), example, check_trace=False)  # parity checks it
+        module = torch.jit.script(Classifier(network, spec).eval())
+    with atomic_write(path) as file:
+        torch.jit.save(module, file, _extra_files={SPEC_FILE: spec.to_json()})
+
+
+def load(path: Path, device: str = "cpu") -> tuple[torch.jit.ScriptModule, ModelSpec]:
+    """Reads a file written by `save`, with the spec that travels inside it."""
+    extra = {SPEC_FILE: ""}
+    module = torch.jit.load(path, map_location=device, _extra_files=extra)
+    text = extra[SPEC_FILE]
+    return module.eval(), ModelSpec.from_json(text if isinstance(text, str) else text.decode(), source=str(path))
