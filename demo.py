@@ -1,0 +1,149 @@
+"""Everything once: trains, exports, proves parity, archives, serves, and classifies the held-out pictures over HTTP.
+
+    python demo.py
+    python demo.py --data DIR --arch resnet18 --epochs 10 --out runs/NAME
+
+Ends with 0 only if all of it worked, the accuracy over HTTP is that of metrics.json to within 0.1 point, and at least
+--at-least of the pictures are right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clients.python.classify import Client
+from export.__main__ import export_run
+from serve import Ports, ServerError, serving
+from train import train
+from training.config import TrainConfig
+from training.data import read_split
+
+SHOWN = 20  # rows of the table; all pictures are classified
+
+
+@dataclass(frozen=True)
+class Result:
+    picture: str
+    truth: str
+    answer: str
+    probability: float
+    milliseconds: float
+
+    @property
+    def right(self) -> bool:
+        return self.answer == self.truth
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", default="digits", help="as train.py's (digits)")
+    parser.add_argument("--arch", default="simplecnn", help="as train.py's (simplecnn)")
+    parser.add_argument("--epochs", type=int, default=10, help="as train.py's (10)")
+    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="run folder (runs/digits)")
+    parser.add_argument("--at-least", type=float, default=0.0, help="share of the pictures that must be right, 0..1")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="demo-") as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder  # torch and others leave files there, which end with it
+        try:
+            return demo(options, Path(folder) / "serve")
+        except (ValueError, ServerError) as error:
+            print(f"demo.py: {error}", file=sys.stderr)
+            return 2
+        finally:
+            tempfile.tempdir = None
+
+
+def demo(options: argparse.Namespace, folder: Path) -> int:
+    started, name = time.perf_counter(), options.out.resolve().name
+    config = TrainConfig(data=options.data, arch=options.arch, epochs=options.epochs, out=str(options.out))
+    print("── 1 of 4: train", flush=True)
+    metrics = train(config)
+    print("\n── 2 of 4: export, prove parity, archive", flush=True)
+    if not all(row.passed for row in export_run(options.out)):
+        return 1
+    print("\n── 3 of 4: serve", flush=True)
+    archive = options.out / "export" / f"{name}.mar"
+    with serving([archive], folder, ports=Ports.free()) as server:
+        print(f"TorchServe is ready on {server.url}")
+        print("\n── 4 of 4: classify the held-out pictures over HTTP", flush=True)
+        results = classify_all(Client(server.url, name, server.key()), read_split(options.data, "test"))
+    print_table(results)
+    return verdict(results, metrics["test"]["accuracy"], options, time.perf_counter() - started)
+
+
+def classify_all(client: Client, pictures: Iterable[tuple[str, str, bytes]]) -> list[Result]:
+    """One request after the other, each timed from the first byte sent to the last byte read."""
+    results = []
+    for picture, truth, body in pictures:
+        started = time.perf_counter()
+        answer = client.classify(body)
+        milliseconds = 1000 * (time.perf_counter() - started)
+        label, probability = next(iter(answer.items()))  # the best comes first
+        results.append(Result(picture, truth, label, probability, milliseconds))
+    return results
+
+
+def print_table(results: list[Result]) -> None:
+    """The mistakes first, then others, the classes in turn."""
+    wrong = [result for result in results if not result.right][: SHOWN // 2]
+    turns: dict[str, int] = {}
+    ranked = []
+    for result in (result for result in results if result.right):
+        turns[result.truth] = turns.get(result.truth, 0) + 1
+        ranked.append((turns[result.truth], result.truth, result))
+    shown = wrong + [result for _, _, result in sorted(ranked, key=lambda r: r[:2])][: SHOWN - len(wrong)]
+    width = max(len(result.picture) for result in shown)
+    labels = max(6, *(len(result.truth) for result in shown), *(len(result.answer) for result in shown))
+    print(f"{'picture':{width}}  {'truth':{labels}}  {'answer':{labels}}  probability      ms")
+    for r in shown:
+        mark = "" if r.right else "  wrong"
+        print(
+            f"{r.picture:{width}}  {r.truth:{labels}}  {r.answer:{labels}}  {r.probability:11.4f}  "
+            f"{r.milliseconds:6.1f}{mark}"
+        )
+
+
+def verdict(results: list[Result], expected: float, options: argparse.Namespace, seconds: float) -> int:
+    right = sum(result.right for result in results)
+    accuracy = right / len(results)
+    median = sorted(result.milliseconds for result in results)[len(results) // 2]
+    print(
+        f"\n{right} of {len(results)} right over HTTP: {accuracy:.2%}; metrics.json says {expected:.2%}. "
+        f"Median {median:.1f} ms a picture. {seconds:.0f} s in all."
+    )
+    if abs(accuracy - expected) > 0.001:
+        print("FAILED: the same model must have the same accuracy over HTTP")
+        return 1
+    if accuracy < options.at_least:
+        print(f"FAILED: fewer than {options.at_least:.0%} are right")
+        return 1
+    out, name = options.out, options.out.resolve().name
+    print(
+        f"""
+what lies where
+  weights, spec, metrics   {out}/model.pt  spec.json  metrics.json
+  report                   {out}/report/index.html
+  TorchScript and ONNX     {out}/export/{name}.pt  {name}.onnx  {name}.crops.onnx  {name}.pixels.onnx
+  proof of parity          {out}/export/parity.json
+  TorchServe archive       {out}/export/{name}.mar
+  pictures to try          {out}/samples/
+
+next
+  make serve RUN={out}                                          keeps it running
+  .venv/bin/python train.py --data YOUR_PICTURES --out runs/NAME     one folder of pictures for each class
+  .venv/bin/python -m export runs/NAME"""
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
