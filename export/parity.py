@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -190,6 +189,3 @@ def _uneven(batch: Tensor) -> Iterator[Tensor]:
     while start < len(batch):
         yield batch[start : start + BATCHES[turn % len(BATCHES)]]
         start, turn = start + BATCHES[turn % len(BATCHES)], turn + 1
-
-
-warnings.filterwarnings("ignore", message=r".*torch\.jit\..*", category=DeprecationWarning)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,9 +12,6 @@ import torch
 from model.classifier import Classifier
 from model.files import atomic_write
 from model.spec import ModelSpec
-
-# torch 2.9 and later name these as deprecated at each call; TorchServe and LibTorch still load nothing else.
-warnings.filterwarnings("ignore", message=r".*torch\.jit\..*", category=DeprecationWarning)
 
 SPEC_FILE = "spec.json"
 
@@ -24,16 +23,29 @@ def save(classifier: Classifier, spec: ModelSpec, path: Path) -> None:
     stay open.
     """
     example = torch.randn(2, 3, spec.size, spec.size)
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         network = torch.jit.trace(classifier.network.eval(), example, check_trace=False)  # parity checks it
         module = torch.jit.script(Classifier(network, spec).eval())
-    with atomic_write(path) as file:
+    with atomic_write(path) as file, _quiet():
         torch.jit.save(module, file, _extra_files={SPEC_FILE: spec.to_json()})
 
 
 def load(path: Path, device: str = "cpu") -> tuple[torch.jit.ScriptModule, ModelSpec]:
     """Reads a file written by `save`, with the spec that travels inside it."""
     extra = {SPEC_FILE: ""}
-    module = torch.jit.load(path, map_location=device, _extra_files=extra)
+    with _quiet():
+        module = torch.jit.load(path, map_location=device, _extra_files=extra)
     text = extra[SPEC_FILE]
     return module.eval(), ModelSpec.from_json(text if isinstance(text, str) else text.decode(), source=str(path))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's warnings, since parity decides, and without torch's on TorchScript's age.
+
+    It is deprecated since torch 2.9, but TorchServe and LibTorch load nothing that is as widely supported.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\..*", category=DeprecationWarning)
+        yield

@@ -36,7 +36,7 @@ def load(path: Path | str) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: holds more than weights and is not loaded ({reason})") from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # the unpickler raises whatever the damage leads it into
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({reason})") from None
     if not isinstance(values, dict):

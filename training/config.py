@@ -51,10 +51,14 @@ class TrainConfig:
     epochs: int = _option(10, "optimisation", "passes over the training pictures")
     minutes: float | None = _option(None, "optimisation", "train this long instead of --epochs")
     batch_size: int | None = _option(
-        None, "optimisation", "pictures per step (default: 32 below 10,000 training pictures, else 128)"
+        None, "optimisation", "pictures per step (default: 32 below 10,000 training pictures, else 64)"
     )
     optimizer: str = _option("adamw", "optimisation", "optimizer", ("adam", "adamw", "sgd"))
-    lr: float | None = _option(None, "optimisation", "peak learning rate (default: adam 2e-3, adamw 2e-3, sgd 0.05)")
+    lr: float | None = _option(
+        None,
+        "optimisation",
+        "peak learning rate (default: adam and adamw 3e-3, sgd 0.05; a tenth for trained weights that are not frozen)",
+    )
     weight_decay: float = _option(0.01, "optimisation", "decay of the weights; biases and norms have none")
     momentum: float = _option(0.9, "optimisation", "of sgd, Nesterov's")
     label_smoothing: float = _option(0.0, "optimisation", "of the cross-entropy, 0 to below 1")

@@ -130,11 +130,13 @@ def cut_splits(entries: list[Entry], val_fraction: float, test_fraction: float, 
                 f"{', '.join(cuts)}; add pictures or remove the class"
             )
         random.Random(f"{seed}/{label}").shuffle(places)
-        for split, fraction in cuts.items():
-            count = min(max(1, round(fraction * len(places))), len(places) - 1)
-            for place in places[:count]:
+        rest = places
+        for i, (split, fraction) in enumerate(cuts.items()):
+            needed = len(cuts) - i  # one picture for each of the other cuts, and one for train
+            count = min(max(1, round(fraction * len(places))), len(rest) - needed)
+            for place in rest[:count]:
                 splits[place] = split
-            places = places[count:]
+            rest = rest[count:]
     return splits
 
 

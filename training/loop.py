@@ -28,7 +28,8 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    lr = config.lr or {"adam": 2e-3, "adamw": 2e-3, "sgd": 0.05}[config.optimizer]
+    fine_tuned = (config.pretrained or config.weights) and not config.freeze
+    lr = config.lr or {"adam": 3e-3, "adamw": 3e-3, "sgd": 0.05}[config.optimizer] * (0.1 if fine_tuned else 1.0)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
@@ -61,7 +62,7 @@ def train_one_epoch(
     """
     train_mode(network)
     order = torch.randperm(len(split), generator=generator)
-    batches = order.split(config.batch_size or 128)
+    batches = order.split(config.batch_size or 64)
     if len(batches) > 1 and len(batches[-1]) == 1:  # BatchNorm has no variance of one picture
         batches = batches[:-1]
     device = mean.device

@@ -254,7 +254,8 @@ def _layout(
         entries.append(Entry(name, path[skip + split_depth], split))
     if outside:
         raise DataError(f"{place}: {len(outside)} pictures lie in no class folder, such as {outside[0]}; move them")
-    classes = {p[skip + split_depth] for p in map(_parts, folders) if len(p) == skip + split_depth + 1}
+    depth = skip + split_depth + 1
+    classes = {p[-1] for p in map(_parts, folders) if len(p) == depth and not _is_hidden(p)}
     labels = sorted({entry.label for entry in entries if entry.split in ("", "train")})
     _check_classes(place, labels, classes | {entry.label for entry in entries})
     return entries, labels
@@ -303,5 +304,8 @@ def _parts(name: str) -> tuple[str, ...]:
 
 def _is_picture(name: str) -> bool:
     path = _parts(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path)
-    return bool(path) and not hidden and path[-1].lower().endswith(SUFFIXES + FOREIGN_SUFFIXES)
+    return bool(path) and not _is_hidden(path) and path[-1].lower().endswith(SUFFIXES + FOREIGN_SUFFIXES)
+
+
+def _is_hidden(path: tuple[str, ...]) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path)

@@ -1,0 +1,80 @@
+"""What the tests share: one trained and exported run, and one real TorchServe that serves it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from clients.python.classify import Client
+from export.__main__ import export_run
+from serve import Ports, Server, serving
+from train import train
+from training.config import TrainConfig
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+settings.register_profile("tests", deadline=None, print_blob=True)  # this machine may stall for seconds
+settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: simplecnn on digits, as the README trains it."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(TrainConfig(data="digits", arch="simplecnn", out=str(out)))
+    return out
+
+
+@pytest.fixture(scope="session")
+def exported(run: Path) -> Path:
+    """The run's export folder, with the archive."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        rows = export_run(run)
+    assert all(row.passed for row in rows)
+    return run / "export"
+
+
+@pytest.fixture(scope="session")
+def server(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """TorchServe with two models: `digits` as it is exported, and `patient`, whose one worker waits 20 s for 32."""
+    store = tmp_path_factory.mktemp("store")
+    archives = [store / "digits.mar", store / "patient.mar"]
+    archives[0].write_bytes((exported / "digits.mar").read_bytes())
+    patience = "batchSize: 32\nmaxBatchDelay: 20000\nresponseTimeout: 60\nminWorkers: 1\nmaxWorkers: 1\n"
+    replace_in_archive(archives[0], archives[1], {"model-config.yaml": patience})
+    with serving(archives, tmp_path_factory.mktemp("server"), ports=Ports.free()) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Client:
+    return Client(server.url, "digits", server.key())
+
+
+@pytest.fixture(scope="session")
+def sample(run: Path) -> bytes:
+    """A picture file of a seven."""
+    return (run / "samples" / "7-0.png").read_bytes()
+
+
+def replace_in_archive(source: Path, target: Path, files: dict[str, str]) -> None:
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, files.get(name, old.read(name)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def handler_can_import_its_neighbours(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In an archive `pictures.py` lies beside the handler; the tests that import the handler need it so too."""
+    folder = tmp_path_factory.mktemp("handler")
+    for path in (PROJECT / "model" / "pictures.py", PROJECT / "handler" / "classifier_handler.py"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    sys.path.insert(0, str(folder))

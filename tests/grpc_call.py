@@ -1,0 +1,43 @@
+"""One gRPC call to TorchServe, without generated code: the two messages of its inference.proto, built here."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from serve import Server
+
+PACKAGE = "org.pytorch.serve.grpc.inference"
+
+
+def predict(server: Server, fields: dict[str, bytes], model: str = "digits", key: str | None = None) -> bytes:
+    """The body of the answer. Raises grpc.RpcError."""
+    request, response = _messages()
+    with grpc.insecure_channel(f"127.0.0.1:{server.ports.grpc_inference}") as channel:
+        call = channel.unary_unary(
+            f"/{PACKAGE}.InferenceAPIsService/Predictions",
+            request_serializer=request.SerializeToString,
+            response_deserializer=response.FromString,
+        )
+        metadata = [("authorization", f"Bearer {key or server.key()}")]
+        return call(request(model_name=model, input=fields), metadata=metadata, timeout=30).prediction
+
+
+def _messages():  # type: ignore[no-untyped-def]
+    text, body, message = 9, 12, 11  # types of a field
+    file = descriptor_pb2.FileDescriptorProto(name="inference.proto", package=PACKAGE, syntax="proto3")
+    request = file.message_type.add(name="PredictionsRequest")
+    request.field.add(name="model_name", number=1, type=text, label=1)
+    entry = request.nested_type.add(name="InputEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=text, label=1)
+    entry.field.add(name="value", number=2, type=body, label=1)
+    type_name = f".{PACKAGE}.PredictionsRequest.InputEntry"
+    request.field.add(name="input", number=3, type=message, label=3, type_name=type_name)
+    file.message_type.add(name="PredictionResponse").field.add(name="prediction", number=1, type=body, label=1)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return (
+        message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{name}"))
+        for name in ("PredictionsRequest", "PredictionResponse")
+    )

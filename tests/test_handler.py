@@ -1,0 +1,274 @@
+"""The handler by itself: out of its archive, with TorchServe's own Context, in batches that we choose."""
+
+import base64
+import json
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from model.pictures import crop, decode
+from tests.conftest import PROJECT, replace_in_archive
+from tests.kinds import BAD, GOOD, gradient, save
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of TorchServe's own modules
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def unpacked(exported, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(exported / "digits.mar") as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ask(unpacked):
+    """Sends a batch of requests, as TorchServe would; returns (status, body, headers) of each."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from classifier_handler import ClassifierHandler
+
+    handler = ClassifierHandler()
+    handler.initialize(context_of(unpacked))
+
+    def send(*requests, headers=None):
+        from ts.context import RequestProcessor
+
+        context = context_of(unpacked)
+        context.request_processor = [RequestProcessor(dict(headers or {})) for _ in requests]
+        bodies = handler.handle(list(requests), context)
+        assert len(bodies) == len(requests)
+        return [
+            (context.get_response_status(i)[0], json.loads(body), context.get_response_headers(i))
+            for i, body in enumerate(bodies)
+        ]
+
+    send.handler = handler
+    return send
+
+
+def context_of(folder, **settings):
+    from ts.context import Context
+
+    manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())
+    return Context("digits", str(folder), manifest, 4, None, "0.12.0", True, None, settings)
+
+
+def b64(body):
+    return {"b64": base64.b64encode(body).decode()}
+
+
+def test_the_archive_holds_what_it_needs_and_no_more(unpacked):
+    assert {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()} == {
+        "MAR-INF/MANIFEST.json", "classifier_handler.py", "pictures.py", "digits.pt", "spec.json", "index_to_name.json",
+        "model-config.yaml",
+    }  # fmt: skip
+
+
+def test_the_archive_stands_alone(unpacked, sample, run):
+    """Unpacked into an empty folder, in a process whose path holds nothing of this repository."""
+    (unpacked.parent / "seven.png").write_bytes(sample)
+    code = f"""
+import json, sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, {str(unpacked)!r})
+from ts.context import Context, RequestProcessor
+from ts.model_loader import TsModelLoader
+service = TsModelLoader().load("digits", {str(unpacked)!r}, "classifier_handler.py", None, 1)
+context = service.context
+context.request_processor = [RequestProcessor({{}})]
+body, = service._entry_point([{{"body": open({str(unpacked.parent / "seven.png")!r}, "rb").read()}}], context)
+assert not {{"model", "training", "export"}} & set(sys.modules)
+print(next(iter(json.loads(body))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=unpacked.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "7"
+
+
+def test_an_answer_is_the_stock_shape_best_first(ask, sample):
+    ((status, answer, headers),) = ask({"body": sample})
+    assert status == 200
+    assert len(answer) == 5
+    assert next(iter(answer)) == "7"
+    assert list(answer.values()) == sorted(answer.values(), reverse=True)
+    assert sum(answer.values()) <= 1 + 1e-6
+    assert headers["content-type"] == "application/json"
+    assert headers["x-model-version"] == "1.0"
+    assert len(headers["x-model-weights-sha256"]) == 64
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_kind_of_picture_is_answered(ask, name):
+    ((status, answer, _),) = ask({"body": GOOD[name][0]})
+    assert status == 200
+    assert len(answer) == 5
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_bad_body_gets_its_status(ask, name):
+    from classifier_handler import STATUSES
+
+    body, cause = BAD[name]
+    ((status, answer, headers),) = ask({"body": body})
+    assert (status, answer["code"], answer["type"]) == (STATUSES[cause][0], STATUSES[cause][0], cause)
+    assert answer["message"]
+    assert headers["content-type"] == "application/json"
+
+
+def test_every_cause_stands_in_the_table_and_the_table_in_the_readme():
+    from classifier_handler import STATUSES
+
+    assert {cause for _, cause in BAD.values()} <= set(STATUSES)
+    readme = (PROJECT / "README.md").read_text()
+    for cause, (code, _) in STATUSES.items():
+        assert f"| `{cause}` | {code} |" in readme
+
+
+def test_one_bad_picture_among_31_good_ones_fails_alone(ask, run):
+    good = [path.read_bytes() for path in sorted((run / "samples").iterdir())][:31]
+    alone = [ask({"body": body})[0] for body in good]
+    together = ask(
+        *({"body": body} for body in good[:17]), {"body": b"not a picture"}, *({"body": b} for b in good[17:])
+    )
+    assert (together[17][0], together[17][1]["type"]) == (415, "not_a_picture")
+    for (status, answer, _), (status_alone, answer_alone, _) in zip(together[:17] + together[18:], alone, strict=True):
+        assert status == status_alone == 200
+        assert answer == pytest.approx(answer_alone, abs=1e-5)
+
+
+def test_a_batch_of_nothing_but_bad_pictures_is_answered(ask):
+    assert [status for status, _, _ in ask({"body": b""}, {"body": b"x"}, {})] == [400, 415, 400]
+
+
+requests = st.one_of(
+    st.sampled_from([{"body": body} for body, _, _ in GOOD.values()]),
+    st.sampled_from([{"body": body} for body, _ in BAD.values()]),
+    st.binary(max_size=30).map(lambda body: {"body": body}),
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["instances", "b64", "x"]), inner),
+        max_leaves=6,
+    ).map(lambda value: {"body": value}),
+    st.dictionaries(st.text(max_size=3), st.binary(max_size=9) | st.sampled_from([GOOD["png"][0]]), max_size=3),
+)
+
+
+@given(st.lists(requests, min_size=1, max_size=6))
+@hypothesis_settings(max_examples=60)
+def test_no_request_whatever_it_holds_changes_the_answers_of_its_neighbours(ask, batch):
+    together = ask(*batch)
+    for request, (status, answer, _) in zip(batch, together, strict=True):
+        ((alone_status, alone, _),) = ask(request)
+        assert status == alone_status
+        assert status in (200, 400, 413, 415, 422)
+        if status == 200 and all(isinstance(value, float) for value in answer.values()):
+            assert answer == pytest.approx(alone, abs=1e-5)
+        else:
+            assert json.dumps(answer)[:40] == json.dumps(alone)[:40]
+
+
+def test_several_fields_are_answered_by_name_and_fail_alone(ask, sample):
+    ((status, answer, _),) = ask({"left": sample, "right": b"nothing"})
+    assert status == 200
+    assert next(iter(answer["left"])) == "7"
+    assert (answer["right"]["code"], answer["right"]["type"]) == (415, "not_a_picture")
+    ((status, answer, _),) = ask({"left": b"", "right": b"nothing"})
+    assert (status, answer["type"]) == (400, "empty")
+
+
+def test_json_with_base64_one_or_many(ask, sample):
+    raw = ask({"body": sample})[0][1]
+    assert ask({"body": b64(sample)})[0][1] == raw
+    assert ask({"body": json.dumps(b64(sample)).encode()})[0][1] == raw  # as bytes: another content type
+    ((status, answer, _),) = ask({"body": {"instances": [b64(sample), {"b64": "?"}, b64(b"x"), 7]}})
+    assert status == 200
+    assert answer["predictions"][0] == pytest.approx(raw, abs=1e-5)
+    assert [p["type"] for p in answer["predictions"][1:]] == ["bad_base64", "not_a_picture", "bad_json"]
+    wrapped = base64.encodebytes(sample).decode()  # with line breaks
+    assert ask({"body": {"b64": wrapped}})[0][1] == raw
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        (b"{", "bad_json"),
+        (b'{"instances": 7}', "bad_json"),
+        ({"instances": []}, "empty"),
+        (None, "bad_json"),
+        (7, "bad_json"),
+        ([], "bad_json"),
+        ("text", "not_a_picture"),
+        (b"[" * 100_000, "bad_json"),
+        ({"b64": "data:image/png;base64,AAAA"}, "bad_base64"),
+        ({"b64": 7}, "bad_json"),
+        ({"url": "http://127.0.0.1/x.png"}, "bad_json"),
+    ],
+)
+def test_bad_json_has_its_cause(ask, value, cause):
+    ((status, answer, _),) = ask({"body": value})
+    assert (status, answer["type"]) == (400 if cause != "not_a_picture" else 415, cause)
+
+
+def test_more_pictures_in_a_request_than_a_chunk_holds(ask, sample):
+    ((_, answer, _),) = ask({"body": {"instances": [b64(sample)] * 150}})
+    assert len(answer["predictions"]) == 150
+    assert all(next(iter(p)) == "7" for p in answer["predictions"])
+
+
+def test_describe_answers_with_the_spec_and_explain_is_refused(ask, sample, run):
+    ((status, answer, _),) = ask({"body": sample}, headers={"describe": "True"})
+    assert (status, answer) == (200, json.loads((run / "spec.json").read_text()))
+    ((status, answer, _),) = ask({"body": sample}, headers={"explain": "True"})
+    assert (status, answer["type"]) == (501, "no_explanations")
+
+
+def test_the_pixels_are_those_of_the_spec(ask, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ask.handler, "_infer", lambda crops: seen.append(crops) or [{} for _ in crops])
+    body = save(gradient(61, 45), "PNG")
+    ask({"body": body})
+    np.testing.assert_array_equal(seen[0][0], crop(decode(body), 32, 32))
+
+
+def test_topk_is_a_setting_and_never_more_than_the_labels(unpacked, sample):
+    from classifier_handler import ClassifierHandler
+    from ts.context import RequestProcessor
+
+    for topk, expected in ((1, 1), (3, 3), (99, 10)):
+        handler, context = ClassifierHandler(), context_of(unpacked, topk=topk)
+        handler.initialize(context)
+        context.request_processor = [RequestProcessor({})]
+        assert len(json.loads(handler.handle([{"body": sample}], context)[0])) == expected
+
+
+@pytest.mark.parametrize("settings", [{"topk": 0}, {"topk": "5"}, {"max_pixels": -1}, {"threads": True}])
+def test_a_setting_out_of_its_rule_is_named(unpacked, settings):
+    from classifier_handler import ClassifierHandler
+
+    with pytest.raises(ValueError, match=rf"model-config.yaml: '{next(iter(settings))}'"):
+        ClassifierHandler().initialize(context_of(unpacked, **settings))
+
+
+def test_labels_that_disagree_are_refused(exported, tmp_path):
+    from classifier_handler import ClassifierHandler
+
+    replace_in_archive(exported / "digits.mar", tmp_path / "x.mar", {"index_to_name.json": '{"0": "zero"}'})
+    with zipfile.ZipFile(tmp_path / "x.mar") as archive:
+        archive.extractall(tmp_path / "x")
+    with pytest.raises(ValueError, match="name other labels"):
+        ClassifierHandler().initialize(context_of(tmp_path / "x"))

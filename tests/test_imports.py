@@ -1,0 +1,45 @@
+"""The arrows: train.py → training → model ← export; the handler imports nothing of this repository."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import PROJECT
+
+OURS = {"model", "training", "export", "handler", "clients", "benchmarks", "train", "serve", "demo", "tests"}
+
+ALLOWED = {
+    "model": {"model"},
+    "training": {"training", "model"},
+    "export": {"export", "model"},
+    "handler": set(),
+    "clients": set(),
+    "train.py": {"training", "model"},
+    "serve.py": set(),
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute, so that export/onnx.py is never taken for onnx"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("place", ALLOWED)
+def test_the_arrows_go_one_way(place):
+    path = PROJECT / place
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    assert files
+    for file in files:
+        assert imported(file) & OURS <= ALLOWED[place], file
+
+
+def test_what_travels_in_the_archive_needs_installed_packages_only():
+    assert imported(PROJECT / "model" / "pictures.py") & OURS == set()
+    assert "torch" not in imported(PROJECT / "model" / "pictures.py")

@@ -1,0 +1,76 @@
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from model.pictures import MAX_PIXELS, PictureError, decode
+from tests.kinds import BAD, GOOD, gradient, save
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged files: no error outside tests either
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_kind_becomes_upright_rgb(name):
+    body, expected, tolerance = GOOD[name]
+    picture = decode(body)
+    assert picture.mode == "RGB"
+    difference = np.abs(np.asarray(picture).astype(int) - np.asarray(expected.convert("RGB")).astype(int))
+    assert difference.shape[:2] == (expected.height, expected.width)
+    assert difference.mean() <= tolerance
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_bad_body_has_its_cause(name):
+    body, cause = BAD[name]
+    with pytest.raises(PictureError) as caught:
+        decode(body)
+    assert caught.value.cause == cause
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_a_truncated_file_is_refused_wherever_it_is_cut(kind):
+    body = save(gradient(40, 30), kind)
+    for length in range(1, len(body) - 1, max(1, len(body) // 40)):
+        try:
+            decode(body[:length])
+        except PictureError as error:
+            assert error.cause in ("truncated", "not_a_picture"), (length, error)
+        else:  # some kinds end in bytes that carry no pixels
+            assert length > 0.5 * len(body), f"{kind} cut at {length} of {len(body)} was accepted"
+
+
+@given(st.binary(max_size=200), st.sampled_from(sorted(GOOD)), st.integers(0, 400))
+def test_damage_never_raises_anything_else(noise, name, place):
+    body = GOOD[name][0]
+    damaged = body[:place] + noise + body[place + len(noise) :]
+    try:
+        assert decode(damaged, max_pixels=1_000_000).mode == "RGB"
+    except PictureError as error:
+        assert str(error)
+
+
+def test_a_bomb_is_refused_from_its_header_before_it_is_decoded(monkeypatch):
+    body = save(Image.new("1", (20_000, 20_000)), "PNG")
+    assert len(body) < 100_000
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(PictureError, match="20000×20000 px is too large: at most 50,000,000") as caught:
+        decode(body)
+    assert caught.value.cause == "too_many_pixels"
+
+
+def test_the_limit_of_pixels_can_be_set_and_lifted():
+    body = save(gradient(100, 100), "PNG")
+    with pytest.raises(PictureError):
+        decode(body, max_pixels=9_999)
+    assert decode(body, max_pixels=10_000).size == decode(body, max_pixels=None).size == (100, 100)
+    assert MAX_PIXELS == 50_000_000
+
+
+def test_broken_exif_does_not_cost_the_picture():
+    buffer = io.BytesIO()
+    gradient(20, 10).save(buffer, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert decode(buffer.getvalue()).size == (20, 10)

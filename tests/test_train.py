@@ -1,0 +1,179 @@
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from model import checkpoint, load_run
+from model.files import sha256
+from model.spec import ModelSpec
+from tests.conftest import PROJECT
+from tests.folders import make_folder
+from train import main, train
+from training.config import TrainConfig
+from training.loop import Diverged
+
+
+def test_a_run_folder_holds_what_the_contract_names(run):
+    assert {path.name for path in run.iterdir()} >= {
+        "model.pt", "spec.json", "config.yaml", "metrics.json", "history.csv", "report", "last.ckpt", "samples",
+    }  # fmt: skip
+    spec = ModelSpec.load(run)
+    assert spec.labels == tuple("0123456789")
+    assert spec.weights_sha256 == sha256(run / "model.pt")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["test"]["accuracy"] == spec.metrics["accuracy"] > 0.95
+    assert set(metrics["test"]["per_class"]) == set(spec.labels)
+    assert {"top5", "ece", "macro"} <= set(metrics["test"])
+    assert metrics["train"]["seconds"] > 0
+    history = list(csv.DictReader((run / "history.csv").read_text().splitlines()))
+    assert [int(row["epoch"]) for row in history] == list(range(1, 11))
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"] == "digits"
+    for name in ("0-0.png", "7-0.png"):
+        assert (run / "samples" / name).is_file()
+
+
+def test_the_weights_are_a_state_dict_that_loads_without_running_code(run):
+    state = torch.load(run / "model.pt", weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    spec, network = load_run(run)
+    assert not network.training
+    assert network(torch.zeros(1, 3, spec.size, spec.size)).shape == (1, 10)
+
+
+def test_the_last_checkpoint_holds_what_a_resume_needs(run):
+    last = checkpoint.load(run / "last.ckpt")
+    assert set(last) == {"epoch", "network", "optimizer", "generator", "torch_generator", "best", "history"}
+    assert last["epoch"] == 10
+
+
+def test_the_report_shows_its_pictures(run):
+    page = (run / "report" / "index.html").read_text()
+    for name in ("curves.png", "confusion.png", "mistakes.png"):
+        assert f'src="{name}"' in page
+        assert (run / "report" / name).read_bytes().startswith(b"\x89PNG")
+    assert "http" not in page  # opens without a network
+
+
+def test_weights_that_do_not_belong_to_the_spec_are_refused(run, tmp_path):
+    (tmp_path / "spec.json").write_text((run / "spec.json").read_text())
+    checkpoint.save({k: v + 1 for k, v in checkpoint.load(run / "model.pt").items()}, tmp_path / "model.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=r"not the file that spec\.json was written for"):
+        load_run(tmp_path)
+
+
+def test_the_seed_decides_the_weights(tmp_path):
+    def weights(name, seed):
+        train(TrainConfig(data="digits", out=str(tmp_path / name), epochs=1, seed=seed))
+        return sha256(tmp_path / name / "model.pt")
+
+    assert weights("a", 1) == weights("b", 1) != weights("c", 2)
+
+
+def test_a_folder_trains_with_every_option(tmp_path, capsys):
+    folder = make_folder(tmp_path / "colours", count=12)
+    arguments = f"""--data {folder} --out {tmp_path / "run"} --arch resnet18 --size 32 --resize 36 --freeze --epochs 3
+        --optimizer sgd --lr 0.1 --schedule step --step-size 2 --gamma 0.5 --warmup 0 --label-smoothing 0.1 --no-flip
+        --jitter 0.1 --crop-padding 2 --batch-size 7 --patience 2 --device cpu --seed 3 --val-fraction 0.2""".split()
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "colours: 3 classes" in out
+    assert "flip off, shift 2 px, jitter 0.1" in out
+    spec = ModelSpec.load(tmp_path / "run")
+    assert (spec.labels, spec.size, spec.resize, spec.arch) == (("blue", "green", "red"), 32, 36, "resnet18")
+
+
+def test_training_starts_from_local_weights(tmp_path, run, capsys):
+    arguments = [
+        "--data",
+        "digits",
+        "--out",
+        str(tmp_path / "run"),
+        "--epochs",
+        "1",
+        "--weights",
+        str(run / "model.pt"),
+    ]
+    assert main(arguments) == 0
+    assert "val 9" in capsys.readouterr().out  # over 90% after one epoch: it did start from them
+
+
+def test_minutes_end_the_run_in_time(tmp_path):
+    started = time.perf_counter()
+    metrics = train(TrainConfig(data="digits", out=str(tmp_path / "run"), minutes=0.03))
+    assert metrics["train"]["epochs"] >= 1
+    assert metrics["train"]["seconds"] >= 1.8
+    assert time.perf_counter() - started < 60
+
+
+def test_patience_stops_early(tmp_path, capsys):
+    train(TrainConfig(data="digits", out=str(tmp_path / "run"), epochs=50, lr=1e-9, patience=2))
+    assert "stopping early" in capsys.readouterr().out
+    assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) < 10
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_its_place(tmp_path):
+    with pytest.raises(Diverged, match=r"loss is (nan|inf) at step"):
+        train(TrainConfig(data="digits", out=str(tmp_path / "run"), optimizer="sgd", lr=1e12, warmup=0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "digit"], "did you mean digits"),
+        (["--data", "digits", "--arch", "resnet19"], "did you mean resnet18"),
+        (["--data", "digits", "--epochs", "0"], "--epochs 0"),
+        (["--data", "digits", "--size", "12"], "at least 16 px"),
+        (["--data", "digits", "--resize", "8"], "--resize 8: must be at least --size 32"),
+        (["--data", "digits", "--device", "cuda:99"], "--device cuda:99"),
+        (["--data", "digits", "--weights", "none.pt"], "none.pt: no such file"),
+        (["--data", "digits", "--pretrained"], "no published weights of simplecnn"),
+        (["--data", "digits", "--crop-padding", "40"], "--crop-padding 40: must be below --size 32"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, words):
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()  # nothing was written
+
+
+def test_help_and_list_archs(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    assert "--label-smoothing" in capsys.readouterr().out
+    assert main(["--list-archs"]) == 0
+    assert "mobilenet_v3_small" in capsys.readouterr().out.split()
+
+
+@pytest.mark.parametrize("moment", ["in the first epoch", "after some epochs"])
+def test_ctrl_c_keeps_the_best_weights_and_writes_everything(tmp_path, moment):
+    out = tmp_path / "run"
+    command = [sys.executable, "train.py", "--data", "digits", "--epochs", "100000", "--out", str(out)]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        wait_for(out / ("config.yaml" if moment == "in the first epoch" else "last.ckpt"), child)
+        time.sleep(0.0 if moment == "in the first epoch" else 0.4)
+        child.send_signal(signal.SIGINT)
+        stdout, stderr = child.communicate(timeout=60)
+    assert child.returncode == 0, stderr
+    assert "interrupted" in stderr
+    assert "test: " in stdout
+    spec, _ = load_run(out)
+    assert spec.metrics["accuracy"] > 0
+    assert (out / "report" / "index.html").exists()
+
+
+def wait_for(path: Path, child: subprocess.Popen[str], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
