@@ -17,7 +17,6 @@ packages and `pictures.py`, which lies beside it there.
 import base64
 import binascii
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -29,21 +28,21 @@ import torch
 from pictures import MAX_PIXELS, PictureError, crop, decode
 from ts.torch_handler.base_handler import BaseHandler
 
-logger = logging.getLogger(__name__)
-
 # What a client's mistake is answered with, over REST as over gRPC.
 STATUSES = {
     "empty": (400, "Bad Request"),
     "bad_json": (400, "Bad Request"),
     "bad_base64": (400, "Bad Request"),
     "too_many_pixels": (413, "Payload Too Large"),
+    "too_many_pictures": (413, "Payload Too Large"),
     "not_a_picture": (415, "Unsupported Media Type"),
     "unsupported_kind": (415, "Unsupported Media Type"),
     "truncated": (422, "Unprocessable Entity"),
     "no_explanations": (501, "Not Implemented"),
 }
 
-CHUNK = 64  # pictures in one forward pass at most: bounds the memory that one request with many pictures takes
+CHUNK = 64  # pictures decoded and put through the network at a time: bounds the memory of requests with many
+MAX_PICTURES = 256  # of one request: a few kilobytes of tiny pictures could otherwise block a worker for minutes
 
 
 class ClassifierHandler(BaseHandler):
@@ -58,6 +57,7 @@ class ClassifierHandler(BaseHandler):
         settings = context.model_yaml_config or {}
         self.topk = _setting(settings, "topk", 5)
         self.max_pixels = _setting(settings, "max_pixels", MAX_PIXELS)
+        self.max_pictures = _setting(settings, "max_pictures", MAX_PICTURES)
         if not context.system_properties.get("limit_max_image_pixels", True):
             self.max_pixels = None  # the operator lifted the limit in config.properties
         torch.set_num_threads(_setting(settings, "threads", 1))
@@ -95,16 +95,22 @@ class ClassifierHandler(BaseHandler):
             return "describe", {}
         if context.get_request_header(i, "explain") == "True":
             return "one", {"": PictureError("no_explanations", "this model answers predictions only")}
-        return parse(request)
+        shape, bodies = parse(request)
+        if len(bodies) > self.max_pictures:
+            message = f"{len(bodies)} pictures in a request; at most {self.max_pictures} are accepted, send several"
+            return "one", {"": PictureError("too_many_pictures", message)}
+        return shape, bodies
 
     def _classify(self, bodies):
         """An answer or a PictureError for each of `bodies`, in order."""
-        outcomes = [self._decode(body) for body in bodies]
-        good = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, PictureError)]
-        for start in range(0, len(good), CHUNK):
-            chunk = good[start : start + CHUNK]
-            for i, answer in zip(chunk, self._infer(np.stack([outcomes[i] for i in chunk]))):
-                outcomes[i] = answer
+        outcomes = []
+        for start in range(0, len(bodies), CHUNK):
+            chunk = [self._decode(body) for body in bodies[start : start + CHUNK]]
+            good = [i for i, outcome in enumerate(chunk) if not isinstance(outcome, PictureError)]
+            answers = self._infer(np.stack([chunk[i] for i in good])) if good else []
+            for i, answer in zip(good, answers, strict=True):
+                chunk[i] = answer
+            outcomes += chunk
         return outcomes
 
     def _decode(self, body):
@@ -123,8 +129,8 @@ class ClassifierHandler(BaseHandler):
             probabilities = self.model.classify_crops(torch.from_numpy(crops).to(self.device))
             values, places = probabilities.topk(min(self.topk, len(labels)), dim=1)
         return [
-            {labels[place]: value for place, value in zip(row_places, row_values)}
-            for row_places, row_values in zip(places.tolist(), values.tolist())
+            {labels[place]: value for place, value in zip(row_places, row_values, strict=True)}
+            for row_places, row_values in zip(places.tolist(), values.tolist(), strict=True)
         ]
 
     def _answer(self, shape, outcomes, context, i):
@@ -162,7 +168,7 @@ def parse(request):
         return "fields", {name: _picture(value) for name, value in request.items()}
     value = next(iter(request.values()), b"")
     if isinstance(value, (bytes, bytearray, str)):
-        if value[:1] not in (b"{", b"[", "{", "["):  # no picture begins so
+        if value[:64].strip()[:1] not in (b"{", b"[", "{", "["):  # no picture begins so
             return "one", {"": _picture(value)}
         try:
             value = json.loads(value)
