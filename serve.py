@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,6 +169,17 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             return
 
 
+def check_freshness(archive: Path, run: Path) -> None:
+    """Raises ServerError unless the archive was made from the run as it is now."""
+    try:
+        with zipfile.ZipFile(archive) as files:
+            fresh = json.loads(files.read("spec.json")) == json.loads((run / "spec.json").read_text())
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ServerError(f"{archive}: cannot be checked ({error}); run `python -m export {run}`") from None
+    if not fresh:
+        raise ServerError(f"{archive}: is of an earlier training; run `python -m export {run}`")
+
+
 def read_properties(path: Path) -> dict[str, str]:
     lines = (line.strip() for line in path.read_text().splitlines())
     pairs = (line.split("=", 1) for line in lines if line and not line.startswith("#") and "=" in line)
@@ -306,6 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server is stopped too
     ports = Ports.from_first(options.port) if options.port else None
     try:
+        for archive in archives:
+            check_freshness(archive, options.run)
         with serving(archives, options.run / "serve", ports=ports, console=sys.stdout.fileno()) as server:
             name, keys = archives[0].stem, server.folder / "key_file.json"
             print(

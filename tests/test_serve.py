@@ -151,3 +151,14 @@ def running_in(folder):
         except psutil.Error:
             continue
     return found
+
+
+def test_an_archive_of_an_earlier_training_is_not_served(run, exported, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "digits", ignore=shutil.ignore_patterns("last.ckpt", "serve"))
+    spec = tmp_path / "digits" / "spec.json"
+    spec.write_text(spec.read_text().replace('"7"', '"seven"'))
+    assert serve.main([str(tmp_path / "digits")]) == 2
+    assert "is of an earlier training; run `python -m export" in capsys.readouterr().err
+    (tmp_path / "digits" / "export" / "digits.mar").write_bytes(b"half an arch")
+    assert serve.main([str(tmp_path / "digits")]) == 2
+    assert "cannot be checked (File is not a zip file)" in capsys.readouterr().err
