@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import json
 import platform
 import signal
@@ -20,11 +21,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,7 +40,7 @@ from training.data import Data
 from training.loop import Diverged, evaluate, make_optimizer, train_one_epoch
 from training.metrics import score
 from training.report import write_report
-from training.schedule import lr_factor
+from training.schedule import Schedule
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,41 +71,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     out, started = Path(config.out), time.perf_counter()
     device = pick_device(config.device)
-    config = _resolve_size(config)
-    torch.manual_seed(config.seed)
-    network = architectures.build(config.arch, 2, config.size or 0)  # an unusable size is found before the data is read
+    config = resolve_size(config)
 
     # Data
-    data = training_data.load(
-        config.data,
-        size=config.size or 0,
-        resize=config.resize or 0,
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        split_seed=config.split_seed,
-        skip_bad=config.skip_bad,
-        download_dir=config.download_dir,
-        progress=sys.stderr.isatty(),
-    )
-    config = replace(
-        config,
-        flip=data.flips if config.flip is None else config.flip,
-        batch_size=config.batch_size or (32 if len(data.train) < 10_000 else 64),
-    )
+    data = read_data(config)
     data_seconds = time.perf_counter() - started
-    _announce(config, data, device, data_seconds)
+    config = resolve_defaults(config, data)
+    announce(config, data, device, data_seconds)
 
     # Network
-    network = architectures.build(config.arch, len(data.labels), config.size or 0)
-    mean: tuple[float, ...] = architectures.IMAGENET_MEAN
-    std: tuple[float, ...] = architectures.IMAGENET_STD
-    if config.pretrained or config.weights:
-        mean, std = architectures.pretrained_normalisation(config.arch)
-        weights = Path(config.weights) if config.weights else None
-        fresh = architectures.load_pretrained(network, config.arch, weights)
-        print(f"weights: {weights or 'torchvision'}; from scratch: {', '.join(fresh) or 'nothing'}")
-    if config.freeze:
-        architectures.freeze_backbone(network)
+    torch.manual_seed(config.seed)
+    network, mean, std = make_network(config, len(data.labels))
     network.to(device)
     scale = torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
@@ -110,17 +89,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     with interruptible() as interrupted:
         config.save(out / "config.yaml")
-        best, history, seconds = fit(network, data, config, scale, out, interrupted)
+        best, history = fit(network, data, config, scale, out, interrupted)
 
     # Results
     network.load_state_dict(best["network"])
-    val = score(evaluate(network, data.val, *scale), data.val.targets, data.labels)
-    logits = evaluate(network, data.test, *scale)
+    val = evaluate(network, data.val, *scale)
+    test = evaluate(network, data.test, *scale)
     metrics = {
-        "test": score(logits, data.test.targets, data.labels),
-        "val": val,
+        "test": score(test, data.test.targets, data.labels),
+        "val": score(val, data.val.targets, data.labels),
         "train": {
-            "seconds": round(seconds, 2),
+            "seconds": history[-1]["seconds"],
             "data_seconds": round(data_seconds, 2),
             "epochs": len(history),
             "best_epoch": best["epoch"],
@@ -130,23 +109,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         },
     }
     checkpoint.save(best["network"], out / "model.pt")
-    spec = ModelSpec(
-        arch=config.arch,
-        labels=tuple(data.labels),
-        size=config.size or 0,
-        resize=config.resize or 0,
-        mean=mean,
-        std=std,
-        trained_on=f"{data.name}, {len(data.train):,} pictures",
-        metrics={name: metrics["test"][name] for name in ("accuracy", "top5", "ece", "pictures")},
-        weights_sha256=sha256(out / "model.pt"),
-        versions=library_versions(),
-    )
+    spec = make_spec(config, data, mean, std, metrics["test"], sha256(out / "model.pt"))
     spec.save(out / "spec.json")
     write_text(out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     training_data.save_samples(data.samples, out / "samples")
-    write_report(out / "report", spec, metrics, out / "history.csv", data.test, logits)
-    _summarise(out, metrics)
+    write_report(out / "report", spec, metrics, out / "history.csv", data.test, test)
+    summarise(out, metrics)
     return metrics
 
 
@@ -157,7 +125,7 @@ def fit(
     scale: tuple[Tensor, Tensor],
     out: Path,
     interrupted: Callable[[], bool] = lambda: False,
-) -> tuple[dict[str, Any], list[dict[str, float]], float]:
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Trains epoch by epoch; after each, writes history.csv and last.ckpt.
 
     Args:
@@ -166,59 +134,47 @@ def fit(
             epoch counts even if it was cut short.
 
     Returns:
-        The best epoch (its number, val accuracy and state_dict), the history, and the seconds that it took.
+        The best epoch (its number, val accuracy and state_dict), and the history.
     """
     optimizer = make_optimizer(network, config)
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    schedule = Schedule(optimizer, config, interrupted)
     generator = torch.Generator().manual_seed(config.seed)
     history: list[dict[str, float]] = []
-    best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0, "network": _snapshot(network)}
-    started = time.perf_counter()
-    epochs = 1_000_000 if config.minutes else config.epochs
-
-    for epoch in range(epochs):
-
-        def set_lr(step: int, steps: int, epoch: int = epoch) -> bool:
-            progress = (epoch + step / steps) / epochs
-            if config.minutes:
-                progress = (time.perf_counter() - started) / (60 * config.minutes)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * lr_factor(config, progress, epoch)
-            return progress < 1 and not interrupted()
-
-        bar = tqdm(total=len(data.train), unit="pictures", leave=False, disable=not sys.stderr.isatty())
-        bar.set_description(f"epoch {epoch + 1}" + ("" if config.minutes else f"/{epochs}"))
-
-        def on_step(loss: float, seen: int, bar: Any = bar) -> None:
-            bar.update(seen - bar.n)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-
-        with bar:
-            train_loss, train_accuracy = train_one_epoch(
-                network, data.train, optimizer, config, *scale, generator=generator, set_lr=set_lr, on_step=on_step
+    best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0}
+    for epoch in itertools.count():
+        with progress_bar(epoch, len(data.train), config) as show:
+            loss, accuracy = train_one_epoch(
+                network,
+                data.train,
+                optimizer,
+                config,
+                *scale,
+                generator=generator,
+                before_step=partial(schedule.before_step, epoch),
+                on_step=show,
             )
-        if interrupted() and history:
+        if history and interrupted():
             break
         val = score(evaluate(network, data.val, *scale), data.val.targets, data.labels)
         history.append(
             {
                 "epoch": epoch + 1,
-                "lr": optimizer.param_groups[0]["lr"],
-                "train_loss": train_loss,
-                "train_accuracy": train_accuracy,
+                "lr": schedule.lr,
+                "train_loss": loss,
+                "train_accuracy": accuracy,
                 "val_loss": val["loss"],
                 "val_accuracy": val["accuracy"],
-                "seconds": round(time.perf_counter() - started, 2),
+                "seconds": round(schedule.seconds, 2),
             }
         )
         print(
-            f"epoch {epoch + 1:3}  loss {train_loss:.4f}  train {train_accuracy:.2%}  "
-            f"val {val['accuracy']:.2%}  {history[-1]['seconds']:.0f} s",
+            f"epoch {epoch + 1:3}  loss {loss:.4f}  train {accuracy:.2%}  val {val['accuracy']:.2%}  "
+            f"{schedule.seconds:.0f} s",
             flush=True,
         )
         if val["accuracy"] > best["accuracy"]:
-            best = {"epoch": epoch + 1, "accuracy": val["accuracy"], "network": _snapshot(network)}
-        _write_history(history, out / "history.csv")
+            best = {"epoch": epoch + 1, "accuracy": val["accuracy"], "network": snapshot(network)}
+        write_history(history, out / "history.csv")
         checkpoint.save(
             {
                 "epoch": epoch + 1,
@@ -234,9 +190,87 @@ def fit(
         if config.patience and epoch + 1 - best["epoch"] >= config.patience:
             print(f"no better val accuracy for {config.patience} epochs: stopping early")
             break
-        if interrupted() or (config.minutes and time.perf_counter() - started >= 60 * config.minutes):
+        if schedule.is_over(epoch + 1):
             break
-    return best, history, time.perf_counter() - started
+    return best, history
+
+
+def read_data(config: TrainConfig) -> Data:
+    """The pictures, decoded; see training.data.load. A size that the network cannot take is found before."""
+    architectures.build(config.arch, 2, config.size or 0)
+    out = Path(config.out).absolute()
+    return training_data.load(
+        config.data,
+        size=config.size or 0,
+        resize=config.resize or 0,
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        split_seed=config.split_seed,
+        skip_bad=config.skip_bad,
+        download_dir=config.download_dir,
+        scratch=next(folder for folder in (out, *out.parents) if folder.is_dir()),
+        progress=sys.stderr.isatty(),
+    )
+
+
+def make_network(config: TrainConfig, classes: int) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """The network, with trained weights and frozen where asked for, and the mean and std that its pixels need."""
+    network = architectures.build(config.arch, classes, config.size or 0)
+    mean: tuple[float, ...] = architectures.IMAGENET_MEAN
+    std: tuple[float, ...] = architectures.IMAGENET_STD
+    if config.pretrained or config.weights:
+        mean, std = architectures.pretrained_normalisation(config.arch)
+        weights = Path(config.weights) if config.weights else None
+        fresh = architectures.load_pretrained(network, config.arch, weights)
+        print(f"weights: {weights or 'torchvision'}; from scratch: {', '.join(fresh) or 'nothing'}")
+    if config.freeze:
+        architectures.freeze_backbone(network)
+    return network, mean, std
+
+
+def make_spec(
+    config: TrainConfig,
+    data: Data,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    test: dict[str, Any],
+    weights_sha256: str,
+) -> ModelSpec:
+    return ModelSpec(
+        arch=config.arch,
+        labels=tuple(data.labels),
+        size=config.size or 0,
+        resize=config.resize or 0,
+        mean=mean,
+        std=std,
+        trained_on=f"{data.name}, {len(data.train):,} pictures",
+        metrics={name: test[name] for name in ("accuracy", "top5", "ece", "pictures")},
+        weights_sha256=weights_sha256,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+    )
+
+
+@contextmanager
+def progress_bar(epoch: int, pictures: int, config: TrainConfig) -> Iterator[Callable[[float, int], None]]:
+    """A bar on a terminal and nothing elsewhere; gives a function of the loss and the pictures seen that moves it."""
+    length = "" if config.minutes else f"/{config.epochs}"
+    with tqdm(
+        total=pictures,
+        desc=f"epoch {epoch + 1}{length}",
+        unit="pictures",
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+
+        def show(loss: float, seen: int) -> None:
+            bar.update(seen - bar.n)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+        yield show
 
 
 @contextmanager
@@ -275,13 +309,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def library_versions() -> dict[str, str]:
-    import torchvision
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-
-
-def _resolve_size(config: TrainConfig) -> TrainConfig:
+def resolve_size(config: TrainConfig) -> TrainConfig:
     """Fills in what depends on the architecture."""
     if config.arch not in architectures.names():
         architectures.build(config.arch, 2, 32)  # raises, naming the close ones
@@ -296,7 +324,16 @@ def _resolve_size(config: TrainConfig) -> TrainConfig:
     return replace(config, size=size, resize=resize, crop_padding=padding)
 
 
-def _announce(config: TrainConfig, data: Data, device: torch.device, seconds: float) -> None:
+def resolve_defaults(config: TrainConfig, data: Data) -> TrainConfig:
+    """Fills in what depends on the data."""
+    return replace(
+        config,
+        flip=data.flips if config.flip is None else config.flip,
+        batch_size=config.batch_size or (32 if len(data.train) < 10_000 else 64),
+    )
+
+
+def announce(config: TrainConfig, data: Data, device: torch.device, seconds: float) -> None:
     if data.skipped:
         print(f"left out {len(data.skipped)} unreadable pictures:", *data.skipped, sep="\n  ")
     print(
@@ -311,11 +348,11 @@ def _announce(config: TrainConfig, data: Data, device: torch.device, seconds: fl
     )
 
 
-def _snapshot(network: nn.Module) -> dict[str, Tensor]:
+def snapshot(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
 
-def _write_history(history: list[dict[str, float]], path: Path) -> None:
+def write_history(history: list[dict[str, float]], path: Path) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(history[0]))
     writer.writeheader()
@@ -323,7 +360,7 @@ def _write_history(history: list[dict[str, float]], path: Path) -> None:
     write_text(path, text.getvalue())
 
 
-def _summarise(out: Path, metrics: dict[str, Any]) -> None:
+def summarise(out: Path, metrics: dict[str, Any]) -> None:
     test, trained = metrics["test"], metrics["train"]
     print(
         f"test: {test['accuracy']:.2%} of {test['pictures']:,} pictures (top-5 {test['top5']:.2%}, "

@@ -103,6 +103,6 @@ def test_what_does_not_fit_in_memory_is_kept_in_a_file(tmp_path, monkeypatch, ca
         available = 1000
 
     monkeypatch.setattr(training_data.psutil, "virtual_memory", lambda: Little)
-    got = load(str(folder), size=16, resize=16)
+    got = load(str(folder), size=16, resize=16, scratch=tmp_path)
     assert "temporary file" in capsys.readouterr().out
     assert torch.equal(got.train.crops(slice(None)), expected.train.crops(slice(None)))

@@ -70,9 +70,13 @@ def load(
     split_seed: int = 0,
     skip_bad: bool = False,
     download_dir: str = "data",
+    scratch: Path | None = None,
     progress: bool = False,
 ) -> Data:
     """Reads and decodes every picture. The pixels of the test split are only looked at by the final evaluation.
+
+    Args:
+        scratch: folder for a temporary file, used where the pictures would fill the memory.
 
     Raises:
         DataError: as `open_source`; a picture cannot be read (unless `skip_bad`); a class has too few pictures.
@@ -80,7 +84,7 @@ def load(
     source = open_source(data, download_dir)
     splits = cut_splits(source.entries, val_fraction, test_fraction, split_seed)
     sampled = _choose_samples(source.entries, splits)
-    crops = _allocate(len(splits), size)
+    crops = _allocate(len(splits), size, scratch)
     kept: dict[int, bytes] = {}
     bad: dict[int, str] = {}
 
@@ -152,18 +156,23 @@ def read_split(data: str, split: str, download_dir: str = "data", **cuts: float)
 
 
 def save_samples(samples: dict[str, bytes], folder: Path) -> None:
+    """Writes the files, and removes those of an earlier run."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        if path.name not in samples:
+            path.unlink()
     for name, body in samples.items():
         with atomic_write(folder / name) as file:
             file.write(body)
 
 
-def _allocate(count: int, size: int) -> Tensor:
+def _allocate(count: int, size: int, scratch: Path | None) -> Tensor:
     """uint8 (count, size, size, 3): in memory, or in an unnamed file where that would take over half of it."""
     shape, needed = (count, size, size, 3), count * size * size * 3
     if needed <= psutil.virtual_memory().available // 2:
         return torch.empty(shape, dtype=torch.uint8)
     print(f"the pictures take {needed / 1e9:.1f} GB, over half of the free memory: they are kept in a temporary file")
-    with tempfile.NamedTemporaryFile() as file:  # the mapping keeps the data after the name is gone
+    with tempfile.NamedTemporaryFile(dir=scratch) as file:  # the mapping keeps the data after the name is gone
         return torch.from_file(file.name, shared=True, size=needed, dtype=torch.uint8).view(shape)
 
 

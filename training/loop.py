@@ -45,13 +45,13 @@ def train_one_epoch(
     std: Tensor,
     *,
     generator: Generator,
-    set_lr: Callable[[int, int], bool],
+    before_step: Callable[[float], bool],
     on_step: Callable[[float, int], None] = lambda loss, seen: None,
 ) -> tuple[float, float]:
     """Trains on every picture once, in a new order.
 
     Args:
-        set_lr: called with (step, steps) before each step; False ends the epoch there.
+        before_step: called with the share of the epoch that is done, 0..1, before each step; False ends it there.
         on_step: called now and then with the loss and the pictures seen, for the progress bar.
 
     Returns:
@@ -68,7 +68,7 @@ def train_one_epoch(
     device = mean.device
     loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     for step, places in enumerate(batches):
-        if not set_lr(step, len(batches)):
+        if not before_step(step / len(batches)):
             break
         crops = split.crops(places).to(device, non_blocking=True)
         targets = split.targets[places].to(device, non_blocking=True)
