@@ -2,11 +2,12 @@
 # make test            lint, types and the whole test suite, the real TorchServe included
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
-# make bench           the benchmarks whose figures stand in the README
+# make bench [DATA=…]  the benchmarks whose figures stand in the README
 # make setup           only the environment; TORCH=cpu takes PyTorch's small CPU-only build
 
 PYTHON ?= python3
 RUN    ?= runs/digits
+DATA   ?= cifar10
 UV      = 0.13.9
 BIN     = .venv/bin
 
@@ -28,7 +29,7 @@ serve: .venv/ready
 	$(BIN)/python serve.py $(RUN) $(if $(PORT),--port $(PORT))
 
 bench: .venv/ready
-	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.training --data $(DATA)
 
 setup: .venv/ready
 

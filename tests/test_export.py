@@ -146,7 +146,7 @@ def test_outside_the_tolerance_export_fails_names_the_picture_and_leaves_no_arch
     report = json.loads((copy / "export" / "parity.json").read_text())
     failed = [row for row in report["rows"] if not row["passed"]]
     assert failed
-    assert failed[0]["worst"].endswith(".png")
+    assert ".png" in failed[0]["worst"]  # a picture of the samples, or one at another size
     assert not list(copy.glob(".export-*"))
 
 
