@@ -52,6 +52,7 @@ endif
 # Pins for every Python from 3.10 and every platform, with hashes, without an index's name. torch, torchvision and their
 # CUDA libraries stand in a file of their own, so that another build of them can be chosen.
 lock:
+	cat requirements.lock requirements-torch.lock > requirements.all  # pins are kept unless UPGRADE=--upgrade
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate --no-header \
 		--extra dev $(UPGRADE) pyproject.toml -o requirements.all
 	awk '/^[a-z]/ {torch = /^(torch==|torchvision==|triton==|nvidia-|cuda-)/} \
