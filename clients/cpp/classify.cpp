@@ -1,0 +1,84 @@
+// Classifies picture files with an exported TorchScript file, without Python.
+//
+//     classify MODEL.pt PICTURE [PICTURE ...]
+//
+// Prints a line of JSON for each picture, with the best five labels. Ends with 1 if any could not be classified, with 2
+// if the model cannot be used.
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+#include <torch/script.h>
+
+#include "pictures.hpp"
+#include "reason.hpp"
+
+using Json = nlohmann::ordered_json;  // keeps the best label first
+
+struct Model {
+    torch::jit::Module module;  // forward: uint8 (N, H, W, 3), RGB, to probabilities float32 (N, C)
+    std::vector<std::string> labels;
+};
+
+Model load(const std::string& path) {
+    torch::jit::ExtraFilesMap extra{{"spec.json", ""}};
+    auto module = torch::jit::load(path, torch::kCPU, extra);
+    if (extra["spec.json"].empty()) throw std::invalid_argument("carries no spec.json; export the run again");
+    return {module, Json::parse(extra["spec.json"]).at("labels").get<std::vector<std::string>>()};
+}
+
+Bytes read(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) throw PictureError(std::string("cannot be read (") + std::strerror(errno) + ")");
+    return {std::istreambuf_iterator<char>(file), {}};
+}
+
+// {label: probability}, best first.
+Json classify(Model& model, Picture picture) {
+    const auto images = torch::from_blob(picture.rgb.data(), {1, picture.height, picture.width, 3}, torch::kUInt8);
+    const auto probabilities = model.module.forward({images}).toTensor()[0];
+    const auto count = static_cast<std::int64_t>(model.labels.size());
+    TORCH_CHECK(probabilities.numel() == count, "the spec names ", count, " labels for ", probabilities.numel(),
+                " outputs; export the run again");
+    const auto [values, places] = probabilities.topk(std::min<std::int64_t>(5, count));
+    Json answer = Json::object();
+    for (std::int64_t i = 0; i < values.numel(); i++)
+        answer[model.labels[static_cast<std::size_t>(places[i].item<std::int64_t>())]] = values[i].item<float>();
+    return answer;
+}
+
+int main(int argc, char** argv) {
+    if (argc < 3) {
+        std::cerr << "usage: classify MODEL.pt PICTURE [PICTURE ...]\n";
+        return 2;
+    }
+    const c10::InferenceMode no_gradients;
+    Model model;
+    try {
+        model = load(argv[1]);
+    } catch (const std::exception& error) {
+        std::cerr << "classify: " << argv[1] << ": " << reason(error) << '\n';
+        return 2;
+    }
+    bool all_good = true;
+    for (int i = 2; i < argc; i++) {
+        Json line{{"picture", argv[i]}};
+        try {
+            line["answer"] = classify(model, decode(read(argv[i])));
+        } catch (const std::exception& error) {
+            line["error"] = reason(error);
+            all_good = false;
+        }
+        // A path need not be UTF-8, as JSON must be.
+        std::cout << line.dump(-1, ' ', false, Json::error_handler_t::replace) << std::endl;
+    }
+    return all_good ? 0 : 1;
+}
