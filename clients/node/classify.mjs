@@ -1,0 +1,65 @@
+// Classifies picture files with an exported ONNX file, in Node. The labels come out of the file.
+//
+//     node clients/node/classify.mjs runs/digits/export/digits.pixels.onnx PICTURE [PICTURE …]
+//
+// Prints a line of JSON for each picture. Ends with 1 if any could not be classified, with 2 if none could be tried.
+
+import { readFile } from "node:fs/promises";
+
+import { readSpec } from "../web/metadata.mjs";
+
+process.env.ORT_DISABLE_TELEMETRY = "1"; // ONNX Runtime reads it when it is loaded
+
+const BEST = 5;
+
+async function main([path, ...pictures]) {
+  if (!path || !pictures.length) throw new Error("usage: node classify.mjs MODEL.pixels.onnx PICTURE [PICTURE …]");
+  const classify = await load(path);
+  let failed = 0;
+  for (const picture of pictures) {
+    const name = `"picture": ${JSON.stringify(picture)}`;
+    try {
+      console.log(`{${name}, "answer": ${best(await classify(await readFile(picture)))}}`);
+    } catch (error) {
+      failed += 1;
+      console.log(`{${name}, "error": ${JSON.stringify(firstLine(error))}}`);
+    }
+  }
+  return failed ? 1 : 0;
+}
+
+/** @returns a function from the bytes of a picture file to [label, probability] of each class, best first */
+async function load(path) {
+  const { InferenceSession, Tensor } = await import("onnxruntime-node");
+  const { decode } = await import("./pictures.mjs");
+  const bytes = await readFile(path);
+  const { labels } = readSpec(bytes);
+  const session = await InferenceSession.create(bytes);
+  const [input] = session.inputMetadata;
+  if (input.type !== "uint8" || typeof input.shape[1] === "number")
+    throw new Error(`${path} does not take whole pictures; take NAME.pixels.onnx`);
+  return async (body) => {
+    const { data, height, width } = await decode(body);
+    const images = new Tensor("uint8", data, [1, height, width, 3]);
+    const { probabilities } = await session.run({ images });
+    return labels.map((label, i) => [label, probabilities.data[i]]).sort((a, b) => b[1] - a[1]);
+  };
+}
+
+/** As JSON text: an object would move labels that are numbers, such as the digits', to the front. */
+function best(answer) {
+  const entries = answer.slice(0, BEST).map(([label, probability]) => `${JSON.stringify(label)}: ${probability}`);
+  return `{${entries.join(", ")}}`;
+}
+
+function firstLine(error) {
+  return error.message.split("\n")[0];
+}
+
+try {
+  process.exitCode = await main(process.argv.slice(2));
+} catch (error) {
+  const missing = error.code === "ERR_MODULE_NOT_FOUND";
+  console.error(`classify.mjs: ${missing ? "first run: npm ci --prefix clients/node" : firstLine(error)}`);
+  process.exitCode = 2;
+}

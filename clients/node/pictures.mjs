@@ -1,0 +1,63 @@
+// From a picture file to the pixels that the pixel graph takes, as model/pictures.py makes them with Pillow.
+
+import sharp from "sharp";
+
+// Only what the server reads too, and sharp can: no SVG, PDF or HEIC, whose readers are large.
+sharp.block({ operation: ["VipsForeignLoad"] });
+sharp.unblock({ operation: ["Jpeg", "Png", "Webp", "Nsgif", "Tiff"].map((kind) => `VipsForeignLoad${kind}`) });
+
+const MAX_PIXELS = 50_000_000; // as the server's handler has it; checked in the header, before anything is decoded
+
+/**
+ * The first frame as upright 8-bit RGB: transparency on white, 16-bit grey scaled to 8, CMYK converted.
+ * Colour profiles are ignored, as in training.
+ * @param {Buffer} body a JPEG, PNG, WebP, GIF or TIFF file
+ * @returns {Promise<{data: Uint8Array, height: number, width: number}>} data: (height, width, 3)
+ * @throws {Error} it is none of these, is damaged, or has too many pixels
+ */
+export async function decode(body) {
+  if (!body.length) throw new Error("the file is empty");
+  const picture = sharp(body, { autoOrient: true, ignoreIcc: true, failOn: "error", limitInputPixels: false });
+  const { space, depth, width, height } = await picture.metadata();
+  if (width * height > MAX_PIXELS)
+    throw new Error(`${width}×${height} px is too large: at most ${MAX_PIXELS / 1e6} megapixels are accepted`);
+  if (depth !== "uchar" && depth !== "ushort") throw new Error(`pixels of the type ${depth} have no agreed white`);
+  const [colours, toRgb] = { cmyk: ["cmyk", fromCmyk], grey16: ["grey16", fromGrey16] }[space] ?? ["srgb", fromSrgb];
+  const { data, info } = await picture
+    .pipelineColourspace(colours)
+    .toColourspace(colours)
+    .raw({ depth: colours === "grey16" ? "ushort" : "uchar" })
+    .toBuffer({ resolveWithObject: true });
+  return { data: toRgb(data, info.channels, info.width * info.height), height: info.height, width: info.width };
+}
+
+function fromSrgb(data, channels, pixels) {
+  if (channels === 3) return data;
+  return fill(pixels, (i, c) => onWhite(data[4 * i + c], data[4 * i + 3], 255));
+}
+
+/** Pillow's rule, without profiles: the colour's complement times black's. */
+function fromCmyk(data, channels, pixels) {
+  return fill(pixels, (i, c) => {
+    const white = 255 - data[channels * i + 3];
+    return white - Math.round((white * data[channels * i + c]) / 255);
+  });
+}
+
+function fromGrey16(data, channels, pixels) {
+  const values = new Uint16Array(data.buffer, data.byteOffset, channels * pixels);
+  return fill(pixels, (i) => {
+    const grey = values[channels * i];
+    return Math.round((channels === 2 ? onWhite(grey, values[2 * i + 1], 65535) : grey) / 257);
+  });
+}
+
+function onWhite(value, alpha, white) {
+  return Math.round((value * alpha + white * (white - alpha)) / white);
+}
+
+function fill(pixels, level) {
+  const rgb = new Uint8Array(3 * pixels);
+  for (let i = 0; i < pixels; i++) for (let c = 0; c < 3; c++) rgb[3 * i + c] = level(i, c);
+  return rgb;
+}

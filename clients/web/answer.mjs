@@ -1,0 +1,61 @@
+// How answers and the model's card are shown. All text goes in as text: labels come from a file that anybody may send.
+
+const BEST = 5;
+
+/** @param {[string, number][]} answer labels and probabilities, best first */
+export function showAnswer(place, who, answer, time) {
+  const [[label, probability]] = answer;
+  fill(place, `${who}: ${label}, ${percent(probability)}`, answer.slice(0, BEST).map(bar), time);
+}
+
+export function showError(place, who, message) {
+  fill(place, `${who}: ${message}`, [], "");
+  place.classList.add("error");
+}
+
+export function showWaiting(place, message) {
+  fill(place, message, [], "");
+}
+
+/** @returns the entries of a definition list: what the spec says of its model */
+export function card(spec) {
+  const { metrics = {} } = spec;
+  const tested = metrics.pictures ? ` of ${metrics.pictures.toLocaleString("en")} test pictures` : "";
+  return Object.entries({
+    Labels: `${spec.labels.length}: ${spec.labels.join(", ")}`,
+    "Trained on": spec.trained_on || "not said",
+    Accuracy: "accuracy" in metrics ? percent(metrics.accuracy) + tested : "not measured",
+    "Calibration error": "ece" in metrics ? percent(metrics.ece) : "not measured",
+    Temperature: spec.temperature,
+    Network: `${spec.arch}, ${spec.size}×${spec.size} px`,
+    "Weights (SHA-256)": spec.weights_sha256 || "not said",
+  }).flatMap(([name, value]) => [element("dt", name), element("dd", value)]);
+}
+
+function bar([label, probability]) {
+  const item = element("li");
+  const track = element("span", "", "track");
+  const share = element("span", "", "share");
+  share.style.setProperty("--share", probability);
+  track.append(share);
+  item.append(element("span", label, "label"), track, element("span", percent(probability), "percent"));
+  return item;
+}
+
+function fill(place, headline, bars, note) {
+  place.classList.remove("error");
+  place.querySelector(".headline").textContent = headline;
+  place.querySelector(".bars").replaceChildren(...bars);
+  place.querySelector(".quiet").textContent = note;
+}
+
+function percent(share) {
+  return `${(100 * share).toFixed(1)}%`;
+}
+
+function element(name, text = "", className = "") {
+  const made = document.createElement(name);
+  made.textContent = text;
+  made.className = className;
+  return made;
+}

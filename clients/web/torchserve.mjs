@@ -1,0 +1,33 @@
+// Asks TorchServe through this page's own origin, where clients/web/serve.py forwards to it.
+//
+// Not directly: TorchServe demands its key of a browser's preflight request too, which by the standard carries none,
+// and so refuses every call from another origin, whatever its cors_… settings say.
+
+const MILLISECONDS = 30_000;
+
+export function predictionUrl(model) {
+  return new URL(`/predictions/${encodeURIComponent(model)}`, location.href);
+}
+
+/**
+ * @param {Blob} picture a picture file
+ * @returns {Promise<{answer: [string, number][], milliseconds: number}>} labels and probabilities, best first
+ * @throws {Error} it refused, or is not there
+ */
+export async function askTorchServe(picture, model, key) {
+  if (!model || !key) throw new Error("type the model's name and the inference key (from key_file.json)");
+  const started = performance.now();
+  const reply = await fetch(predictionUrl(model), {
+    method: "POST",
+    headers: { Authorization: `Bearer ${key}`, "Content-Type": "application/octet-stream" },
+    body: picture,
+    credentials: "omit",
+    redirect: "error",
+    signal: AbortSignal.timeout(MILLISECONDS),
+  });
+  const body = await reply.json().catch(() => undefined);
+  const milliseconds = performance.now() - started;
+  if (!body) throw new Error("this page's server does not forward to TorchServe; use clients/web/serve.py");
+  if (!reply.ok) throw new Error(`${reply.status} ${body.type}: ${body.message}`);
+  return { answer: Object.entries(body).sort((a, b) => b[1] - a[1]), milliseconds };
+}
