@@ -30,6 +30,7 @@ serve: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.training --data $(DATA)
+	$(BIN)/python -m benchmarks.reduced
 
 setup: .venv/ready
 

@@ -5,36 +5,27 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, nn
-from torch.export import Dim
 
-from model.classifier import Classifier, CropGraph
+from export.programs import GRAPHS, Program
 from model.files import atomic_write
 from model.spec import ModelSpec
 
 OPSET = 18  # the lowest that torch's exporter writes, so the widest to load
 
 
-def save(classifier: Classifier, spec: ModelSpec, folder: Path, name: str) -> None:
+def save(programs: Mapping[str, Program], spec: ModelSpec, folder: Path, name: str) -> None:
     """Writes NAME.onnx, NAME.crops.onnx and NAME.pixels.onnx.
 
     Raises:
         RuntimeError: the exporter cannot express the network, or gave another opset.
     """
-    batch, height, width = Dim("batch"), Dim("height"), Dim("width")
-    size = spec.size
-    pixels = torch.randint(0, 256, (2, size + 9, size + 14, 3), dtype=torch.uint8)
-    crops = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
-    planes = torch.randn(2, 3, size, size)
-    _export(classifier.network, planes, {0: batch}, "input", "logits", spec, folder / f"{name}.onnx")
-    _export(CropGraph(classifier), crops, {0: batch}, "images", "probabilities", spec, folder / f"{name}.crops.onnx")
-    shapes = {0: batch, 1: height, 2: width}
-    _export(classifier, pixels, shapes, "images", "probabilities", spec, folder / f"{name}.pixels.onnx")
+    for graph, middle in GRAPHS.items():
+        export_graph(programs[graph], spec, folder / f"{name}{middle}.onnx")
 
 
 def read_spec(path: Path) -> ModelSpec:
@@ -44,18 +35,21 @@ def read_spec(path: Path) -> ModelSpec:
     return ModelSpec.from_json(properties.get("spec", ""), source=str(path))
 
 
-def _export(
-    module: nn.Module, example: Tensor, shapes: dict[int, Any], input: str, output: str, spec: ModelSpec, path: Path
-) -> None:
+def export_graph(traced: Program, spec: ModelSpec, path: Path) -> None:
+    """Writes one graph, without what names this machine, and checked by ONNX's own checker.
+
+    Raises:
+        RuntimeError: as `save`.
+    """
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it narrates its steps
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module.eval(),
-            (example,),
+            traced.program,
+            (traced.example,),
             dynamo=True,
-            dynamic_shapes=(shapes,),
-            input_names=[input],
-            output_names=[output],
+            dynamic_shapes=(dict(traced.open_dimensions),),
+            input_names=[traced.input],
+            output_names=[traced.output],
             opset_version=OPSET,
             external_data=False,
             verbose=False,

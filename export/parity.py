@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
-
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it reports to its maker by default since 1.29: read at import
+from typing import Any
 
 import numpy as np
-import onnxruntime
+import PIL
 import torch
 from torch import Tensor
 
-from export import onnx as onnx_files
-from export import torchscript
+from export import onnx, programs, torchscript
+from export.pictures import Named
+from export.programs import GRAPHS
+from export.runtimes import INSTALLED, RUNTIMES, Batch, Crashed, Missing
 from model.classifier import Classifier
 from model.files import write_text
-from model.pictures import crop, decode
+from model.pictures import crop
 from model.preprocessing import normalise, resize_crop
 from model.spec import ModelSpec
 
@@ -29,7 +30,6 @@ PIXEL_TOLERANCE = 5e-3  # probability, from the whole picture
 LEVEL_TOLERANCE = 0  # grey levels between the resize in the graph and Pillow's
 
 BATCHES = (1, 3, 8, 5)  # none is the batch of 2 that the export used
-ODD_SIZES = ((9, 9), (33, 65), (120, 47), (201, 199), (341, 256))  # px, width × height: not those of the samples
 
 
 class ParityError(RuntimeError):
@@ -42,81 +42,80 @@ class Row:
 
     graph: str  # network, crops, pixels, or resize
     runtime: str
-    version: str
-    pictures: int
-    max_difference: float
-    mean_difference: float
-    top1_agreement: float  # share of the pictures that are not ties
-    ties: int  # pictures whose two best lie closer than twice the tolerance
-    tolerance: float
-    worst: str  # the picture with the largest difference
-    passed: bool
+    version: str = ""
+    pictures: int = 0
+    max_difference: float = 0.0
+    mean_difference: float = 0.0
+    top1_agreement: float = 0.0  # share of the pictures that are not ties
+    ties: tuple[str, ...] = ()  # pictures whose two best lie closer than twice the tolerance
+    tolerance: float = 0.0
+    milliseconds: float | None = None  # for each picture, in the runtime's own call
+    worst: str = ""  # the picture with the largest difference
+    passed: bool = False
+    skipped: str = ""  # why it was not compared: never counted as passed
+
+    @property
+    def failed(self) -> bool:
+        return not self.passed and not self.skipped
 
 
-def verify(classifier: Classifier, spec: ModelSpec, samples: Path, folder: Path, name: str) -> list[Row]:
-    """Compares all artifacts in `folder` with `classifier`, on the pictures in `samples`.
+def verify(
+    classifier: Classifier,
+    spec: ModelSpec,
+    pictures: Sequence[Named],
+    folder: Path,
+    name: str,
+    runtimes: Iterable[str] = INSTALLED,
+) -> list[Row]:
+    """Compares all artifacts in `folder` with `classifier` on `pictures`, in each of `runtimes`.
 
     Raises:
-        ParityError: an artifact carries another spec, or there are no pictures to compare on.
+        ParityError: an artifact carries another spec, or one of `INSTALLED` cannot run its graph.
     """
-    names, pictures = load_pictures(samples)
-    script, script_spec = torchscript.load(folder / f"{name}.pt")
-    files = {graph: folder / f"{name}{middle}.onnx" for graph, middle in _MIDDLES.items()}
-    for path, found in [(folder / f"{name}.pt", script_spec), *((p, onnx_files.read_spec(p)) for p in files.values())]:
-        if found != spec:
-            raise ParityError(f"{path}: carries another spec than the run; export again")
-    sessions = {graph: _session(path) for graph, path in files.items()}
-    versions = {"TorchScript": torch.__version__, "ONNX Runtime": onnxruntime.__version__}
-
-    crops = torch.from_numpy(np.stack([crop(picture, spec.size, spec.resize) for picture in pictures]))
+    _check_specs(folder, name, spec)
+    names = [name for name, _ in pictures]
+    crops = torch.from_numpy(np.stack([crop(picture, spec.size, spec.resize) for _, picture in pictures]))
     planes = normalise(crops, classifier.mean, classifier.std)
-    pixels = [torch.from_numpy(np.asarray(picture).copy()) for picture in pictures]
-
-    rows = []
+    pixels = [np.asarray(picture) for _, picture in pictures]
+    batches = {
+        "network": list(_uneven(planes.numpy())),
+        "crops": list(_uneven(crops.numpy())),
+        "pixels": [part for same in _runs_of_equal_size(pixels) for part in _uneven(np.stack(same))],
+    }
     with torch.inference_mode():
-        logits = classifier.network(planes)
-        reference = {"network": logits, "crops": classifier.classify_crops(crops)}
-        runs: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
-            "network": {"TorchScript": script.network, "ONNX Runtime": sessions["network"]},
-            "crops": {"TorchScript": script.classify_crops, "ONNX Runtime": sessions["crops"]},
+        logits = torch.cat([classifier.network(part) for part in planes.split(64)])
+        reference = {
+            "network": logits,
+            "crops": torch.cat([classifier.classify_crops(part) for part in crops.split(64)]),
+            "pixels": torch.cat([classifier(torch.from_numpy(part)) for part in batches["pixels"]]),
         }
-        tolerances = {"network": LOGIT_TOLERANCE * float(logits.abs().max()), "crops": CROP_TOLERANCE}
-        for graph, runtimes in runs.items():
-            inputs = planes if graph == "network" else crops
-            for runtime, run in runtimes.items():
-                got = torch.cat([run(part) for part in _uneven(inputs)])
-                rows.append(compare(graph, runtime, versions[runtime], reference[graph], got, tolerances[graph], names))
-        whole = torch.cat([classifier(picture[None]) for picture in pixels])
-        pixel_runs: dict[str, Callable[[Tensor], Tensor]] = {"TorchScript": script, "ONNX Runtime": sessions["pixels"]}
-        for runtime, run in pixel_runs.items():
-            got = torch.cat([run(picture[None].repeat(2, 1, 1, 1))[1:] for picture in pixels])
-            rows.append(compare("pixels", runtime, versions[runtime], whole, got, PIXEL_TOLERANCE, names))
-        got = torch.cat([script.classify_crops(part) for part in _uneven(crops)])  # what the handler does
-        rows.append(compare("pixels", "Pillow + crops", versions["TorchScript"], whole, got, PIXEL_TOLERANCE, names))
-        resized = torch.cat([resize_crop(picture[None], spec.size, spec.resize) for picture in pixels])
-    rows.append(_compare_levels(crops, resized, names))
+        resized = [resize_crop(torch.from_numpy(part), spec.size, spec.resize) for part in batches["pixels"]]
+    tolerances = {
+        "network": LOGIT_TOLERANCE * float(logits.abs().max()),
+        "crops": CROP_TOLERANCE,
+        "pixels": PIXEL_TOLERANCE,
+    }
+    rows = [
+        _row(graph, runtime, folder, name, batches[graph], reference[graph], tolerances[graph], names)
+        for graph in GRAPHS
+        for runtime in runtimes
+    ]
+    served = RUNTIMES["TorchScript"](folder, name, "crops", batches["crops"])  # what the handler does
+    got = torch.from_numpy(np.concatenate(served.outputs))
+    rows.append(compare("pixels", "Pillow + crops", served.version, reference["pixels"], got, PIXEL_TOLERANCE, names))
+    rows.append(_compare_levels(crops, torch.cat(resized), names))
     return rows
 
 
-def load_pictures(samples: Path) -> tuple[list[str], list]:  # type: ignore[type-arg]
-    """The pictures of a run's `samples` folder, and stretched copies in sizes that none of them has.
-
-    Raises:
-        ParityError: the folder is missing or empty.
-    """
-    files = sorted(path for path in samples.glob("*") if path.is_file())
-    if not files:
-        raise ParityError(f"{samples}: no pictures to prove parity on; re-run train.py, or put some there")
-    names, pictures = [path.name for path in files], [decode(path.read_bytes()) for path in files]
-    for i, size in enumerate(ODD_SIZES):
-        place = i * len(files) // len(ODD_SIZES)
-        names.append(f"{files[place].name} at {size[0]}×{size[1]}")
-        pictures.append(pictures[place].resize(size))
-    return names, pictures
-
-
 def compare(
-    graph: str, runtime: str, version: str, reference: Tensor, got: Tensor, tolerance: float, names: list[str]
+    graph: str,
+    runtime: str,
+    version: str,
+    reference: Tensor,
+    got: Tensor,
+    tolerance: float,
+    names: Sequence[str],
+    milliseconds: float | None = None,
 ) -> Row:
     """Differences of two (N, C) tensors, and whether they lie within the tolerance with equal top-1."""
     difference = (reference.double() - got.double()).abs().nan_to_num(nan=float("inf"))
@@ -132,58 +131,112 @@ def compare(
         max_difference=float(difference.max()),
         mean_difference=float(difference.mean()),
         top1_agreement=float(agrees.double().mean()) if len(agrees) else 1.0,
-        ties=int(ties.sum()),
+        ties=tuple(names[i] for i in ties.nonzero().flatten().tolist()),
         tolerance=tolerance,
+        milliseconds=milliseconds,
         worst=names[worst],
         passed=bool(difference.max() <= tolerance and agrees.all()),
     )
 
 
-def write_json(rows: list[Row], path: Path) -> None:
-    report = {"reference": f"eager PyTorch {torch.__version__}", "rows": [asdict(row) for row in rows]}
+def write_json(rows: list[Row], spec: ModelSpec, path: Path, smaller: Sequence[Any] = ()) -> None:
+    """Writes the rows, those of int8 and fp16 files, and whose weights they are about."""
+    report = {
+        "weights_sha256": spec.weights_sha256,
+        "reference": f"eager PyTorch {torch.__version__}",
+        "rows": [asdict(row) for row in rows],
+        "reduced": [asdict(row) for row in smaller],
+    }
     write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def table(rows: list[Row]) -> str:
     """The rows as text, for the terminal."""
-    head = ("graph", "runtime", "version", "pictures", "max |Δ|", "mean |Δ|", "tolerance", "top-1", "verdict")
-    lines = [head]
-    for row in rows:
-        top1 = "" if row.graph == "resize" else f"{row.top1_agreement:.1%}" + (f" ({row.ties} ties)" * bool(row.ties))
-        verdict = "ok" if row.passed else f"FAILED on {row.worst}"
-        numbers = (f"{row.max_difference:.1e}", f"{row.mean_difference:.1e}", f"{row.tolerance:.1e}")
-        lines.append((row.graph, row.runtime, row.version, str(row.pictures), *numbers, top1, verdict))
+    head = ("graph", "runtime", "version", "pictures", "max |Δ|", "mean |Δ|", "tolerance", "top-1", "ms", "verdict")
+    lines = [head, *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-_MIDDLES = {"network": "", "crops": ".crops", "pixels": ".pixels"}
-
-
-def _compare_levels(expected: Tensor, resized: Tensor, names: list[str]) -> Row:
-    levels = (expected.int() - resized.int()).abs().flatten(1).double()  # (N, S * S * 3)
-    worst = names[int(levels.max(dim=1).values.argmax())]
-    largest = float(levels.max())
-    from PIL import __version__ as version
-
-    passed = largest <= LEVEL_TOLERANCE
-    return Row(
-        "resize", "Pillow", version, len(levels), largest, float(levels.mean()), 1.0, 0, LEVEL_TOLERANCE, worst, passed
+def _cells(row: Row) -> tuple[str, ...]:
+    if row.skipped:
+        return (row.graph, row.runtime, *[""] * 7, f"skipped: {row.skipped}")
+    top1 = "" if row.graph == "resize" else f"{row.top1_agreement:.1%}"
+    if row.ties:
+        top1 += f" ({len(row.ties)} tie{'s' * (len(row.ties) > 1)})"
+    return (
+        row.graph,
+        row.runtime,
+        row.version,
+        f"{row.pictures:,}",
+        f"{row.max_difference:.1e}",
+        f"{row.mean_difference:.1e}",
+        f"{row.tolerance:.1e}",
+        top1,
+        "" if row.milliseconds is None else f"{row.milliseconds:.3f}",
+        "ok" if row.passed else f"FAILED on {row.worst}",
     )
 
 
-def _session(path: Path) -> Callable[[Tensor], Tensor]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (input,) = session.get_inputs()
+def _check_specs(folder: Path, name: str, spec: ModelSpec) -> None:
+    found = {f"{name}.pt": torchscript.load(folder / f"{name}.pt")[1]}
+    for middle in GRAPHS.values():
+        found[f"{name}{middle}.pt2"] = programs.load(folder / f"{name}{middle}.pt2")[1]
+        found[f"{name}{middle}.onnx"] = onnx.read_spec(folder / f"{name}{middle}.onnx")
+    for file, own in found.items():
+        if own != spec:
+            raise ParityError(f"{folder / file}: carries another spec than the run; export again")
 
-    def run(batch: Tensor) -> Tensor:
-        (output,) = session.run(None, {input.name: batch.contiguous().numpy()})
-        return torch.from_numpy(output)
 
-    return run
+def _row(
+    graph: str,
+    runtime: str,
+    folder: Path,
+    name: str,
+    batches: list[Batch],
+    reference: Tensor,
+    tolerance: float,
+    names: Sequence[str],
+) -> Row:
+    try:
+        answers = RUNTIMES[runtime](folder, name, graph, batches)
+    except Missing as error:
+        return Row(graph, runtime, skipped=str(error))
+    except Crashed as error:
+        return Row(graph, runtime, worst=f"all pictures: {error}")
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if runtime in INSTALLED:
+            raise ParityError(f"{runtime} cannot run the {graph} graph: {reason}") from error
+        return Row(graph, runtime, skipped=f"it cannot run this graph ({reason})")
+    got = torch.from_numpy(np.concatenate(answers.outputs))
+    milliseconds = 1000 * answers.seconds / len(names)
+    return compare(graph, runtime, answers.version, reference, got, tolerance, names, milliseconds)
 
 
-def _uneven(batch: Tensor) -> Iterator[Tensor]:
+def _compare_levels(expected: Tensor, resized: Tensor, names: Sequence[str]) -> Row:
+    levels = (expected.int() - resized.int()).abs().flatten(1).double()  # (N, S * S * 3)
+    largest = float(levels.max())
+    return Row(
+        "resize",
+        "Pillow",
+        PIL.__version__,
+        pictures=len(levels),
+        max_difference=largest,
+        mean_difference=float(levels.mean()),
+        top1_agreement=1.0,
+        tolerance=LEVEL_TOLERANCE,
+        worst=names[int(levels.max(dim=1).values.argmax())],
+        passed=largest <= LEVEL_TOLERANCE,
+    )
+
+
+def _runs_of_equal_size(pictures: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    for _, same in groupby(pictures, key=lambda picture: picture.shape):
+        yield list(same)
+
+
+def _uneven(batch: np.ndarray) -> Iterator[np.ndarray]:
     """Slices of changing length, so that a batch size baked into a graph is found."""
     start, turn = 0, 0
     while start < len(batch):

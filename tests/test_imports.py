@@ -12,7 +12,7 @@ OURS = {"model", "training", "export", "handler", "clients", "benchmarks", "trai
 ALLOWED = {
     "model": {"model"},
     "training": {"training", "model"},
-    "export": {"export", "model"},
+    "export": {"export", "model", "training"},  # of training only its data: see below
     "handler": set(),
     "clients": set(),
     "train.py": {"training", "model"},
@@ -43,3 +43,11 @@ def test_the_arrows_go_one_way(place):
 def test_what_travels_in_the_archive_needs_installed_packages_only():
     assert imported(PROJECT / "model" / "pictures.py") & OURS == set()
     assert "torch" not in imported(PROJECT / "model" / "pictures.py")
+
+
+def test_export_asks_training_for_its_data_and_nothing_else():
+    for path in (PROJECT / "export").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("training"):
+                assert node.module == "training.data", path
+            assert not (isinstance(node, ast.Import) and node.names[0].name.startswith("training")), path

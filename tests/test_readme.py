@@ -29,7 +29,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of this project, without what is made in it, and with its environment."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("model", "training", "export", "handler", "clients"):
-        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        made = shutil.ignore_patterns("__pycache__", "build", "node_modules")
+        shutil.copytree(PROJECT / name, folder / name, ignore=made)
     for name in ("train.py", "serve.py", "demo.py", "config.properties"):
         shutil.copy(PROJECT / name, folder / name)
     (folder / ".venv" / "bin").mkdir(parents=True)

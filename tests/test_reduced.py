@@ -1,0 +1,311 @@
+"""int8 and fp16 files: what they hold, and that they are kept only where they earn it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from dataclasses import asdict, replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from export import onnx as onnx_files
+from export import reduced
+from model import Classifier, load_run
+from model.preprocessing import normalise
+
+SMALLER = ("digits.int8.onnx", "digits.crops.int8.onnx", "digits.fp16.onnx", "digits.crops.fp16.onnx")
+ANY_SPEED = {"int8": 0.0, "fp16": 0.0}  # a network as small as this one is not made faster
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    spec, network = load_run(run)
+    return spec, Classifier(network, spec).eval()
+
+
+@pytest.fixture(scope="module")
+def calibration(run, loaded):
+    return reduced.calibration_crops(run, loaded[0], count=128)
+
+
+@pytest.fixture(scope="module")
+def made(exported, loaded, calibration, tmp_path_factory):
+    """A folder with the four files, not judged."""
+    folder = tmp_path_factory.mktemp("made")
+    spec, classifier = loaded
+    reduced.make_int8(spec, exported / "digits.onnx", calibration, folder, "digits")
+    reduced.make_fp16(classifier, spec, folder, "digits")
+    return folder
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    """A copy of the export's ONNX files, with smaller files of an earlier export."""
+    for path in exported.glob("*.onnx"):
+        shutil.copy(path, tmp_path)
+    for file in SMALLER:
+        (tmp_path / file).write_bytes(b"of an earlier export")
+    return tmp_path
+
+
+@pytest.fixture
+def use_made(made, monkeypatch):
+    """`reduce_run` takes copies of the files that are made already: exporting takes seconds."""
+
+    def copy(file):
+        return lambda *arguments: [shutil.copy(made / f, arguments[-2] / f) for f in SMALLER if file in f]
+
+    monkeypatch.setattr(reduced, "make_int8", copy("int8"))
+    monkeypatch.setattr(reduced, "make_fp16", copy("fp16"))
+
+
+def ask(path, batch):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: batch})[0]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+@pytest.mark.parametrize(
+    ("middle", "input", "output"),
+    [
+        ("", ("input", onnx.TensorProto.FLOAT, ["batch", 3, 32, 32]), ("logits", ["batch", 10])),
+        (".crops", ("images", onnx.TensorProto.UINT8, ["batch", 32, 32, 3]), ("probabilities", ["batch", 10])),
+    ],
+)
+def test_the_files_keep_the_contract_of_the_fp32_ones(made, loaded, precision, middle, input, output):
+    path = made / f"digits{middle}.{precision}.onnx"
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    (entry,), (result,) = model.graph.input, model.graph.output
+    shape = [d.dim_param or d.dim_value for d in entry.type.tensor_type.shape.dim]
+    assert (entry.name, entry.type.tensor_type.elem_type, shape) == input
+    assert (result.name, [d.dim_param or d.dim_value for d in result.type.tensor_type.shape.dim]) == output
+    assert result.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    assert onnx_files.read_spec(path) == loaded[0]
+
+
+def test_int8_rounds_activations_to_uint8_and_weights_to_int8_for_each_channel(made):
+    graph = onnx.load(made / "digits.crops.int8.onnx").graph
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+    rounded = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert {values[node.input[2]].data_type for node in rounded} == {onnx.TensorProto.UINT8}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len(layers) == 5
+    for layer in layers:
+        activation, weight = makers[layer.input[0]], makers[layer.input[1]]
+        assert activation.op_type == weight.op_type == "DequantizeLinear"
+        assert makers[activation.input[0]].op_type in ("QuantizeLinear", "MaxPool", "Reshape")
+        assert values[weight.input[0]].data_type == onnx.TensorProto.INT8
+        assert list(values[weight.input[1]].dims) == list(values[weight.input[0]].dims)[:1]  # a scale for each output
+
+
+def test_int8_leaves_the_logits_the_normalisation_and_the_softmax_in_float(made):
+    graph = onnx.load(made / "digits.crops.int8.onnx").graph
+    makers = {output: node for node in graph.node for output in node.output}
+    assert makers["logits"].op_type == "Gemm"
+    softmax = makers["probabilities"]
+    assert (softmax.op_type, makers[softmax.input[0]].op_type) == ("Softmax", "Div")
+    assert {node.op_type for node in graph.node if node.name.startswith("crops.")} == {
+        "Cast", "Mul", "Sub", "Transpose", "Div", "Softmax",
+    }  # fmt: skip
+    assert len(set(ask(made / "digits.int8.onnx", torch.randn(40, 3, 32, 32).numpy())[:, 0])) == 40
+
+
+def test_int8_says_how_it_was_calibrated(made, calibration):
+    for file in ("digits.int8.onnx", "digits.crops.int8.onnx"):
+        properties = {entry.key: entry.value for entry in onnx.load(made / file).metadata_props}
+        note = json.loads(properties["quantisation"])
+        assert note.pop("versions")["onnxruntime"] == onnxruntime.__version__
+        assert note == {
+            "format": "QDQ", "activations": "uint8", "weights": "int8, per channel", "calibration": "MinMax",
+            "pictures": len(calibration), "seed": reduced.SEED,
+        }  # fmt: skip
+
+
+def test_fp16_holds_its_weights_in_half_precision(made):
+    for file in ("digits.fp16.onnx", "digits.crops.fp16.onnx"):
+        weights = [t for t in onnx.load(made / file).graph.initializer if len(t.dims) in (2, 4)]
+        assert len(weights) == 5
+        assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.FLOAT16}
+    assert (made / "digits.fp16.onnx").stat().st_size < 200_000  # 62,006 weights of 2 bytes, and the spec
+
+
+@pytest.mark.parametrize(("precision", "temperature"), [("int8", 1.0), ("int8", 1.7), ("fp16", 1.0)])
+def test_the_crop_graph_is_the_network_with_its_preprocessing_and_softmax_around_it(
+    made, loaded, calibration, precision, temperature, tmp_path
+):
+    spec, classifier = loaded
+    path = made / f"digits.crops.{precision}.onnx"
+    if temperature != 1:
+        network = onnx.load(made / "digits.int8.onnx")
+        path = tmp_path / "warm.onnx"
+        onnx.save(reduced._crop_graph(network, replace(spec, temperature=temperature)), path)
+    crops = torch.from_numpy(calibration[:9])
+    logits = ask(made / f"digits.{precision}.onnx", normalise(crops, classifier.mean, classifier.std).numpy())
+    expected = (torch.from_numpy(logits) / temperature).softmax(dim=1)
+    torch.testing.assert_close(torch.from_numpy(ask(path, crops.numpy())), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("file", ["digits.crops.int8.onnx", "digits.crops.fp16.onnx"])
+def test_a_picture_gets_the_same_answer_in_any_batch(made, calibration, file):
+    together = ask(made / file, calibration[:7])
+    one_by_one = np.concatenate([ask(made / file, calibration[i : i + 1]) for i in range(7)])
+    np.testing.assert_allclose(together, one_by_one, atol=2e-3 if "fp16" in file else 1e-6)
+
+
+def test_the_answers_stay_close_to_fp32(made, exported, calibration):
+    expected = ask(exported / "digits.crops.onnx", calibration)
+    for file, tolerance in (("digits.crops.int8.onnx", 0.2), ("digits.crops.fp16.onnx", 0.01)):
+        got = ask(made / file, calibration)
+        assert np.abs(got - expected).max() < tolerance
+        assert (got.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.98
+
+
+def test_the_same_seed_chooses_the_same_pictures_and_makes_the_same_file(made, run, loaded, exported, tmp_path):
+    spec, _ = loaded
+    again = reduced.calibration_crops(run, spec, count=128)
+    other = reduced.calibration_crops(run, spec, count=128, seed=1)
+    assert again.shape == other.shape == (128, 32, 32, 3)
+    assert not np.array_equal(again, other)
+    reduced.make_int8(spec, exported / "digits.onnx", again, tmp_path, "digits")
+    for file in ("digits.int8.onnx", "digits.crops.int8.onnx"):
+        assert (tmp_path / file).read_bytes() == (made / file).read_bytes()
+
+
+def test_what_earns_it_is_kept_and_reported(run, folder, loaded, made, use_made):
+    spec, classifier = loaded
+    rows = reduced.reduce_run(run, folder, "digits", spec, classifier, int8=True, fp16=True, min_speedup=ANY_SPEED)
+    assert [(row.precision, row.kept, row.pictures) for row in rows] == [("int8", True, 360), ("fp16", True, 360)]
+    assert rows[0].accuracy_fp32 == pytest.approx(spec.metrics["accuracy"], abs=1e-3)  # as train.py measured it
+    assert (rows[0].calibration_pictures, rows[0].seed) == (128, reduced.SEED)
+    assert rows[0].speedup > 0
+    for file in SMALLER:
+        assert (folder / file).read_bytes() == (made / file).read_bytes()
+    assert not list(folder.glob(".reduced-*"))
+    assert json.loads(json.dumps([asdict(row) for row in rows]))[0]["threads"] == 1
+    assert all(word in reduced.table(rows) for word in ("digits.crops.int8.onnx", "97.", "kept"))
+
+
+def test_what_is_not_faster_is_not_written_and_an_older_file_goes(run, folder, loaded, use_made, monkeypatch):
+    monkeypatch.setattr(reduced, "has_vnni", lambda: True)
+    monkeypatch.setattr(reduced, "milliseconds", lambda files, *_: {"fp32": 24.0, "int8": 10.0})
+    spec, classifier = loaded
+    (row,) = reduced.reduce_run(run, folder, "digits", spec, classifier, int8=True, fp16=False)
+    assert (row.kept, row.reason, row.speedup) == (False, "×2.40 as fast as fp32, less than ×2.5", 2.4)
+    assert not (folder / "digits.int8.onnx").exists()
+    assert not (folder / "digits.crops.int8.onnx").exists()
+    assert (folder / "digits.crops.onnx").exists()
+    assert "NOT kept: ×2.40" in reduced.table([row])
+
+
+def test_what_loses_too_much_accuracy_is_not_written(run, folder, loaded, monkeypatch):
+    """Calibrated on black pictures alone, every activation of a real one is cut off."""
+    black = np.zeros((16, 32, 32, 3), np.uint8)
+    monkeypatch.setattr(reduced, "calibration_crops", lambda *_: black)
+    spec, classifier = loaded
+    (row,) = reduced.reduce_run(run, folder, "digits", spec, classifier, int8=True, fp16=False, min_speedup=ANY_SPEED)
+    assert not row.kept
+    assert row.loss_points > 0.5
+    assert row.reason == f"loses {row.loss_points:.2f} points of accuracy, more than 0.5"
+    assert not (folder / "digits.int8.onnx").exists()
+    assert not (folder / "digits.crops.int8.onnx").exists()
+
+
+def test_a_loss_of_exactly_half_a_point_is_kept_and_one_picture_more_is_not(exported, tmp_path, loaded):
+    """The targets make fp32 right on all of 200 pictures, and the other file on 199 or 198."""
+    crops = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), np.uint8)
+    best = ask(exported / "digits.crops.onnx", crops).argmax(axis=1)
+    for lost, kept in ((1, True), (2, False)):
+        path = lose(exported / "digits.crops.onnx", crops[:lost], tmp_path / f"{lost}.onnx")
+        (row,) = reduced.judge(
+            exported / "digits.crops.onnx", {"fp16": path}, [(crops[:90], best[:90]), (crops[90:], best[90:])]
+        )
+        assert (row.pictures, row.loss_points, row.kept) == (200, 0.5 * lost, kept)
+
+
+def lose(source, pictures, path):
+    """A crop graph that answers the class of least probability for `pictures` and is right on all others."""
+    model = onnx.load(source)
+    graph, make = model.graph, onnx.helper.make_node
+    sums = pictures.astype(np.int64).reshape(len(pictures), -1).sum(axis=1)
+    assert len(set(sums)) == len(pictures)
+    constants = {"sums": sums, "axes": [1, 2, 3], "last": [1], "two": np.float32(2), "one": np.float32(1)}
+    graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), f"test.{k}") for k, v in constants.items())
+    softmax = next(node for node in graph.node if "probabilities" in node.output)
+    softmax.output[0] = "test.right"
+    graph.node.extend(
+        [
+            make("Cast", ["images"], ["test.int"], to=onnx.TensorProto.INT64),
+            make("ReduceSum", ["test.int", "test.axes"], ["test.sum"], keepdims=0),
+            make("Unsqueeze", ["test.sum", "test.last"], ["test.column"]),
+            make("Equal", ["test.column", "test.sums"], ["test.hits"]),
+            make("Cast", ["test.hits"], ["test.floats"], to=onnx.TensorProto.FLOAT),
+            make("ReduceMax", ["test.floats", "test.last"], ["test.hit"]),
+            make("Mul", ["test.hit", "test.two"], ["test.twice"]),
+            make("Sub", ["test.one", "test.twice"], ["test.sign"]),
+            make("Mul", ["test.right", "test.sign"], ["probabilities"]),
+        ]
+    )
+    onnx.save(model, path)
+    return path
+
+
+def test_speed_is_told_and_not_judged_without_vnni(exported, made, calibration, monkeypatch):
+    monkeypatch.setattr(reduced, "has_vnni", lambda: False)
+    targets = ask(exported / "digits.crops.onnx", calibration).argmax(axis=1)
+    candidates = {"int8": made / "digits.crops.int8.onnx"}
+    (row,) = reduced.judge(
+        exported / "digits.crops.onnx", candidates, [(calibration, targets)], max_loss=5, min_speedup={"int8": 1e9}
+    )
+    assert row.kept
+    assert row.speedup is not None
+    assert row.reason == "speed not judged: this processor has no VNNI"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_speed_of_fp16_is_not_measured_without_a_gpu(exported, made, calibration):
+    targets = ask(exported / "digits.crops.onnx", calibration).argmax(axis=1)
+    candidates = {"fp16": made / "digits.crops.fp16.onnx"}
+    (row,) = reduced.judge(exported / "digits.crops.onnx", candidates, [(calibration, targets)], max_loss=5)
+    assert (row.kept, row.speedup, row.reason) == (True, None, "speed not measured: no GPU")
+
+
+def test_pictures_that_cannot_be_read_are_left_out(run, loaded, monkeypatch):
+    spec, _ = loaded
+    good = [(f"{i}.png", str(i % 10), path.read_bytes()) for i, path in enumerate(sorted((run / "samples").iterdir()))]
+    items = [*good, ("bad.jpg", "3", b"no picture")]
+    monkeypatch.setattr(reduced.pictures, "read", lambda *_: iter(items))
+    assert reduced.calibration_crops(run, spec).shape == (len(good), 32, 32, 3)
+    parts = list(reduced.labelled_crops(run, spec))
+    assert sum(len(targets) for _, targets in parts) == len(good)
+    assert max(len(crops) for crops, _ in parts) <= reduced.CHUNK
+    assert [int(t) for _, targets in parts for t in targets] == [i % 10 for i in range(len(good))]
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ([("a.jpg", "0", b"")], "no test picture can be read; pass --data"),
+        ([], "no test picture can be read; pass --data"),
+        ([("a.jpg", "zebra", b"")], "'zebra' is none of its labels; pass --data"),
+    ],
+)
+def test_data_that_does_not_belong_to_the_run_is_refused(run, loaded, monkeypatch, items, words):
+    monkeypatch.setattr(reduced.pictures, "read", lambda *_: iter(items))
+    with pytest.raises(ValueError, match=words):
+        list(reduced.labelled_crops(run, loaded[0]))
+
+
+def test_data_that_was_moved_is_asked_for_and_nothing_is_left_behind(run, folder, loaded):
+    spec, classifier = loaded
+    with pytest.raises(ValueError, match="pass --data"), contextlib.redirect_stderr(io.StringIO()):
+        reduced.reduce_run(run, folder, "digits", spec, classifier, "no/such", int8=True, fp16=False)
+    assert not list(folder.glob(".reduced-*"))

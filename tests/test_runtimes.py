@@ -1,0 +1,146 @@
+"""The exported graphs in every runtime of this machine, and what is said of those that are not here."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from export import parity, pictures, runtimes
+from export.runtimes import INSTALLED, RUNTIMES, Crashed, Missing
+from model import Classifier, load_run
+
+OF_PYTHON = ("OpenVINO", "OpenCV DNN", "tract")
+OTHER_LANGUAGES = ("LibTorch C++", "ONNX Runtime Node", "ONNX Runtime browser")
+NEEDS_A_GPU = ("TorchScript CUDA", "ONNX Runtime CUDA", "TensorRT")
+
+
+@pytest.fixture(scope="module")
+def verify(run, exported):
+    """Rows of a runtime on the three graphs, on cut-outs of photographs."""
+    spec, network = load_run(run)
+    classifier = Classifier(network, spec).eval()
+
+    def rows(*names):
+        found = parity.verify(classifier, spec, pictures.photographs(24), exported, "digits", names)
+        return [row for row in found if row.runtime in names]
+
+    return rows
+
+
+def test_every_runtime_has_its_place():
+    assert {*INSTALLED, *OF_PYTHON, *OTHER_LANGUAGES, *NEEDS_A_GPU} == set(RUNTIMES)
+
+
+@pytest.mark.parametrize("name", [*OF_PYTHON, *OTHER_LANGUAGES, *NEEDS_A_GPU])
+def test_a_runtime_gives_pytorchs_answers_in_every_graph(verify, name):
+    rows = verify(name)
+    assert [row.graph for row in rows] == ["network", "crops", "pixels"]
+    if rows[0].skipped and "cannot run" not in rows[0].skipped:
+        pytest.skip(f"{name} is not here: {rows[0].skipped}")
+    for row in rows:
+        assert row.passed, row
+        assert row.pictures == 24
+        assert row.version
+        assert row.milliseconds > 0
+
+
+def test_a_runtime_that_is_not_installed_is_skipped_with_what_installs_it_and_never_passed(verify, monkeypatch):
+    def absent(*_):
+        raise Missing("pip install openvino")
+
+    monkeypatch.setitem(RUNTIMES, "OpenVINO", absent)
+    rows = verify("OpenVINO")
+    assert not any(row.passed or row.failed for row in rows)
+    assert parity.table(rows).count("skipped: pip install openvino") == 3
+
+
+def test_a_graph_that_a_runtime_cannot_run_is_said_in_its_own_words(verify, monkeypatch):
+    def unable(folder, name, graph, batches):
+        raise RuntimeError("no operator Foo")
+
+    monkeypatch.setitem(RUNTIMES, "tract", unable)
+    assert verify("tract")[0].skipped == "it cannot run this graph (no operator Foo)"
+    monkeypatch.setitem(RUNTIMES, "ONNX Runtime", unable)  # what the project itself needs is not passed over
+    with pytest.raises(parity.ParityError, match="ONNX Runtime cannot run the network graph: no operator Foo"):
+        verify("ONNX Runtime")
+
+
+def test_a_wrong_answer_of_another_runtime_fails(verify, monkeypatch):
+    right = RUNTIMES["tract"]
+
+    def wrong(folder, name, graph, batches):
+        answers = right(folder, name, graph, batches)
+        answers.outputs[-1][0, 0] += 0.1
+        return answers
+
+    monkeypatch.setitem(RUNTIMES, "tract", wrong)
+    assert [row.failed for row in verify("tract")] == [True, True, True]
+
+
+@pytest.mark.parametrize(("code", "error"), [(3, Missing), (4, RuntimeError), (139, Crashed)])
+def test_another_program_says_by_its_exit_code_why_it_did_not_answer(code, error):
+    program = f"import sys; print('a note', file=sys.stderr); print('npm ci', file=sys.stderr); sys.exit({code})"
+    with pytest.raises(error, match=r"npm ci$"):
+        runtimes._external([sys.executable, "-c", program], [np.zeros((1, 3, 2, 2), np.float32)])
+
+
+def test_a_program_that_crashes_is_a_failure_and_not_skipped(verify, monkeypatch):
+    def crashes(folder, name, graph, batches):
+        return runtimes._external([sys.executable, "-c", "import os; os.abort()"], batches)
+
+    monkeypatch.setitem(RUNTIMES, "LibTorch C++", crashes)
+    rows = verify("LibTorch C++")
+    assert all(row.failed for row in rows)
+    assert "FAILED on all pictures: python ended with -6" in parity.table(rows)
+
+
+def test_another_program_gets_the_batches_in_order_and_gives_its_answers_back():
+    program = """
+import json, sys, numpy, pathlib
+inputs, outputs = map(pathlib.Path, sys.argv[1:])
+for path in sorted(inputs.iterdir()):
+    numpy.save(outputs / path.name, numpy.load(path).astype("f4").sum(axis=(1, 2))[:, :2])
+print(json.dumps({"version": "7", "seconds": 0.5}))
+"""
+    batches = [np.full((n, 2, 2, 3), n, np.uint8) for n in (1, 3, 12)]
+    answers = runtimes._external([sys.executable, "-c", program], batches)
+    assert [output.shape for output in answers.outputs] == [(1, 2), (3, 2), (12, 2)]
+    assert [output[0, 0] for output in answers.outputs] == [4, 12, 48]
+    assert (answers.seconds, answers.version) == (0.5, "7")
+
+
+def test_photographs_are_the_same_each_time_in_all_kinds_of_sizes():
+    first, again = pictures.photographs(128), pictures.photographs(128)
+    assert [(name, picture.tobytes()) for name, picture in first] == [(n, p.tobytes()) for n, p in again]
+    sizes = {picture.size for _, picture in first}
+    assert {(9, 9), (640, 427)} <= sizes
+    assert len(sizes) > 100
+    assert sum(w > h for w, h in sizes) > 20
+    assert sum(w < h for w, h in sizes) > 20
+
+
+def test_all_means_at_least_a_thousand_pictures_of_the_test_split_or_photographs(run, monkeypatch):
+    names = [name for name, _ in pictures.of_test_split(run)]
+    assert len(names) == len(set(names)) == 1000
+    assert sum(name.startswith("test/") for name in names) == 360
+    monkeypatch.setattr(pictures, "MANY", 100)
+    assert sum(name.startswith("test/") for name, _ in pictures.of_test_split(run)) == 100
+
+
+def test_a_sample_is_drawn_evenly_in_one_pass_and_depends_on_its_seed():
+    drawn = [pictures.sample(iter(range(100)), 10, seed) for seed in range(300)]
+    assert all(sorted(items) == items and len(set(items)) == 10 for items in drawn)
+    assert drawn[0] == pictures.sample(range(100), 10, 0) != drawn[1]
+    counts = np.bincount(np.concatenate(drawn), minlength=100)  # 30 each, of a binomial with deviation 5.2
+    assert counts.min() > 5
+    assert counts.max() < 60
+    assert pictures.sample(range(3), 10) == [0, 1, 2]
+
+
+def test_the_report_keeps_the_rows_that_were_skipped(run, tmp_path):
+    row = parity.Row("network", "OpenVINO", skipped="pip install openvino")
+    parity.write_json([row], load_run(run)[0], tmp_path / "parity.json")
+    (row,) = json.loads((tmp_path / "parity.json").read_text())["rows"]
+    assert row["passed"] is False
+    assert row["skipped"] == "pip install openvino"
