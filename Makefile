@@ -18,7 +18,7 @@ demo: .venv/ready
 	$(BIN)/python demo.py --at-least 0.95
 
 test: .venv/ready check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="run folder (runs/digits)")
     parser.add_argument("--at-least", type=float, default=0.0, help="share of the pictures that must be right, 0..1")
     options = parser.parse_args(arguments)
+    before = os.environ.copy()
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         os.environ["TMPDIR"] = tempfile.tempdir = folder  # torch and others leave files there, which end with it
         try:
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         finally:
             tempfile.tempdir = None
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def demo(options: argparse.Namespace, folder: Path) -> int:

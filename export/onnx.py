@@ -11,21 +11,35 @@ from pathlib import Path
 import onnx
 import torch
 
-from export.programs import GRAPHS, Program
+from export.programs import GRAPHS, PARTS, Program
 from model.files import atomic_write
 from model.spec import ModelSpec
 
 OPSET = 18  # the lowest that torch's exporter writes, so the widest to load
 
 
-def save(programs: Mapping[str, Program], spec: ModelSpec, folder: Path, name: str) -> None:
+def save(traced: Mapping[str, Program], spec: ModelSpec, folder: Path, name: str) -> None:
     """Writes NAME.onnx, NAME.crops.onnx and NAME.pixels.onnx.
 
     Raises:
         RuntimeError: the exporter cannot express the network, or gave another opset.
     """
-    for graph, middle in GRAPHS.items():
-        export_graph(programs[graph], spec, folder / f"{name}{middle}.onnx")
+    for graph, model in build(traced).items():
+        write(model, spec, folder / f"{name}{GRAPHS[graph]}.onnx")
+
+
+def build(traced: Mapping[str, Program]) -> dict[str, onnx.ModelProto]:
+    """The three graphs: the network, converted once since that takes longest, and the others put around it.
+
+    Raises:
+        RuntimeError: as `save`.
+    """
+    network = convert(traced["network"])
+    resize, normalise, softmax = (_with_names_of_its_own(convert(traced[part]), part) for part in PARTS)
+    crops = _join(normalise, network, softmax)
+    pixels = _join(resize, crops)
+    _rename_input(crops, "images")
+    return {"network": network, "crops": crops, "pixels": pixels}
 
 
 def read_spec(path: Path) -> ModelSpec:
@@ -35,8 +49,8 @@ def read_spec(path: Path) -> ModelSpec:
     return ModelSpec.from_json(properties.get("spec", ""), source=str(path))
 
 
-def export_graph(traced: Program, spec: ModelSpec, path: Path) -> None:
-    """Writes one graph, without what names this machine, and checked by ONNX's own checker.
+def convert(traced: Program) -> onnx.ModelProto:
+    """One graph as ONNX, without what names this machine.
 
     Raises:
         RuntimeError: as `save`.
@@ -58,15 +72,40 @@ def export_graph(traced: Program, spec: ModelSpec, path: Path) -> None:
     model = program.model_proto
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     if opset != OPSET:
-        raise RuntimeError(
-            f"{path.name}: the exporter gave opset {opset}, not {OPSET}; use another torch or onnxscript"
-        )
+        raise RuntimeError(f"the exporter gave opset {opset}, not {OPSET}; use another torch or onnxscript")
     _strip_notes(model.graph)
+    return model
+
+
+def write(model: onnx.ModelProto, spec: ModelSpec, path: Path) -> None:
+    """Checks the model and writes it with the spec inside."""
     model.producer_name = "torch"
     onnx.helper.set_model_props(model, {"spec": spec.to_json()})
     onnx.checker.check_model(model, full_check=True)
     with atomic_write(path) as file:
         file.write(model.SerializeToString())
+
+
+def _join(*models: onnx.ModelProto) -> onnx.ModelProto:
+    """Each model's output becomes the next one's input, which has the same name."""
+    joined, *rest = models
+    for model in rest:
+        edge = model.graph.input[0].name
+        joined = onnx.compose.merge_models(joined, model, io_map=[(edge, edge)])
+    del joined.opset_import[:]  # it is there once for each part
+    joined.opset_import.extend(models[0].opset_import)
+    return joined
+
+
+def _with_names_of_its_own(model: onnx.ModelProto, part: str) -> onnx.ModelProto:
+    """So that they never meet those of the network, which keep the state_dict's."""
+    return onnx.compose.add_prefix(model, f"{part}.", rename_inputs=False, rename_outputs=False)
+
+
+def _rename_input(model: onnx.ModelProto, name: str) -> None:
+    old, model.graph.input[0].name = model.graph.input[0].name, name
+    for node in model.graph.node:
+        node.input[:] = [name if value == old else value for value in node.input]
 
 
 def _strip_notes(graph: onnx.GraphProto) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,11 @@ from torch.export import Dim, ExportedProgram
 
 from model.classifier import Classifier, CropGraph
 from model.files import atomic_write
+from model.preprocessing import resize_crop
 from model.spec import ModelSpec
 
 GRAPHS = {"network": "", "crops": ".crops", "pixels": ".pixels"}  # the middle of a file's name
+PARTS = ("resize", "normalise", "softmax")  # what stands around the network in the others
 SPEC_FILE = "spec.json"
 
 
@@ -34,7 +36,7 @@ class Program:
 
 
 def trace(classifier: Classifier) -> dict[str, Program]:
-    """The three graphs by name. The batch is open, and of the pixel graph height and width too.
+    """The three graphs by name, and `PARTS`. The batch is open, and of pictures height and width too.
 
     Raises:
         RuntimeError: torch.export cannot express the network; the message is its own.
@@ -44,7 +46,12 @@ def trace(classifier: Classifier) -> dict[str, Program]:
     crops = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
     pixels = torch.randint(0, 256, (2, size + 9, size + 14, 3), dtype=torch.uint8)
     image_dimensions = {0: batch, 1: Dim("height"), 2: Dim("width")}
+    logits = torch.randn(2, classifier.network(planes).shape[1])
+    resize = _Part(lambda images: resize_crop(images, size, classifier.resize))
     return {
+        "resize": _trace(resize, pixels, image_dimensions, "images", "crops"),
+        "normalise": _trace(_Part(classifier.to_planes), crops, {0: batch}, "crops", "input"),
+        "softmax": _trace(_Part(classifier.to_probabilities), logits, {0: batch}, "logits", "probabilities"),
         "network": _trace(classifier.network, planes, {0: batch}, "input", "logits"),
         "crops": _trace(CropGraph(classifier), crops, {0: batch}, "images", "probabilities"),
         "pixels": _trace(classifier, pixels, image_dimensions, "images", "probabilities"),
@@ -67,6 +74,17 @@ def load(path: Path) -> tuple[nn.Module, ModelSpec]:
     with _quiet():
         module = torch.export.load(path, extra_files=extra).module()
     return module, ModelSpec.from_json(extra[SPEC_FILE], source=str(path))
+
+
+class _Part(nn.Module):
+    """A function as a module, for torch.export."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.function(value)
 
 
 def _trace(module: nn.Module, example: Tensor, dimensions: dict[int, Any], input: str, output: str) -> Program:

@@ -156,9 +156,9 @@ def make_fp16(classifier: Classifier, spec: ModelSpec, folder: Path, name: str) 
     Raises:
         RuntimeError: the network cannot be expressed so.
     """
-    traced = programs.trace(Classifier(_Half(classifier.network), spec).eval())
-    onnx_files.export_graph(traced["network"], spec, folder / f"{name}.fp16.onnx")
-    onnx_files.export_graph(traced["crops"], spec, folder / f"{name}.crops.fp16.onnx")
+    models = onnx_files.build(programs.trace(Classifier(_Half(classifier.network), spec).eval()))
+    onnx_files.write(models["network"], spec, folder / f"{name}.fp16.onnx")
+    onnx_files.write(models["crops"], spec, folder / f"{name}.crops.fp16.onnx")
 
 
 def judge(

@@ -32,7 +32,14 @@ class Classifier(nn.Module):
     @torch.jit.export
     def classify_crops(self, images: Tensor) -> Tensor:
         """uint8 (N, S, S, 3), RGB, S the spec's size, to probabilities float32 (N, C)."""
-        logits = self.network(normalise(images, self.mean, self.std))
+        return self.to_probabilities(self.network(self.to_planes(images)))
+
+    def to_planes(self, crops: Tensor) -> Tensor:
+        """What is before the network: uint8 (N, S, S, 3) to float32 (N, 3, S, S), normalised."""
+        return normalise(crops, self.mean, self.std)
+
+    def to_probabilities(self, logits: Tensor) -> Tensor:
+        """What is after it: float32 (N, C), adding up to 1 in each row."""
         return torch.softmax(logits / self.temperature, dim=1)
 
 

@@ -6,14 +6,16 @@ import contextlib
 import io
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from clients.python.classify import Client
+from export import parity, pictures
 from export.__main__ import export_run
+from model import Classifier, load_run
 from serve import Ports, Server, serving
 from train import train
 from training.config import TrainConfig
@@ -40,6 +42,19 @@ def exported(run: Path) -> Path:
         rows = export_run(run)
     assert all(row.passed for row in rows)
     return run / "export"
+
+
+@pytest.fixture(scope="session")
+def verify(run: Path, exported: Path) -> Callable[..., list[parity.Row]]:
+    """Rows of the named runtimes on the three graphs, on cut-outs of photographs."""
+    spec, network = load_run(run)
+    classifier = Classifier(network, spec).eval()
+
+    def rows(*names: str) -> list[parity.Row]:
+        found = parity.verify(classifier, spec, pictures.photographs(24), exported, "digits", names)
+        return [row for row in found if row.runtime in names]
+
+    return rows
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,7 @@ def test_smaller_files_are_in_the_card_with_what_they_cost_and_those_that_were_n
     change(copy / "export" / "parity.json", reduced=rows)
     section = card().split("## Smaller files")[1].split("##")[0]
     assert "| 98.00% | 97.50% | ×3.21 | kept |" in section
-    assert "| not measured | not written: too slow |" in section
+    assert cells(section)[-2:] == ["not measured", "not written: too slow"]
 
 
 def test_odd_labels_are_shown_as_they_are(card, copy):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from export import torchscript
+from export import runtimes, torchscript
 from model.pictures import PictureError, decode
 from tests.conftest import PROJECT
 from tests.kinds import BAD, GOOD, gradient, save
@@ -149,6 +149,13 @@ def test_the_readmes_commands_build_it_without_a_warning_and_classify(built):
     assert "warning" not in printed.lower()
     answers = [json.loads(line)["answer"] for line in printed.splitlines() if line.startswith("{")]
     assert [next(iter(answer)) for answer in answers] == ["7", "3"]
+
+
+def test_the_exporter_finds_pytorchs_answers_in_its_three_graphs(built, verify, monkeypatch):
+    monkeypatch.setattr(runtimes, "CLIENTS", built[0].parent.parent)
+    rows = verify("LibTorch C++")
+    assert [row.graph for row in rows] == ["network", "crops", "pixels"]
+    assert all(row.passed and row.version for row in rows), rows
 
 
 @pytest.mark.parametrize("name", KINDS)

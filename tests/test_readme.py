@@ -88,6 +88,15 @@ def test_the_onnx_example_works_as_it_is_printed(exported, run, tmp_path):
     assert done.stdout == "7\n"
 
 
+def test_the_check_works_as_it_is_printed(exported, run, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(run)
+    (program,) = blocks(section("The ONNX files"), "sh")
+    python = f'python() {{ "{sys.executable}" "$@"; }}'
+    done = shell(f"{python}\nexport PYTHONPATH='{PROJECT}'\n{program}", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "11 files, all as exported\n"), done.stderr
+
+
 @pytest.mark.server
 def test_the_demo_works_and_leaves_nothing_behind(checkout, tmp_path):
     temporary = tmp_path / "temporary"
