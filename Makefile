@@ -18,7 +18,7 @@ demo: .venv/ready
 	$(BIN)/python demo.py --at-least 0.95
 
 test: .venv/ready check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -19,11 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clients.python.classify import Client
-from export.__main__ import export_run
 from serve import Ports, ServerError, serving
-from train import train
-from training.config import TrainConfig
-from training.data import read_split
 
 SHOWN = 20  # rows of the table; all pictures are classified
 
@@ -66,6 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(options: argparse.Namespace, folder: Path) -> int:
+    # Here and not above: torchvision makes a folder in the temporary one as soon as it is imported.
+    from export.__main__ import export_run
+    from train import train
+    from training.config import TrainConfig
+    from training.data import read_split
+
     started, name = time.perf_counter(), options.out.resolve().name
     config = TrainConfig(data=options.data, arch=options.arch, epochs=options.epochs, out=str(options.out))
     print("── 1 of 4: train", flush=True)

@@ -40,7 +40,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shell(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {k: v for k, v in os.environ.items() if k not in ("JAVA_HOME", "PYTHONPATH")} | environment
+    ours = ("JAVA_HOME", "PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")  # torch sets the last one in its own process
+    variables = {k: v for k, v in os.environ.items() if k not in ours} | environment
     command = ["bash", "-euo", "pipefail", "-c", script]
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=240, check=False)
 
