@@ -253,3 +253,10 @@ def test_the_lock_file_names_no_registry_and_pins_what_package_json_names(folder
     packages = json.loads(lock)["packages"]
     assert all(packages[f"node_modules/{name}"]["version"] == version for name, version in wanted.items())
     assert all("integrity" in package for name, package in packages.items() if name)
+
+
+@pytest.mark.parametrize("file", ["metadata.mjs", "npy.mjs"])
+def test_what_the_folders_share_is_the_same_in_both(file):
+    """Each folder stands alone, so each has a copy."""
+    clients = PROJECT / "clients"
+    assert (clients / "node" / file).read_bytes() == (clients / "web" / file).read_bytes()

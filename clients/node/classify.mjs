@@ -6,7 +6,7 @@
 
 import { readFile } from "node:fs/promises";
 
-import { readSpec } from "../web/metadata.mjs";
+import { readSpec } from "./metadata.mjs";
 
 process.env.ORT_DISABLE_TELEMETRY = "1"; // ONNX Runtime reads it when it is loaded
 

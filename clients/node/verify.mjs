@@ -9,7 +9,7 @@
 import { readFile, readdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 
-import { readNpy, writeNpy } from "../web/npy.mjs";
+import { readNpy, writeNpy } from "./npy.mjs";
 
 process.env.ORT_DISABLE_TELEMETRY = "1"; // ONNX Runtime reads it when it is loaded
 
