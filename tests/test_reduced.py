@@ -116,7 +116,8 @@ def test_int8_leaves_the_logits_the_normalisation_and_the_softmax_in_float(made)
     assert {node.op_type for node in graph.node if node.name.startswith("crops.")} == {
         "Cast", "Mul", "Sub", "Transpose", "Div", "Softmax",
     }  # fmt: skip
-    assert len(set(ask(made / "digits.int8.onnx", torch.randn(40, 3, 32, 32).numpy())[:, 0])) == 40
+    logits = ask(made / "digits.int8.onnx", torch.randn(40, 3, 32, 32).numpy())
+    assert len(np.unique(logits)) > 256  # as many as rounded ones could be
 
 
 def test_int8_says_how_it_was_calibrated(made, calibration):
