@@ -1,5 +1,5 @@
 # make demo            everything once, on bundled digits
-# make test            lint, types and the whole test suite, the real TorchServe included
+# make test [JOBS=2]   lint, types and the whole test suite, the real TorchServe included; JOBS files at a time
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
 # make bench [DATA=…]  the benchmarks whose figures stand in the README
@@ -18,7 +18,7 @@ demo: .venv/ready
 	$(BIN)/python demo.py --at-least 0.95
 
 test: .venv/ready check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(if $(JOBS),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -304,6 +304,7 @@ def test_where_no_torchserve_is_named_the_page_says_so(browser, site, sample):
 def test_by_keyboard_alone_a_model_and_a_picture_are_chosen_and_a_digit_is_drawn(browser, site, exported, run):
     visit = Visit(browser, site)
     page = visit.page
+    page.on("filechooser", lambda _: None)  # asks for them now: a dialog that opens before Playwright listens is lost
 
     def tab_to(name: str) -> None:
         for _ in range(20):
