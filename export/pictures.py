@@ -55,7 +55,7 @@ def photographs(count: int) -> list[Named]:
     draw = random.Random(0)
     cut: list[Named] = []
     for i in range(count):
-        whole, file = wholes[i % 2], bundle.filenames[i % 2]
+        whole, file = wholes[i % 2], Path(bundle.filenames[i % 2]).name
         limit = (round(9 * (640 / 9) ** draw.random()), round(9 * (427 / 9) ** draw.random()))  # small ones as often
         width, height = SIZES[i] if i < len(SIZES) else limit
         left, top = draw.randint(0, whole.width - width), draw.randint(0, whole.height - height)
