@@ -3,8 +3,9 @@
     python serve.py runs/digits
     python serve.py runs/digits --port 9000
 
-Reads config.properties. Its keys (key_file.json) and logs lie in RUN/serve. `--port P` takes P for inference, P+1 for
-management, P+2 for metrics, P+3 and P+4 for gRPC; without it the ports are those of config.properties.
+Reads config.properties and log4j2.xml. Its keys (key_file.json) and logs lie in RUN/serve. `--port P` takes P for
+inference, P+1 for management, P+2 for metrics, P+3 and P+4 for gRPC; without it the ports are those of
+config.properties.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import requests
 
 CONFIG = Path(__file__).resolve().parent / "config.properties"
+LOGGING = CONFIG.with_name("log4j2.xml")
 READY_SECONDS = 120  # a large model on a slow disk; a small one is ready in 5
 STOP_SECONDS = 20  # from asking TorchServe to stop to killing it
 
@@ -263,6 +265,7 @@ def _command(archives: Sequence[Path], folder: Path) -> list[str]:
         str(Path(sys.executable).with_name("torchserve")),
         *("--start", "--foreground", "--ncs"),
         *("--ts-config", str(folder.resolve() / "config.properties")),
+        *("--log-config", str(LOGGING)),
         *("--model-store", str(archives[0].resolve().parent)),
         *("--models", *(f"{archive.stem}={archive.name}" for archive in archives)),
     ]

@@ -31,7 +31,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("model", "training", "export", "handler", "clients"):
         made = shutil.ignore_patterns("__pycache__", "build", "node_modules")
         shutil.copytree(PROJECT / name, folder / name, ignore=made)
-    for name in ("train.py", "serve.py", "demo.py", "config.properties"):
+    for name in ("train.py", "serve.py", "demo.py", "config.properties", "log4j2.xml"):
         shutil.copy(PROJECT / name, folder / name)
     (folder / ".venv" / "bin").mkdir(parents=True)
     binaries = Path(sys.executable).parent
@@ -95,7 +95,7 @@ def test_the_check_works_as_it_is_printed(exported, run, tmp_path):
     (program,) = blocks(section("The ONNX files"), "sh")
     python = f'python() {{ "{sys.executable}" "$@"; }}'
     done = shell(f"{python}\nexport PYTHONPATH='{PROJECT}'\n{program}", tmp_path)
-    assert (done.returncode, done.stdout) == (0, "11 files, all as exported\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "12 files, all as exported\n"), done.stderr
 
 
 @pytest.mark.server
