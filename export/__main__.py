@@ -5,7 +5,8 @@
     python -m export --check runs/digits/export
 
 Writes runs/NAME/export: NAME.pt, NAME.onnx, NAME.crops.onnx, NAME.pixels.onnx, the same as .pt2, NAME.mar, parity.json,
-MODEL_CARD.md and SHA256SUMS. Ends with 1 and leaves no archive if any runtime's answer lies outside its tolerance.
+model-config.yaml, MODEL_CARD.md and SHA256SUMS. Ends with 1 and leaves no archive if any runtime's answer lies outside
+its tolerance.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from export import archive, card, integrity, onnx, parity, pictures, programs, reduced, runtimes, torchscript
+from export import archive, backend, card, integrity, onnx, parity, pictures, programs, reduced, runtimes, torchscript
+from handler.backends import FILES
 from model import Classifier, load_run
 from model.files import sha256, write_text
 
@@ -40,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             int8=options.int8,
             fp16=options.fp16,
             sign=options.sign,
+            wanted=options.backend,
         )
     except parity.ParityError as error:
         print(f"export: {error}", file=sys.stderr)
@@ -60,6 +63,7 @@ def export_run(
     int8: bool = False,
     fp16: bool = False,
     sign: Path | None = None,
+    wanted: str = "auto",
 ) -> list[parity.Row]:
     """Exports `run`, prints the parity table and, only if no row failed, packs the archive.
 
@@ -68,9 +72,10 @@ def export_run(
         data: where the run's data lies now; needed for `everywhere`, `int8` and `fp16` if it was moved.
         int8, fp16: write these too, if they earn it.
         sign: a private key; writes model.sig.
+        wanted: the backend of the archive's CPU workers; `auto` takes the fastest.
 
     Raises:
-        ValueError: the run or its data cannot be read, or the name cannot be used.
+        ValueError: the run or its data cannot be read, or the name or the backend cannot be used.
         ParityError: parity could not be established at all.
     """
     spec, network = load_run(run)
@@ -97,17 +102,22 @@ def export_run(
         if int8 or fp16:
             smaller = reduced.reduce_run(run, folder, name, spec, classifier, data, int8=int8, fp16=fp16)
             print(f"\n{reduced.table(smaller)}")
-        parity.write_json(rows, spec, folder / "parity.json", smaller)
+        speeds = backend.measure(folder, name, spec, wanted)
+        print(f"\n{backend.table(speeds)}")
+        backend.write_config(speeds, folder / backend.CONFIG_FILE)
+        parity.write_json(rows, spec, folder / "parity.json", smaller, speeds)
         target.mkdir(exist_ok=True)
-        for path in target.glob(f"{name}.*"):
-            path.unlink()  # nothing of an earlier export is left that this one did not write
+        for path in target.glob("*"):
+            if re.fullmatch(rf"{re.escape(name)}\.((crops|pixels)\.)?((int8|fp16)\.)?(pt|pt2|onnx)", path.name):
+                path.unlink()  # nothing of an earlier export is left that this one did not write
         for path in sorted(folder.iterdir()):
             path.replace(target / path.name)
     if any(row.failed for row in rows):
         print(f"parity FAILED: no archive was made; see {target / 'parity.json'}")
         return rows
-    archive.build(run, name, version)
-    print(f"\n{shlex.join(archive.command(run, name, version, target))}\n")
+    served = backend.chosen(speeds).backend
+    archive.build(run, name, version, served)
+    print(f"\n{shlex.join(archive.command(run, name, version, served, target))}\n")
     card.write_card(run, name, target)
     integrity.write_sums(target)
     if sign:
@@ -125,6 +135,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, nargs="?", help="run folder written by train.py, e.g. runs/digits")
     parser.add_argument("--name", help="name of the model and its files (default: the run folder's)")
     parser.add_argument("--version", default="1.0", help="version of the archive (1.0)")
+    parser.add_argument(
+        "--backend",
+        choices=("auto", *FILES),
+        default="auto",
+        help="what the archive's CPU workers run; GPU workers run torchscript (auto: the fastest on this machine, "
+        "onnx-int8 among them if --int8 wrote it)",
+    )
     proof = parser.add_argument_group("proof")
     proof.add_argument(
         "--verify",

@@ -1,4 +1,7 @@
-"""The archive for TorchServe, made by the ordinary torch-model-archiver."""
+"""The archive for TorchServe, made by the ordinary torch-model-archiver.
+
+It holds NAME.pt, which GPU workers run, the file of the backend that CPU workers run, and nothing else of the export.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,25 @@ import sys
 import tempfile
 from pathlib import Path
 
+from export.backend import CONFIG_FILE
+from handler.backends import FILES
+
 PROJECT = Path(__file__).resolve().parent.parent
 HANDLER = PROJECT / "handler"
+BESIDE_HANDLER = ("backends.py", "worker.py", "sitecustomize.py")
 
 
-def command(run: Path, name: str, version: str, export_path: Path) -> list[str]:
-    """The torch-model-archiver line, with paths as seen from the current folder."""
+def command(run: Path, name: str, version: str, backend: str, export_path: Path) -> list[str]:
+    """The torch-model-archiver line, with paths as seen from the current folder.
+
+    Args:
+        backend: one of handler.backends.FILES; the one in export/model-config.yaml.
+    """
     folder = run / "export"
-    extra = [PROJECT / "model" / "pictures.py", run / "spec.json", folder / "index_to_name.json"]
+    extra = [HANDLER / file for file in BESIDE_HANDLER]
+    extra += [PROJECT / "model" / "pictures.py", run / "spec.json", folder / "index_to_name.json"]
+    if backend != "torchscript":
+        extra.append(folder / FILES[backend].format(name))
     return [
         "torch-model-archiver",
         *("--model-name", name),
@@ -23,13 +37,13 @@ def command(run: Path, name: str, version: str, export_path: Path) -> list[str]:
         *("--serialized-file", _short(folder / f"{name}.pt")),
         *("--handler", _short(HANDLER / "classifier_handler.py")),
         *("--extra-files", ",".join(map(_short, extra))),
-        *("--config-file", _short(HANDLER / "model-config.yaml")),
+        *("--config-file", _short(folder / CONFIG_FILE)),
         *("--export-path", _short(export_path)),
         "--force",
     ]
 
 
-def build(run: Path, name: str, version: str) -> Path:
+def build(run: Path, name: str, version: str, backend: str) -> Path:
     """Writes NAME.mar into the run's export folder, whole or not at all.
 
     The archiver empties and uses the folder `$TMPDIR/NAME`, whosever it is: it gets a temporary folder of its own.
@@ -39,7 +53,7 @@ def build(run: Path, name: str, version: str) -> Path:
     """
     target = run / "export" / f"{name}.mar"
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".archive-") as temporary:
-        line = command(run, name, version, Path(temporary))
+        line = command(run, name, version, backend, Path(temporary))
         line[0] = str(Path(sys.executable).with_name(line[0]))
         environment = {**os.environ, "TMPDIR": temporary, "TEMP": temporary, "TMP": temporary}
         done = subprocess.run(line, env=environment, capture_output=True, text=True)

@@ -287,7 +287,8 @@ def _check_archive(folder: Path, name: str, whole: Mapping[str, str], findings: 
         model = json.loads(archive.read(MANIFEST))["model"]
         if model["serializedFile"] != f"{name}.pt":
             findings.append(f"{file}: its manifest names {model['serializedFile']}, not {name}.pt; export again")
-        needed = [f"{name}.pt", model["handler"], model.get("configFile"), "pictures.py", "index_to_name.json"]
+        beside = ("pictures.py", "backends.py", "worker.py", "index_to_name.json")
+        needed = [f"{name}.pt", model["handler"], model.get("configFile"), *beside]
         for member in needed:
             if member and members.count(member) != 1:
                 findings.append(f"{file}: '{member}' is inside {members.count(member)} times, not once; export again")

@@ -100,7 +100,7 @@ def verify(
         for graph in GRAPHS
         for runtime in runtimes
     ]
-    served = RUNTIMES["TorchScript"](folder, name, "crops", batches["crops"])  # what the handler does
+    served = RUNTIMES["TorchScript"](folder, name, "crops", batches["crops"])  # as the handler: Pillow first
     got = torch.from_numpy(np.concatenate(served.outputs))
     rows.append(compare("pixels", "Pillow + crops", served.version, reference["pixels"], got, PIXEL_TOLERANCE, names))
     rows.append(_compare_levels(crops, torch.cat(resized), names))
@@ -139,13 +139,16 @@ def compare(
     )
 
 
-def write_json(rows: list[Row], spec: ModelSpec, path: Path, smaller: Sequence[Any] = ()) -> None:
-    """Writes the rows, those of int8 and fp16 files, and whose weights they are about."""
+def write_json(
+    rows: list[Row], spec: ModelSpec, path: Path, smaller: Sequence[Any] = (), backends: Sequence[Any] = ()
+) -> None:
+    """Writes the rows, those of int8 and fp16 files, the backends' speeds, and whose weights they are about."""
     report = {
         "weights_sha256": spec.weights_sha256,
         "reference": f"eager PyTorch {torch.__version__}",
         "rows": [asdict(row) for row in rows],
         "reduced": [asdict(row) for row in smaller],
+        "backends": [asdict(row) for row in backends],
     }
     write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 

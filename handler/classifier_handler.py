@@ -11,22 +11,23 @@ picture was good. Otherwise the status is that of the first error, from the tabl
 `{"code": 422, "type": "truncated", "message": "…"}`.
 
 TorchServe loads this file from the archive and wants exactly one class in it. It imports nothing but installed
-packages and `pictures.py`, which lies beside it there.
+packages and the files that lie beside it there: `pictures.py`, `backends.py` and `worker.py`. It does not inherit from
+TorchServe's BaseHandler, which would load PyTorch, ONNX Runtime and OpenVINO into every worker.
 """
 
 import base64
 import binascii
+import io
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# BaseHandler imports ONNX Runtime wherever it is installed, and that reports to its maker by default since 1.29.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
+import backends
 import numpy as np
-import torch
+import worker
 from pictures import MAX_PIXELS, PictureError, crop, decode
-from ts.torch_handler.base_handler import BaseHandler
+from PIL import Image
 
 # What a client's mistake is answered with, over REST as over gRPC.
 STATUSES = {
@@ -45,32 +46,42 @@ CHUNK = 64  # pictures decoded and put through the network at a time: bounds the
 MAX_PICTURES = 256  # of one request: a few kilobytes of tiny pictures could otherwise block a worker for minutes
 
 
-class ClassifierHandler(BaseHandler):
+class ClassifierHandler:
     """Decodes, batches, infers and answers. The settings are those of model-config.yaml."""
 
     def initialize(self, context):
-        """Loads the TorchScript file onto the worker's device, reads the spec, and warms up.
+        """Reads the settings and the spec, loads the backend, and warms up, so that the first client does not wait.
 
         Raises:
             ValueError: the archive or model-config.yaml is wrong; TorchServe logs it and does not serve the model.
         """
-        settings = context.model_yaml_config or {}
+        settings, system = context.model_yaml_config or {}, context.system_properties
+        folder, model = Path(system["model_dir"]), context.manifest["model"]
         self.topk = _setting(settings, "topk", 5)
         self.max_pixels = _setting(settings, "max_pixels", MAX_PIXELS)
         self.max_pictures = _setting(settings, "max_pictures", MAX_PICTURES)
-        if not context.system_properties.get("limit_max_image_pixels", True):
+        if not system.get("limit_max_image_pixels", True):
             self.max_pixels = None  # the operator lifted the limit in config.properties
-        torch.set_num_threads(_setting(settings, "threads", 1))
-        super().initialize(context)
-        folder = Path(context.system_properties["model_dir"])
         self.spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
-        if list((self.mapping or {}).values()) != self.spec["labels"]:
+        names = json.loads((folder / "index_to_name.json").read_text(encoding="utf-8"))
+        if list(names.values()) != self.spec["labels"]:
             raise ValueError("index_to_name.json and spec.json name other labels; export the run again")
         self.headers = {
-            "x-model-version": context.manifest["model"]["modelVersion"],
+            "x-model-version": model["modelVersion"],
             "x-model-weights-sha256": self.spec["weights_sha256"],
         }
-        self._warm_up(context.system_properties.get("batch_size") or 1)
+        gpu = system.get("gpu_id")
+        decoders = _setting(settings, "decode_threads", 1 if gpu is None else min(8, os.cpu_count() or 1))
+        self.pool = ThreadPoolExecutor(decoders) if decoders > 1 else None
+        self.classify_crops = backends.load(
+            settings.get("backend", "torchscript"),
+            folder,
+            Path(model["serializedFile"]).stem,
+            threads=_setting(settings, "threads", 1),
+            gpu=gpu,
+        )
+        self._warm_up(system.get("batch_size") or 1)
+        worker.tune()
 
     def handle(self, requests, context):
         """Answers a batch. Never raises for what a client sent, so no request pays for its neighbour.
@@ -104,14 +115,27 @@ class ClassifierHandler(BaseHandler):
     def _classify(self, bodies):
         """An answer or a PictureError for each of `bodies`, in order."""
         outcomes = []
-        for start in range(0, len(bodies), CHUNK):
-            chunk = [self._decode(body) for body in bodies[start : start + CHUNK]]
+        for chunk in self._decoded(bodies):
             good = [i for i, outcome in enumerate(chunk) if not isinstance(outcome, PictureError)]
             answers = self._infer(np.stack([chunk[i] for i in good])) if good else []
             for i, answer in zip(good, answers, strict=True):
                 chunk[i] = answer
             outcomes += chunk
         return outcomes
+
+    def _decoded(self, bodies):
+        """Lists of at most CHUNK crops or PictureErrors; with threads, the next is on its way while one is used."""
+        chunks = (bodies[start : start + CHUNK] for start in range(0, len(bodies), CHUNK))
+        if self.pool is None:
+            yield from ([self._decode(body) for body in chunk] for chunk in chunks)
+            return
+        coming = None
+        for chunk in chunks:
+            coming, ready = self.pool.map(self._decode, chunk), coming
+            if ready is not None:
+                yield list(ready)
+        if coming is not None:
+            yield list(coming)
 
     def _decode(self, body):
         """The crop of one picture, uint8 (S, S, 3), or its PictureError."""
@@ -125,9 +149,9 @@ class ClassifierHandler(BaseHandler):
     def _infer(self, crops):
         """Crops uint8 (N, S, S, 3) to N dicts of the best labels and their probabilities."""
         labels = self.spec["labels"]
-        with torch.inference_mode():
-            probabilities = self.model.classify_crops(torch.from_numpy(crops).to(self.device))
-            values, places = probabilities.topk(min(self.topk, len(labels)), dim=1)
+        probabilities = self.classify_crops(crops)  # float32 (N, C)
+        places = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.topk]
+        values = np.take_along_axis(probabilities, places, axis=1)
         return [
             {labels[place]: value for place, value in zip(row_places, row_values, strict=True)}
             for row_places, row_values in zip(places.tolist(), values.tolist(), strict=True)
@@ -152,8 +176,10 @@ class ClassifierHandler(BaseHandler):
         return json.dumps(body, ensure_ascii=False).encode()
 
     def _warm_up(self, batch):
-        """TorchScript optimises in its first calls, for each kind of shape: the first client shall not wait for it."""
-        size = self.spec["size"]
+        """First calls are slow: TorchScript optimises in them, for each kind of shape, and Pillow loads its readers."""
+        size, file = self.spec["size"], io.BytesIO()
+        Image.new("RGB", (size, size)).save(file, "JPEG")
+        self._decode(file.getvalue())
         for count in sorted({1, batch}):
             for _ in range(3):
                 self._infer(np.zeros((count, size, size, 3), dtype=np.uint8))

@@ -88,8 +88,9 @@ def crop(picture: Image.Image, size: int, resize: int) -> np.ndarray:
     Returns:
         uint8 (size, size, 3), RGB.
     """
-    square = picture.crop(crop_box(*picture.size, size, resize))
-    return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
+    box = crop_box(*picture.size, size, resize)
+    square = picture if box == (0, 0, *picture.size) else picture.crop(box)
+    return np.asarray(square if square.size == (size, size) else square.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _open(body: bytes) -> Image.Image:
@@ -109,14 +110,17 @@ def _open(body: bytes) -> Image.Image:
 
 def _upright(picture: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(picture)
+        ImageOps.exif_transpose(picture, in_place=True)
     except MemoryError:
         raise
     except Exception:  # EXIF that cannot be read says nothing; the pixels are good
         return picture
+    return picture
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
     if picture.mode.startswith("I;16"):
         grey = np.asarray(picture).astype(np.uint32)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")

@@ -88,8 +88,9 @@ def replace_in_archive(source: Path, target: Path, files: dict[str, str]) -> Non
 
 @pytest.fixture(scope="session", autouse=True)
 def handler_can_import_its_neighbours(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """In an archive `pictures.py` lies beside the handler; the tests that import the handler need it so too."""
+    """In an archive the handler's files lie side by side; the tests that import the handler need them so too."""
     folder = tmp_path_factory.mktemp("handler")
-    for path in (PROJECT / "model" / "pictures.py", PROJECT / "handler" / "classifier_handler.py"):
+    beside = (PROJECT / "handler" / name for name in ("classifier_handler.py", "backends.py", "worker.py"))
+    for path in (PROJECT / "model" / "pictures.py", *beside):
         (folder / path.name).write_bytes(path.read_bytes())
     sys.path.insert(0, str(folder))

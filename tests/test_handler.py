@@ -72,8 +72,8 @@ def b64(body):
 
 def test_the_archive_holds_what_it_needs_and_no_more(unpacked):
     assert {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()} == {
-        "MAR-INF/MANIFEST.json", "classifier_handler.py", "pictures.py", "digits.pt", "spec.json", "index_to_name.json",
-        "model-config.yaml",
+        "MAR-INF/MANIFEST.json", "classifier_handler.py", "pictures.py", "backends.py", "worker.py", "sitecustomize.py",
+        "digits.pt", "digits.crops.onnx", "spec.json", "index_to_name.json", "model-config.yaml",
     }  # fmt: skip
 
 
@@ -238,6 +238,34 @@ def test_more_pictures_in_a_request_than_a_chunk_holds(ask, sample):
     assert (status, answer["type"]) == (413, "too_many_pictures")
 
 
+@pytest.fixture(scope="module")
+def threaded(unpacked):
+    """A handler that decodes in threads, as GPU workers do, and runs ONNX Runtime."""
+    from classifier_handler import ClassifierHandler
+
+    handler = ClassifierHandler()
+    handler.initialize(context_of(unpacked, backend="onnx", decode_threads=3))
+    return handler
+
+
+KINDS = [body for body, *_ in (*GOOD.values(), *BAD.values())]
+
+
+@given(picked=st.lists(st.sampled_from(range(len(KINDS))), min_size=1, max_size=150))
+@hypothesis_settings(max_examples=15)
+def test_an_answer_depends_on_nothing_but_its_picture(ask, threaded, picked):
+    """Not on its neighbours, the size of the batch, the backend or the threads; errors included."""
+    alone = {i: ask.handler._classify([KINDS[i]])[0] for i in set(picked)}
+    for handler, tolerance in ((ask.handler, 1e-5), (threaded, 1e-4)):  # of a probability: export/parity.py's for crops
+        for i, got in zip(picked, handler._classify([KINDS[i] for i in picked]), strict=True):
+            expected = alone[i]
+            if isinstance(expected, dict):
+                every = dict.fromkeys(expected.keys() ^ got.keys(), 0.0)  # near ties at the end of the five
+                assert {**every, **got} == pytest.approx({**every, **expected}, abs=0.05 if every else tolerance)
+            else:
+                assert (type(got), got.cause) == (type(expected), expected.cause)
+
+
 def test_describe_answers_with_the_spec_and_explain_is_refused(ask, sample, run):
     ((status, answer, _),) = ask({"body": sample}, headers={"describe": "True"})
     assert (status, answer) == (200, json.loads((run / "spec.json").read_text()))
@@ -264,7 +292,10 @@ def test_topk_is_a_setting_and_never_more_than_the_labels(unpacked, sample):
         assert len(json.loads(handler.handle([{"body": sample}], context)[0])) == expected
 
 
-@pytest.mark.parametrize("settings", [{"topk": 0}, {"topk": "5"}, {"max_pixels": -1}, {"threads": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"topk": 0}, {"topk": "5"}, {"max_pixels": -1}, {"threads": True}, {"backend": "x"}, {"backend": "pt2"}],
+)
 def test_a_setting_out_of_its_rule_is_named(unpacked, settings):
     from classifier_handler import ClassifierHandler
 

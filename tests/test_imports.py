@@ -12,7 +12,7 @@ OURS = {"model", "training", "export", "handler", "clients", "benchmarks", "trai
 ALLOWED = {
     "model": {"model"},
     "training": {"training", "model"},
-    "export": {"export", "model", "training"},  # of training only its data: see below
+    "export": {"export", "model", "training", "handler"},  # of these two little: see below
     "handler": set(),
     "clients": set(),
     "train.py": {"training", "model"},
@@ -38,6 +38,13 @@ def test_the_arrows_go_one_way(place):
     assert files
     for file in files:
         assert imported(file) & OURS <= ALLOWED[place], file
+
+
+def test_export_asks_the_handler_for_its_backends_and_nothing_else():
+    for path in (PROJECT / "export").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("handler"):
+                assert node.module == "handler.backends", path
 
 
 def test_what_travels_in_the_archive_needs_installed_packages_only():

@@ -4,7 +4,9 @@ import base64
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
@@ -187,12 +189,35 @@ def test_a_body_above_the_bound_is_refused_and_the_server_stays(server, sample, 
 
 
 def test_all_ports_listen_on_loopback_only(server):
-    import psutil
-
     family = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
     listening = {c.laddr for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     assert {address.port for address in listening} >= set(vars(server.ports).values())
     assert all(address.ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1") for address in listening)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc on this system")
+def test_a_worker_that_runs_onnx_runtime_loads_no_pytorch(server, sample):
+    post(server, sample)
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    workers = [process for process in family if any("model_service_worker" in word for word in process.cmdline())]
+    libraries = [Path(f"/proc/{process.pid}/maps").read_text() for process in workers]
+    of_digits = [text for text in libraries if "onnxruntime" in text]
+    assert len(of_digits) == len(workers) - 1  # the one of `patient` runs PyTorch
+    assert not any("libtorch" in text for text in of_digits)
+
+
+def test_a_request_is_one_line_in_one_log(server, sample):
+    logs = server.folder / "logs"
+    before = {path.name: path.stat().st_size for path in logs.iterdir()}
+    for _ in range(20):
+        post(server, sample)
+    grown = {}
+    for path in logs.iterdir():
+        with path.open("rb") as file:
+            file.seek(before.get(path.name, 0))
+            grown[path.name] = file.read().decode().splitlines()
+    assert len([line for line in grown.pop("access_log.log") if "POST /predictions/digits" in line]) == 20
+    assert not any(grown.values()), grown
 
 
 def test_metrics_are_there_for_prometheus(server, sample):

@@ -1,0 +1,99 @@
+"""Which backend the archive's CPU workers run: the fastest of the exported files, by the handler's own code."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from handler.backends import FILES, load
+from model.files import write_text
+from model.spec import ModelSpec
+
+CONFIG = Path(__file__).resolve().parent.parent / "handler" / "model-config.yaml"
+CONFIG_FILE = "model-config.yaml"
+BATCHES = (1, 8)  # pictures: a worker with little to do, and with much
+ROUNDS, SECONDS = 15, 2.0  # of each backend and batch size; whichever is reached first, but at least 3 rounds
+THREADS = 1  # of a worker
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """How fast one backend answers on this machine."""
+
+    backend: str  # one of handler.backends.FILES
+    milliseconds: dict[str, float]  # for a picture, by the batch size; medians
+    chosen: bool
+
+
+def backends_of(folder: Path, name: str) -> list[str]:
+    """Those whose file was exported."""
+    return [backend for backend, file in FILES.items() if (folder / file.format(name)).is_file()]
+
+
+def measure(folder: Path, name: str, spec: ModelSpec, wanted: str = "auto") -> list[BackendRow]:
+    """Times each backend on random crops, taking turns, on one thread.
+
+    Args:
+        wanted: the backend to choose; `auto`: the one with the least time over all batch sizes (geometric mean).
+
+    Raises:
+        ValueError: the wanted backend's file is not there.
+    """
+    found = backends_of(folder, name)
+    if wanted != "auto" and wanted not in found:
+        way_out = "; add --int8" if wanted == "onnx-int8" else ""
+        raise ValueError(f"--backend {wanted}: {FILES[wanted].format(name)} was not written{way_out}")
+    workers = {backend: load(backend, folder, name, threads=THREADS) for backend in found}
+    shape = (spec.size, spec.size, 3)
+    random = np.random.default_rng(0)
+    times: dict[str, dict[str, float]] = {backend: {} for backend in found}
+    for batch in BATCHES:
+        crops = random.integers(0, 256, (batch, *shape), np.uint8)
+        for backend, milliseconds in _time_by_turns(workers, crops).items():
+            times[backend][str(batch)] = milliseconds / batch
+    chosen = wanted if wanted != "auto" else min(found, key=lambda one: statistics.geometric_mean(times[one].values()))
+    return [BackendRow(backend, times[backend], backend == chosen) for backend in found]
+
+
+def chosen(rows: list[BackendRow]) -> BackendRow:
+    return next(row for row in rows if row.chosen)
+
+
+def write_config(rows: list[BackendRow], path: Path) -> None:
+    """handler/model-config.yaml with the chosen backend in it."""
+    text, count = re.subn(r"(?m)^backend: \S+", f"backend: {chosen(rows).backend}", CONFIG.read_text(encoding="utf-8"))
+    assert count == 1, f"{CONFIG}: one line must begin with `backend:`"
+    write_text(path, text)
+
+
+def table(rows: list[BackendRow]) -> str:
+    """The rows as text, for the terminal."""
+    lines = [("backend", *(f"ms a picture, batch of {batch}" for batch in BATCHES), "")]
+    for row in rows:
+        numbers = (f"{row.milliseconds[str(batch)]:.3f}" for batch in BATCHES)
+        lines.append((row.backend, *numbers, "in the archive" if row.chosen else ""))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _time_by_turns(workers: dict[str, Callable[[np.ndarray], np.ndarray]], crops: np.ndarray) -> dict[str, float]:
+    """Median milliseconds of a call."""
+    times: dict[str, list[float]] = {backend: [] for backend in workers}
+    for worker in workers.values():
+        for _ in range(3):  # TorchScript optimises in its first calls
+            worker(crops)
+    started = time.perf_counter()
+    for turn in range(ROUNDS):
+        if turn >= 3 and time.perf_counter() - started > SECONDS * len(workers):
+            break
+        for backend, worker in workers.items():
+            before = time.perf_counter()
+            worker(crops)
+            times[backend].append(1000 * (time.perf_counter() - before))
+    return {backend: statistics.median(values) for backend, values in times.items()}

@@ -1,0 +1,133 @@
+"""The handler's backends: one answer from each, and what is said when one is not there."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from export import backend, torchscript
+from handler import backends
+from model import ModelSpec
+from tests.conftest import PROJECT
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of torch's own modules
+
+TOLERANCE = 1e-4  # of a probability, between backends: that of the crop graph in export/parity.py
+
+
+@pytest.fixture(scope="module")
+def answer(exported):
+    """Each backend of the export, as a function from crops to probabilities."""
+    return {name: backends.load(name, exported, "digits") for name in backend.backends_of(exported, "digits")}
+
+
+def crops(count, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
+    return noise.repeat(8, axis=1).repeat(8, axis=2)  # blocks of 8×8 px: pictures that get different answers
+
+
+def test_the_export_has_a_file_for_each_backend_but_int8(answer):
+    assert set(answer) == set(backends.FILES) - {"onnx-int8"}
+
+
+@given(count=st.integers(1, 40), seed=st.integers(0, 99))
+def test_every_backend_gives_the_same_probabilities_whatever_the_batch(answer, count, seed):
+    batch = crops(count, seed)
+    expected = answer["torchscript"](batch)
+    assert expected.dtype == np.float32
+    assert expected.shape == (count, 10)
+    for name, run in answer.items():
+        got = run(batch)
+        assert np.abs(got - expected).max() <= TOLERANCE, name
+        alone = np.concatenate([run(one[None]) for one in batch])
+        assert np.abs(got - alone).max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("name", ["tensorrt", None, 7, ""])
+def test_an_unknown_backend_is_named_with_those_that_there_are(exported, name):
+    with pytest.raises(ValueError, match=r"'backend' is .*must be one of onnx, onnx-int8, torchscript, pt2"):
+        backends.load(name, exported, "digits")
+
+
+def test_a_backend_whose_file_is_not_in_the_archive_is_named_with_the_way_out(exported):
+    with pytest.raises(ValueError, match=r"digits\.crops\.int8\.onnx is not in the archive.*--backend onnx-int8"):
+        backends.load("onnx-int8", exported, "digits")
+
+
+def test_the_fastest_backend_is_chosen_and_a_wish_is_obeyed(exported, run):
+    spec = ModelSpec.load(run)
+    rows = backend.measure(exported, "digits", spec)
+    (fastest,) = (row for row in rows if row.chosen)
+    product = {row.backend: np.prod(list(row.milliseconds.values())) for row in rows}
+    assert product[fastest.backend] == min(product.values())
+    wished = backend.measure(exported, "digits", spec, "pt2")
+    assert backend.chosen(wished).backend == "pt2"
+    assert "in the archive" in next(line for line in backend.table(wished).splitlines() if line.startswith("pt2"))
+    with pytest.raises(ValueError, match=r"--backend onnx-int8: digits\.crops\.int8\.onnx was not written; add --int8"):
+        backend.measure(exported, "digits", spec, "onnx-int8")
+
+
+def test_the_choice_stands_in_the_archives_settings_and_in_parity_json(exported):
+    rows = json.loads((exported / "parity.json").read_text())["backends"]
+    (name,) = (row["backend"] for row in rows if row["chosen"])
+    settings = (exported / backend.CONFIG_FILE).read_text()
+    assert f"\nbackend: {name}" in settings
+    assert len(settings.splitlines()) == len(backend.CONFIG.read_text().splitlines())
+
+
+def test_half_precision_channels_last_is_the_same_answer_but_for_rounding(exported):
+    module, _ = torchscript.load(exported / "digits.pt")
+    batch = torch.from_numpy(crops(16))
+    with torch.inference_mode():
+        expected = module.classify_crops(batch)
+        got = backends.in_half(module)(batch)
+        assert (got - expected).abs().max() <= backends.HALF_TOLERANCE
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(module.classify_crops(batch), expected)  # the module itself is as it was
+
+
+@pytest.mark.parametrize(("count", "filled"), [(1, 1), (3, 4), (33, 64), (64, 64), (65, 65)])
+def test_a_gpus_batches_are_filled_up_to_a_recorded_size(count, filled):
+    batch = crops(count)
+    got = backends.fill_up(batch, backends.GPU_BATCHES)
+    assert got.shape == (filled, 32, 32, 3)
+    np.testing.assert_array_equal(got[:count], batch)
+    assert not got[count:].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_worker_answers_as_the_cpu_does(exported, answer):
+    run = backends.load("onnx", exported, "digits", gpu=0)
+    for count in (1, 3, 64, 65):
+        batch = crops(count)
+        assert np.abs(run(batch) - answer["torchscript"](batch)).max() <= backends.HALF_TOLERANCE
+
+
+LAZY = """
+import sys
+import {first}
+print("torch._C" in sys.modules)
+import torch
+print(torch.ones(2).sum().item(), "torch._C" in sys.modules)
+from torch import nn
+import torch.nn.functional as F
+print(nn.Linear(2, 3).weight.shape[0], F.relu(torch.tensor(-1.0)).item())
+"""
+
+
+@pytest.mark.parametrize("first", ["torch", "ts.protocol.otf_message_handler", "torch.nn"])
+def test_torch_is_loaded_when_it_is_first_used(first):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LAZY.format(first=first)],
+        env={"PYTHONPATH": str(PROJECT / "handler"), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = str(first == "torch.nn")
+    assert done.stdout.splitlines() == [loaded, "2.0 True", "3 0.0"]

@@ -1,0 +1,125 @@
+"""What the handler changes in TorchServe's worker: the same messages, read in fewer pieces, and fewer lines."""
+
+import copy
+import json
+import logging
+import socket
+import struct
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from handler import worker
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+@pytest.fixture
+def protocol():
+    """TorchServe's module, and as it was afterwards."""
+    from ts.protocol import otf_message_handler as module
+
+    before = dict(vars(module))
+    yield module
+    vars(module).update(before)
+
+
+def text(value):
+    return struct.pack("!i", len(value)) + value
+
+
+def message(requests):
+    """As the frontend writes it: command, then for each request its id, headers and parameters."""
+    parts = [b"I"]
+    for number, (headers, parameters) in enumerate(requests):
+        parts.append(text(b"%036d" % number))
+        parts += [text(key) + text(value) for key, value in headers]
+        parts.append(struct.pack("!i", -1))
+        parts += [text(name) + text(kind) + text(value) for name, kind, value in parameters]
+        parts.append(struct.pack("!i", -1))
+    return b"".join([*parts, struct.pack("!i", -1)])
+
+
+def received(protocol, messages, pieces):
+    """What the worker makes of messages that arrive in pieces of the given sizes."""
+    ours, theirs = socket.socketpair()
+    stream, sizes = b"".join(messages), iter(pieces)
+
+    def write():
+        sent = 0
+        while sent < len(stream):
+            size = next(sizes, len(stream))
+            theirs.sendall(stream[sent : sent + size])
+            sent += size
+        theirs.close()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        return [copy.deepcopy(protocol.retrieve_msg(ours)) for _ in messages]
+    finally:
+        thread.join()
+        ours.close()
+
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.lists(st.tuples(st.binary(min_size=1, max_size=20), st.binary(max_size=50)), max_size=4),
+        st.lists(
+            st.tuples(
+                st.sampled_from([b"body", b"left"]),
+                st.sampled_from([b"image/jpeg", b"", b"application/json", b"text/plain"]),
+                st.binary(max_size=300) | st.just(b'{"b64": "AAAA"}') | st.just(bytes(300_000)),
+            ),
+            max_size=3,
+        ),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(batches=st.lists(REQUESTS, min_size=1, max_size=3), pieces=st.lists(st.integers(1, 5000), max_size=20))
+@hypothesis_settings(max_examples=50)
+def test_messages_are_read_as_torchserve_reads_them_however_they_arrive(batches, pieces):
+    from ts.protocol import otf_message_handler as protocol
+
+    before = dict(vars(protocol))
+    messages = [message(batch) for batch in batches]
+    expected = received(protocol, messages, pieces)
+    try:
+        worker.read_ahead()
+        assert received(protocol, messages, pieces) == expected
+    finally:
+        vars(protocol).update(before)
+
+
+def test_a_frontend_that_goes_away_ends_the_worker(protocol):
+    worker.read_ahead()
+    with pytest.raises(SystemExit) as ended:
+        received(protocol, [message([([], [(b"body", b"", b"x")])])[:-3]], [])
+    assert ended.value.code == 0
+
+
+def test_warnings_and_metrics_are_still_said(caplog):
+    root, metrics = logging.getLogger(), logging.getLogger("ts.metrics")
+    levels = root.level, metrics.level
+    try:
+        worker.log_less()
+        logging.info("Backend received inference at: 1")
+        logging.warning("something is wrong")
+        logging.getLogger("ts.metrics.caching_metric").info("[METRICS]PredictionTime.ms:1")
+    finally:
+        root.setLevel(levels[0])
+        metrics.setLevel(levels[1])
+    assert [record.message for record in caplog.records] == ["something is wrong", "[METRICS]PredictionTime.ms:1"]
+
+
+def test_json_bodies_arrive_as_values(protocol):
+    worker.read_ahead()
+    body = json.dumps({"b64": "AAAA"}).encode()
+    ((_, (request,)),) = received(protocol, [message([([], [(b"body", b"application/json", body)])])], [])
+    assert request["parameters"][0]["value"] == {"b64": "AAAA"}
