@@ -2,7 +2,8 @@
 # make test [JOBS=2]   lint, types and the whole test suite, the real TorchServe included; JOBS files at a time
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
-# make bench [DATA=…]  the benchmarks whose figures stand in the README
+# make bench [DATA=…]  the benchmarks whose figures stand in the README, but for
+# make bench-serving   ours against stock TorchServe, LitServe and BentoML: 15 minutes, and nothing else on the machine
 # make setup           only the environment; TORCH=cpu takes PyTorch's small CPU-only build
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DATA   ?= cifar10
 UV      = 0.13.9
 BIN     = .venv/bin
 
-.PHONY: demo test check serve bench setup lock clean
+.PHONY: demo test check serve bench bench-serving setup lock clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -32,6 +33,9 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.training --data $(DATA)
 	$(BIN)/python -m benchmarks.reduced
 
+bench-serving: .venv/ready .venv-peers/ready
+	$(BIN)/python -m benchmarks.serving --peers .venv-peers/bin/python
+
 setup: .venv/ready
 
 # uv, and not pip: it is many times faster, and it takes torch and torchvision from the same index, so that they match.
@@ -50,6 +54,11 @@ endif
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet -r requirements.lock $(TORCH_PINS)
 	@touch $@
 
+.venv-peers/ready: benchmarks/peers/requirements.lock
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	VIRTUAL_ENV=.venv-peers $(BIN)/uv pip install --quiet -r benchmarks/peers/requirements.lock
+	@touch $@
+
 # Pins for every Python from 3.10 and every platform, with hashes, without an index's name. torch, torchvision and their
 # CUDA libraries stand in a file of their own, so that another build of them can be chosen.
 lock:
@@ -59,6 +68,8 @@ lock:
 	awk '/^[a-z]/ {torch = /^(torch==|torchvision==|triton==|nvidia-|cuda-)/} \
 		{print > (torch ? "requirements-torch.lock" : "requirements.lock")}' requirements.all
 	rm requirements.all
+	$(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+		$(UPGRADE) benchmarks/peers/requirements.in -o benchmarks/peers/requirements.lock
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -33,6 +33,8 @@ import requests
 CONFIG = Path(__file__).resolve().parent / "config.properties"
 LOGGING = CONFIG.with_name("log4j2.xml")
 READY_SECONDS = 120  # a large model on a slow disk; a small one is ready in 5
+WARM_UP = 30  # requests
+PICTURE = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"  # of one pixel
 STOP_SECONDS = 20  # from asking TorchServe to stop to killing it
 
 
@@ -112,8 +114,10 @@ def serving(
     *,
     ports: Ports | None = None,
     config: Path = CONFIG,
+    logging: Path | None = LOGGING,
     settings: dict[str, str] | None = None,
     ready_seconds: float = READY_SECONDS,
+    warm_up: bool = True,
     console: int | None = None,
 ) -> Iterator[Server]:
     """Starts TorchServe, waits until every worker is ready, and stops it and all its processes at the end.
@@ -122,7 +126,10 @@ def serving(
         archives: .mar files of one folder; each model has its file's name.
         folder: where it works. Several servers on a machine need one each: TorchServe keeps its pid, its keys, its
             unpacked models and its sockets there.
+        logging: configuration of Log4j; None for TorchServe's own.
         settings: lines of config.properties to replace.
+        warm_up: ask the first model WARM_UP times before, since Java loads its classes when they are first used, and
+            the first client would wait four times as long as the hundredth.
         console: where its output goes; by default into FOLDER/logs/console.log.
 
     Raises:
@@ -139,7 +146,7 @@ def serving(
     log = folder / "logs" / "console.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            _command(archives, folder),
+            _command(archives, folder, logging),
             cwd=folder,
             env=environment(folder, temporary),
             stdin=subprocess.DEVNULL,
@@ -150,6 +157,8 @@ def serving(
     server = Server(process, folder, ports)
     try:
         _wait_until_ready(server, [archive.stem for archive in archives], ready_seconds)
+        if warm_up:
+            _warm_up(server, archives[0].stem)
         yield server
     finally:
         stop(process)
@@ -260,12 +269,12 @@ def _addresses(ports: Ports) -> dict[str, str]:
     }
 
 
-def _command(archives: Sequence[Path], folder: Path) -> list[str]:
+def _command(archives: Sequence[Path], folder: Path, logging: Path | None) -> list[str]:
     return [
         str(Path(sys.executable).with_name("torchserve")),
         *("--start", "--foreground", "--ncs"),
         *("--ts-config", str(folder.resolve() / "config.properties")),
-        *("--log-config", str(LOGGING)),
+        *(("--log-config", str(logging.resolve())) if logging else ()),
         *("--model-store", str(archives[0].resolve().parent)),
         *("--models", *(f"{archive.stem}={archive.name}" for archive in archives)),
     ]
@@ -285,6 +294,13 @@ def _wait_until_ready(server: Server, models: list[str], seconds: float) -> None
         if time.monotonic() > deadline:
             raise ServerError(f"{waiting[0]} was not ready after {seconds:g} s: {_tail(server.folder)}")
         time.sleep(0.1)
+
+
+def _warm_up(server: Server, model: str) -> None:
+    with requests.Session() as session:
+        session.headers["Authorization"] = f"Bearer {server.key()}"
+        for _ in range(WARM_UP):
+            session.post(f"{server.url}/predictions/{model}", data=PICTURE, timeout=READY_SECONDS)
 
 
 def _is_ready(server: Server, model: str) -> bool:

@@ -1,7 +1,8 @@
 """From the bytes of a picture file to the square of pixels that a network sees, with Pillow.
 
 Training reads its data with this file, and every archive carries a copy of it for its handler, so both see the same
-pixels. It therefore needs nothing but Pillow and NumPy, and imports nothing of this repository.
+pixels. It therefore needs nothing but Pillow and NumPy, and imports nothing of this repository. Where simplejpeg is
+installed, small plain JPEG files are decoded with it: the same libjpeg-turbo, the same pixels, a quarter of the time.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ import io
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+try:
+    import simplejpeg
+except ImportError:  # everything works without it, small JPEG files more slowly
+    simplejpeg = None
+
 KINDS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 MAX_PIXELS = 50_000_000  # 150 MB as RGB: more than a camera's 48 megapixels, and too few to exhaust a worker
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns up to twice its value; `decode` has a strict one
+
+SMALL = 128 * 128  # pixels, up to which the work of Pillow around its decoder, 40 µs a file, is worth avoiding
 
 # How the supported kinds begin; a body that begins so and cannot be opened is damaged, not foreign.
 _SUPPORTED_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -61,6 +69,8 @@ def decode(body: bytes, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     """
     if not body:
         raise PictureError("empty", "the body is empty; send the bytes of a picture")
+    if (small := _small_jpeg(body, max_pixels)) is not None:
+        return small
     picture = _open(body)
     width, height = picture.size
     if max_pixels is not None and width * height > max_pixels:
@@ -91,6 +101,19 @@ def crop(picture: Image.Image, size: int, resize: int) -> np.ndarray:
     box = crop_box(*picture.size, size, resize)
     square = picture if box == (0, 0, *picture.size) else picture.crop(box)
     return np.asarray(square if square.size == (size, size) else square.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _small_jpeg(body: bytes, max_pixels: int | None) -> Image.Image | None:
+    """A JPEG file without EXIF or oddities, decoded without Pillow's reader; None for all else, damage included."""
+    if simplejpeg is None or not body.startswith(b"\xff\xd8\xff") or b"\xff\xe1" in body:  # APP1: EXIF or XMP
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(body)
+        if colours not in ("YCbCr", "Gray") or width * height > min(SMALL, max_pixels or SMALL):
+            return None
+        return Image.fromarray(simplejpeg.decode_jpeg(body, "RGB", fastdct=False, fastupsample=False))
+    except ValueError:  # it warns of what Pillow may yet read, or say better
+        return None
 
 
 def _open(body: bytes) -> Image.Image:

@@ -1,0 +1,118 @@
+"""Load on a server, with every answer checked: wrk where it is installed, else `requests` in threads (slower)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+
+SCRIPT = Path(__file__).with_name("load.lua")
+TOLERANCE = 1e-3  # of a probability: far above rounding, far below what another picture gets
+BEST = re.compile(rb'{\s*"([^"]+)":\s*([\d.e-]+)')  # the first label of an answer, in each shape of answers
+
+
+@dataclass(frozen=True)
+class Request:
+    """A body to send, and the best label and its probability of each picture in it."""
+
+    body: bytes
+    content_type: str
+    best: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a load found. Only right answers count."""
+
+    requests_per_second: float
+    p50: float  # ms
+    p99: float  # ms
+    wrong: int  # answers that were not the known one, errors included
+    failed: int  # requests without an answer
+    said: str = ""  # one of the wrong answers
+
+
+def best_of(answer: bytes) -> tuple[tuple[str, float], ...]:
+    """The best label and its probability of each picture of an answer, in order."""
+    return tuple((label.decode(), float(value)) for label, value in BEST.findall(answer))
+
+
+def ask(url: str, key: str, request: Request) -> tuple[tuple[str, float], ...]:
+    """One answer, for nobody else at the same time."""
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": request.content_type}
+    reply = requests.post(url, data=request.body, headers=headers, timeout=60)
+    reply.raise_for_status()
+    return best_of(reply.content)
+
+
+def load(url: str, key: str, wanted: Sequence[Request], connections: int, seconds: float) -> Result:
+    """As many requests as `connections` clients can make, each waiting for its answer before it asks again."""
+    run = _wrk if shutil.which("wrk") else _threads
+    return run(url, key, wanted, connections, seconds)
+
+
+def _wrk(url: str, key: str, wanted: Sequence[Request], connections: int, seconds: float) -> Result:
+    with tempfile.TemporaryDirectory() as temporary:
+        lines = []
+        for number, request in enumerate(wanted):
+            body = Path(temporary) / str(number)
+            body.write_bytes(request.body)
+            known = [word for label, value in request.best for word in (label, f"{value:.9f}")]
+            lines.append("\t".join([str(body), request.content_type, key or "none", *known]))
+        (Path(temporary) / "requests").write_text("\n".join(lines))
+        line = ["wrk", "-t", str(min(connections, len(wanted))), "-c", str(connections), "-d", f"{seconds:g}s"]
+        done = subprocess.run(
+            [*line, "--timeout", "20s", "-s", str(SCRIPT), url],
+            env={**os.environ, "REQUESTS": str(Path(temporary) / "requests")},
+            capture_output=True,
+            text=True,
+        )
+    found = re.search(r"^RESULT (\d+) (\d+) (\d+) (\S+) (\S+) (\S+) ?(.*)$", done.stdout, re.MULTILINE)
+    if not found:
+        raise RuntimeError(f"wrk failed: {(done.stdout + done.stderr)[-500:]}")
+    right, wrong, failed, duration, p50, p99, said = found.groups()
+    return Result(int(right) / float(duration), float(p50), float(p99), int(wrong), int(failed), said)
+
+
+def _threads(url: str, key: str, wanted: Sequence[Request], connections: int, seconds: float) -> Result:
+    times: list[float] = []
+    wrong: list[str] = []
+    failed: list[str] = []
+    deadline = time.perf_counter() + seconds
+
+    def client(request: Request) -> None:
+        with requests.Session() as session:
+            session.headers.update({"Authorization": f"Bearer {key}", "Content-Type": request.content_type})
+            while (started := time.perf_counter()) < deadline:
+                try:
+                    reply = session.post(url, data=request.body, timeout=20)
+                except requests.RequestException as error:
+                    failed.append(str(error))
+                    continue
+                got = best_of(reply.content)
+                right = len(got) == len(request.best) and all(
+                    label == expected and abs(value - known) <= TOLERANCE
+                    for (label, value), (expected, known) in zip(got, request.best, strict=True)
+                )
+                if reply.ok and right:
+                    times.append(1000 * (time.perf_counter() - started))
+                else:
+                    wrong.append(f"{reply.status_code} {reply.text[:200]}")
+
+    clients = [threading.Thread(target=client, args=(wanted[i % len(wanted)],)) for i in range(connections)]
+    for one in clients:
+        one.start()
+    for one in clients:
+        one.join()
+    ranks = statistics.quantiles(times, n=100) if len(times) > 1 else [float("nan")] * 99
+    return Result(len(times) / seconds, ranks[49], ranks[98], len(wrong), len(failed), (wrong or [""])[0])
