@@ -3,7 +3,7 @@
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
 # make bench [DATA=…]  the benchmarks whose figures stand in the README, but for
-# make bench-serving   ours against stock TorchServe, LitServe and BentoML: 15 minutes, and nothing else on the machine
+# make bench-serving   ours against stock TorchServe, LitServe and BentoML: 20 minutes, and nothing else on the machine
 # make setup           only the environment; TORCH=cpu takes PyTorch's small CPU-only build
 
 PYTHON ?= python3

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What needs a CUDA GPU: trains on it, exports, and compares TorchScript and ONNX Runtime on CUDA, and TensorRT where it
-# is installed, with eager PyTorch on the CPU. Prints the parity table and keeps it in benchmarks/results/gpu.json.
+# is installed, with eager PyTorch on the CPU; then serves ResNet-18 at 224 px with GPU workers, beside stock TorchServe and
+# the bare forward pass. Prints the tables and keeps them in benchmarks/results: gpu.json and gpu/serving.json.
 #
 #   benchmarks/gpu.sh             on a machine with a GPU; PYTHON=… takes another than .venv/bin/python
 #   benchmarks/gpu.sh --dry-run   the same on a CPU, keeping nothing: shows that the script itself works
@@ -19,6 +20,12 @@ trap 'rm -rf "$out"' EXIT
 
 "$python" train.py --data digits --arch resnet18 --size 32 --epochs 2 --device $device --out "$out/digits"
 "$python" -m export "$out/digits" --verify all --fp16
+if [ $device = cuda ]; then
+  results=benchmarks/results/gpu seconds=5
+else
+  results=$out/results seconds=1
+fi
+"$python" -m benchmarks.serving --only gpu --rounds 1 --seconds $seconds --out "$results"
 if [ $device = cuda ]; then
   nvidia-smi --query-gpu=name,driver_version --format=csv
   mkdir -p benchmarks/results

@@ -19,6 +19,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -39,7 +40,7 @@ from benchmarks import servers
 from benchmarks.load import TOLERANCE, Request, ask, load
 from benchmarks.machine import describe
 from benchmarks.servers import Running
-from export import onnx, programs, reduced, torchscript
+from export import backend, onnx, programs, reduced, torchscript
 from export.__main__ import export_run
 from handler import backends
 from model import Classifier, ModelSpec, architectures
@@ -48,7 +49,7 @@ from model.pictures import crop, decode
 from train import train
 from training.config import TrainConfig
 
-PARTS = ("small", "several", "large", "latency", "start", "growth")
+PARTS = ("small", "several", "large", "latency", "start", "growth")  # and "gpu", which runs only if it is named
 SMALL, LARGE = "small", "large"  # names of the models
 CONNECTIONS = (1, 16, 64)  # of the comparison of the small model
 LARGE_CONNECTIONS = 16
@@ -56,8 +57,8 @@ SEVERAL = 32  # pictures of one request
 WAKING = 1.0  # seconds of load before each that counts: BentoML learns from the clock how long to wait for a batch
 GROWTH = {
     "connections": (1, 2, 4, 8, 16, 32, 64, 128, 256),
-    "picture side, px": (32, 64, 128, 256, 512, 1024),
-    "batchSize": (1, 2, 4, 8, 16, 32, 64),
+    "picture side, px": (32, 128, 256, 512, 1024),
+    "batchSize": (1, 4, 16, 32, 64),
     "workers": (1, 2, 4),
 }
 PEER_WORKERS = (1, 2)
@@ -195,6 +196,7 @@ def compare(
         for label, server in running.items():
             with server.awake():  # Java and TorchScript optimise
                 load(server.url, server.key, wanted[label], max(connections), seconds)
+                _drain(server, wanted[label][0])
         for _ in range(rounds):
             for label, server in running.items():
                 for number in connections:
@@ -215,9 +217,11 @@ def compare(
 def _measure(server: Running, wanted: list[Request], number: int, seconds: float, pictures: int) -> dict[str, float]:
     with server.awake():
         load(server.url, server.key, wanted, number, WAKING)
+        _drain(server, wanted[0])
         before = server.cpu_seconds()
         found = load(server.url, server.key, wanted, number, seconds)
         spent = server.cpu_seconds() - before
+        _drain(server, wanted[0])
     if found.wrong:
         print(f"    {found.wrong} wrong, e.g. {found.said[:150]}")
     rate = found.requests_per_second * pictures
@@ -229,6 +233,16 @@ def _measure(server: Running, wanted: list[Request], number: int, seconds: float
         "failed": found.failed,
         "cpu_seconds_per_1000": 1000 * spent / (rate * seconds) if rate else float("nan"),
     }
+
+
+def _drain(server: Running, request: Request) -> None:
+    """Waits for what wrk left behind: it would fill a queue of 100, and a server at rest would time out on it."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with contextlib.suppress(requests.RequestException):
+            ask(server.url, server.key, request)
+            return
+        time.sleep(0.2)
 
 
 def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -283,12 +297,18 @@ def part_several(export: Path, folder: Path, options: argparse.Namespace) -> dic
 
 def part_large(export: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     bodies = photographs(8)
-    expected = {backend: InProcess(export, LARGE, backend).best(bodies) for backend in ("onnx", "onnx-int8")}
+    expected = {name: InProcess(export, LARGE, name).best(bodies) for name in ("onnx", "onnx-int8")}
     if len({f"{value:.2f}" for _, value in expected["onnx"]}) < 2:
         raise RuntimeError("the pictures all get the same answer: nothing would be checked")
+    rows = {row.backend: row for row in backend.measure(export, LARGE, ModelSpec.load(export))}
+
+    def our(label: str, name: str) -> contextlib.AbstractContextManager[Running]:
+        size = backend.batch_size(rows[name])  # as export would set it
+        return servers.ours(export, LARGE, folder / label, bodies[0], backend=name, batchSize=size)
+
     starts: Starts = {
-        "ours, fp32": lambda: servers.ours(export, LARGE, folder / "ours", bodies[0], backend="onnx"),
-        "ours, int8": lambda: servers.ours(export, LARGE, folder / "int8", bodies[0], backend="onnx-int8"),
+        "ours, fp32": partial(our, "fp32", "onnx"),
+        "ours, int8": partial(our, "int8", "onnx-int8"),
         "stock TorchServe": lambda: servers.stock(export, LARGE, folder / "stock", bodies[0], STOCK),
         **peers_of(export, folder, bodies[0], options.peers),
     }
@@ -297,7 +317,7 @@ def part_large(export: Path, folder: Path, options: argparse.Namespace) -> dict[
         return known(server, bodies, expected["onnx-int8" if label == "ours, int8" else "onnx"])
 
     found = compare(starts, requests_of, (LARGE_CONNECTIONS,), options.rounds, 2 * options.seconds)
-    limits = {backend: _ceilings(export, LARGE, backend, bodies, (1, 8), 2 * options.seconds) for backend in expected}
+    limits = {name: _ceilings(export, LARGE, name, bodies, (1, 8), 2 * options.seconds) for name in expected}
     return {"servers": found, "ceiling": limits}
 
 
@@ -356,6 +376,33 @@ def part_growth(export: Path, folder: Path, options: argparse.Namespace) -> dict
     return found
 
 
+def part_gpu(export: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Workers on the GPU, where TorchServe finds one: ours, stock TorchServe, and the bare forward pass."""
+    bodies, gpu = photographs(8), 0 if torch.cuda.is_available() else None
+    starts: Starts = {
+        "ours": lambda: servers.ours(export, LARGE, folder / "ours", bodies[0], backend="torchscript"),
+        "stock TorchServe": lambda: servers.stock(export, LARGE, folder / "stock", bodies[0], STOCK),
+    }
+
+    def requests_of(_: str, server: Running) -> list[Request]:  # half precision: its own answers are the known ones
+        with server.awake():
+            sent = [server.body(body) for body in bodies]
+            return [replace(request, best=ask(server.url, server.key, request)) for request in sent]
+
+    found = compare(starts, requests_of, (1, 16, 64, 256), options.rounds, options.seconds)
+    classify, forward = backends.load("torchscript", export, LARGE, gpu=gpu), {}
+    for batch in backends.GPU_BATCHES:
+        crops = np.zeros((batch, 224, 224, 3), np.uint8)
+        times = []
+        for _ in range(8):
+            started = time.perf_counter()
+            classify(crops)
+            times.append(time.perf_counter() - started)
+        forward[str(batch)] = batch / statistics.median(times[3:])
+    device = torch.cuda.get_device_name(0) if gpu == 0 else "none: this ran on the CPU"
+    return {"device": device, "servers": found, "ceiling": forward}
+
+
 def _ceilings(
     export: Path, name: str, backend: str, bodies: list[bytes], batches: Sequence[int], seconds: float
 ) -> dict[str, float]:
@@ -367,7 +414,7 @@ def _ceilings(
 
 def table(results: Mapping[str, Any]) -> str:
     lines = []
-    for part in ("small", "several", "large"):
+    for part in ("small", "several", "large", "gpu"):
         if part not in results:
             continue
         lines += ["", f"{part}: pictures/s, p50 and p99 in ms, CPU s per 1,000 pictures; MiB (PSS)"]
@@ -406,11 +453,11 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             axis.set_xticks(places, [str(place) for place in places])
             axis.set_xlabel(name)
             axis.grid(alpha=0.3)
-            axis.set_ylim(bottom=0)
         if name == "connections" and "small" in results:
             _plot_peers(axes[:, column], results["small"]["servers"])
     axes[0, 0].set_ylabel("pictures/s")
     axes[1, 0].set_ylabel("p99, ms")
+    axes[0, 0].set_ylim(bottom=0)
     axes[1, 0].set_yscale("log")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle("Serving simplecnn at 32 px; where not said otherwise 64 connections, 1 kB JPEG files, as shipped")
@@ -431,25 +478,27 @@ def _plot_peers(axes: Any, found: Mapping[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="python of the environment of benchmarks/peers/requirements.lock")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, of {','.join(PARTS)} (all)")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, of {','.join(PARTS)},gpu (all but gpu)")
     parser.add_argument("--rounds", type=int, default=3, help="of each comparison (3)")
     parser.add_argument("--seconds", type=float, default=5, help="of each load; twice that for the large model (5)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (benchmarks/results)")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left, resting
     wanted = options.only.split(",")
-    if unknown := sorted(set(wanted) - set(PARTS)):
+    if unknown := sorted(set(wanted) - {*PARTS, "gpu"}):
         parser.error(f"--only: no part is called {unknown[0]!r}; there are {', '.join(PARTS)}")
     options.peers = options.peers and options.peers.absolute()
     results: dict[str, Any] = {"machine": _machine(options.peers)}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        small = make_small(folder) if set(wanted) - {"large"} else folder
-        large = make_large(folder) if "large" in wanted else folder
+        of_large = {"large", "gpu"}
+        small = make_small(folder) if set(wanted) - of_large else folder
+        large = make_large(folder) if set(wanted) & of_large else folder
         for part in wanted:
             print(f"{part} …", flush=True)
             place = folder / f"part-{part}"
             place.mkdir()
-            results[part] = globals()[f"part_{part}"](large if part == "large" else small, place, options)
+            results[part] = globals()[f"part_{part}"](large if part in of_large else small, place, options)
     print(json.dumps(results["machine"]), table(results), sep="\n")
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "serving.json", json.dumps(results, indent=1) + "\n")

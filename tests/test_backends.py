@@ -77,7 +77,13 @@ def test_the_choice_stands_in_the_archives_settings_and_in_parity_json(exported)
     (name,) = (row["backend"] for row in rows if row["chosen"])
     settings = (exported / backend.CONFIG_FILE).read_text()
     assert f"\nbackend: {name}" in settings
+    assert "\nbatchSize: 32" in settings
     assert len(settings.splitlines()) == len(backend.CONFIG.read_text().splitlines())
+
+
+@pytest.mark.parametrize(("milliseconds", "size"), [(0.03, 32), (2.1, 32), (4.9, 8), (9.6, 4), (34, 2), (900, 1)])
+def test_a_batch_is_as_large_as_a_worker_answers_soon(milliseconds, size):
+    assert backend.batch_size(backend.BackendRow("onnx", {"1": 99.0, "8": milliseconds}, True)) == size
 
 
 def test_half_precision_channels_last_is_the_same_answer_but_for_rounding(exported):

@@ -1,11 +1,14 @@
 import io
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from model import pictures
 from model.pictures import MAX_PIXELS, PictureError, decode
 from tests.kinds import BAD, GOOD, gradient, save
 
@@ -74,3 +77,60 @@ def test_broken_exif_does_not_cost_the_picture():
     buffer = io.BytesIO()
     gradient(20, 10).save(buffer, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert decode(buffer.getvalue()).size == (20, 10)
+
+
+def outcome(body):
+    """The pixels, or the cause of the error."""
+    try:
+        return np.asarray(decode(body))
+    except PictureError as error:
+        return error.cause
+
+
+@pytest.mark.skipif(pictures.simplejpeg is None, reason="without simplejpeg: pip install simplejpeg")
+@given(
+    seed=st.integers(0, 999),
+    size=st.tuples(st.integers(1, 140), st.integers(1, 140)),
+    grey=st.booleans(),
+    options=st.fixed_dictionaries(
+        {
+            "quality": st.integers(1, 100),
+            "subsampling": st.sampled_from(["4:4:4", "4:2:2", "4:2:0", "4:1:1"]),
+            "progressive": st.booleans(),
+            "restart_marker_blocks": st.integers(0, 3),
+        }
+    ),
+    exif=st.sampled_from([None, 1, 6]),
+    damage=st.one_of(st.none(), st.tuples(st.floats(0, 1), st.integers(0, 255)), st.floats(0, 1)),
+)
+@hypothesis_settings(max_examples=300)
+def test_a_jpeg_file_is_the_same_pixels_or_the_same_error_with_and_without_simplejpeg(
+    seed, size, grey, options, exif, damage
+):
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
+    picture = Image.fromarray(noise).resize(size)
+    if exif:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = exif
+    body = bytearray(save(picture.convert("L") if grey else picture, "JPEG", **options))
+    if isinstance(damage, float):
+        del body[int(damage * len(body)) :]
+    elif damage:
+        body[min(int(damage[0] * len(body)), len(body) - 1)] = damage[1]
+    expected, seen = None, []
+    with mock.patch.object(pictures, "simplejpeg", None):
+        expected = outcome(bytes(body))
+    original = pictures._small_jpeg
+    with mock.patch.object(pictures, "_small_jpeg", lambda *given: seen.append(original(*given)) or seen[-1]):
+        got = outcome(bytes(body))
+    np.testing.assert_array_equal(got, expected)
+    if damage is None and max(size) <= 128:
+        assert (seen[0] is not None) == (exif is None)  # it is simplejpeg that is compared
+
+
+def test_the_bound_on_pixels_holds_for_small_jpeg_files_too():
+    body = save(gradient(20, 10), "JPEG")
+    assert decode(body, max_pixels=200).size == (20, 10)
+    with pytest.raises(PictureError) as caught:
+        decode(body, max_pixels=199)
+    assert caught.value.cause == "too_many_pixels"

@@ -12,6 +12,6 @@ class Classifier:
     def __init__(self):
         self.model = Model()
 
-    @bentoml.api(batchable=True, max_batch_size=BATCH, max_latency_ms=200)
+    @bentoml.api(batchable=True, max_batch_size=BATCH)
     def classify(self, images: list[Path]) -> list[dict[str, float]]:
         return self.model.classify([self.model.crop(path.read_bytes()) for path in images])
