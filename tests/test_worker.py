@@ -1,6 +1,8 @@
 """What the handler changes in TorchServe's worker: the same messages, read in fewer pieces, and fewer lines."""
 
+import contextlib
 import copy
+import io
 import json
 import logging
 import socket
@@ -50,19 +52,25 @@ def received(protocol, messages, pieces):
 
     def write():
         sent = 0
-        while sent < len(stream):
-            size = next(sizes, len(stream))
-            theirs.sendall(stream[sent : sent + size])
-            sent += size
-        theirs.close()
+        with theirs, contextlib.suppress(OSError):  # if the reader failed
+            while sent < len(stream):
+                size = next(sizes, len(stream))
+                theirs.sendall(stream[sent : sent + size])
+                sent += size
 
     thread = threading.Thread(target=write)
     thread.start()
     try:
         return [copy.deepcopy(protocol.retrieve_msg(ours)) for _ in messages]
     finally:
-        thread.join()
+        with contextlib.suppress(OSError):
+            ours.shutdown(socket.SHUT_RDWR)
+        for cell in protocol._retrieve_buffer.__closure__ or ():
+            reader = getattr(cell.cell_contents, "__self__", None)
+            if isinstance(reader, io.BufferedReader):
+                reader.close()  # it holds the socket open
         ours.close()
+        thread.join()
 
 
 REQUESTS = st.lists(
