@@ -23,7 +23,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ import requests
 CONFIG = Path(__file__).resolve().parent / "config.properties"
 LOGGING = CONFIG.with_name("log4j2.xml")
 READY_SECONDS = 120  # a large model on a slow disk; a small one is ready in 5
-WARM_UP = 30  # requests
+WARM_UP, WARM_UP_SECONDS = 30, 2  # requests, and when to leave it at fewer: a large model, or a patient batch
 PICTURE = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"  # of one pixel
 STOP_SECONDS = 20  # from asking TorchServe to stop to killing it
 
@@ -117,7 +117,6 @@ def serving(
     logging: Path | None = LOGGING,
     settings: dict[str, str] | None = None,
     ready_seconds: float = READY_SECONDS,
-    warm_up: bool = True,
     console: int | None = None,
 ) -> Iterator[Server]:
     """Starts TorchServe, waits until every worker is ready, and stops it and all its processes at the end.
@@ -128,8 +127,6 @@ def serving(
             unpacked models and its sockets there.
         logging: configuration of Log4j; None for TorchServe's own.
         settings: lines of config.properties to replace.
-        warm_up: ask the first model WARM_UP times before, since Java loads its classes when they are first used, and
-            the first client would wait four times as long as the hundredth.
         console: where its output goes; by default into FOLDER/logs/console.log.
 
     Raises:
@@ -157,8 +154,7 @@ def serving(
     server = Server(process, folder, ports)
     try:
         _wait_until_ready(server, [archive.stem for archive in archives], ready_seconds)
-        if warm_up:
-            _warm_up(server, archives[0].stem)
+        _warm_up(server, archives[0].stem)
         yield server
     finally:
         stop(process)
@@ -297,10 +293,14 @@ def _wait_until_ready(server: Server, models: list[str], seconds: float) -> None
 
 
 def _warm_up(server: Server, model: str) -> None:
-    with requests.Session() as session:
+    """Java loads its classes when they are first used: the first client would wait four times as long as the 100th."""
+    deadline = time.monotonic() + WARM_UP_SECONDS
+    with requests.Session() as session, suppress(requests.RequestException):  # it serves all the same
         session.headers["Authorization"] = f"Bearer {server.key()}"
         for _ in range(WARM_UP):
-            session.post(f"{server.url}/predictions/{model}", data=PICTURE, timeout=READY_SECONDS)
+            session.post(f"{server.url}/predictions/{model}", data=PICTURE, timeout=WARM_UP_SECONDS)
+            if time.monotonic() > deadline:
+                return
 
 
 def _is_ready(server: Server, model: str) -> bool:

@@ -174,6 +174,7 @@ def _archive(
     folder.mkdir(parents=True, exist_ok=True)
     serialized, *extra = dict.fromkeys(files)
     extra += [export / "spec.json", export / "index_to_name.json"]
+    extra += [PEERS / "pixels.py"] if settings is None else []
     line = ["--model-name", name, "--version", "1.0", "--handler", handler, "--serialized-file", str(serialized)]
     if settings is not None:
         extra += [PROJECT / "model" / "pictures.py", *(HANDLER / file for file in BESIDE_HANDLER)]

@@ -21,9 +21,11 @@ import multiprocessing
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -46,10 +48,10 @@ from handler import backends
 from model import Classifier, ModelSpec, architectures
 from model.files import write_text
 from model.pictures import crop, decode
+from serve import Ports, serving
 from train import train
 from training.config import TrainConfig
 
-PARTS = ("small", "several", "large", "latency", "start", "growth")  # and "gpu", which runs only if it is named
 SMALL, LARGE = "small", "large"  # names of the models
 CONNECTIONS = (1, 16, 64)  # of the comparison of the small model
 LARGE_CONNECTIONS = 16
@@ -283,8 +285,6 @@ def part_several(export: Path, folder: Path, options: argparse.Namespace) -> dic
     def requests_of(label: str, _: Running) -> list[Request]:
         if label == "multipart":
             return [replace(servers.multipart({f"{i:02}": b for i, b in enumerate(bodies)}), best=expected)]
-        from base64 import b64encode
-
         body = json.dumps({"instances": [{"b64": b64encode(body).decode()} for body in bodies]}).encode()
         return [Request(body, "application/json", expected)]
 
@@ -339,8 +339,6 @@ def part_start(export: Path, folder: Path, options: argparse.Namespace) -> dict[
     for turn in range(max(3, options.rounds)):
         with servers.ours(export, SMALL, folder / f"start{turn}", bodies[0], backend="onnx") as server, server.awake():
             ready.append(server.ready_seconds)
-    from serve import Ports, serving
-
     archive = folder / "start0" / f"{SMALL}.mar"
     for turn in range(max(3, options.rounds)):
         with serving([archive], folder / f"first{turn}", ports=Ports.free()) as running, requests.Session() as session:
@@ -475,17 +473,29 @@ def _plot_peers(axes: Any, found: Mapping[str, Any]) -> None:
             axis.plot(places, [row[key] for row in server["loads"].values()], "s--", **style)
 
 
+PARTS = {
+    "small": part_small,
+    "several": part_several,
+    "large": part_large,
+    "latency": part_latency,
+    "start": part_start,
+    "growth": part_growth,
+    "gpu": part_gpu,
+}
+ALL = [part for part in PARTS if part != "gpu"]  # which runs only if it is named
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, help="python of the environment of benchmarks/peers/requirements.lock")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, of {','.join(PARTS)},gpu (all but gpu)")
+    parser.add_argument("--only", default=",".join(ALL), help=f"parts, of {','.join(PARTS)} (all but gpu)")
     parser.add_argument("--rounds", type=int, default=3, help="of each comparison (3)")
     parser.add_argument("--seconds", type=float, default=5, help="of each load; twice that for the large model (5)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder (benchmarks/results)")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left, resting
     wanted = options.only.split(",")
-    if unknown := sorted(set(wanted) - {*PARTS, "gpu"}):
+    if unknown := sorted(set(wanted) - set(PARTS)):
         parser.error(f"--only: no part is called {unknown[0]!r}; there are {', '.join(PARTS)}")
     options.peers = options.peers and options.peers.absolute()
     results: dict[str, Any] = {"machine": _machine(options.peers)}
@@ -498,20 +508,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{part} …", flush=True)
             place = folder / f"part-{part}"
             place.mkdir()
-            results[part] = globals()[f"part_{part}"](large if part in of_large else small, place, options)
+            results[part] = PARTS[part](large if part in of_large else small, place, options)
     print(json.dumps(results["machine"]), table(results), sep="\n")
     options.out.mkdir(parents=True, exist_ok=True)
+    results = _earlier(options.out / "serving.json", results["machine"]) | results
     write_text(options.out / "serving.json", json.dumps(results, indent=1) + "\n")
     if "growth" in results:
         plot(results, options.out / "serving.png")
     return 0
 
 
+def _earlier(path: Path, machine: dict[str, str]) -> dict[str, Any]:
+    """The parts that the file holds already, if they are of the same machine and versions."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("machine") == machine else {}
+
+
 def _machine(peers: Path | None) -> dict[str, str]:
     found = describe("torchserve", "torch", "onnxruntime", "pillow")
     if peers:
-        import subprocess
-
         code = "import importlib.metadata as m; print(*(m.version(p) for p in ('litserve', 'bentoml', 'onnxruntime')))"
         said = subprocess.run([peers, "-c", code], capture_output=True, text=True, check=True).stdout.split()
         found |= dict(zip(("litserve", "bentoml", "onnxruntime of the peers"), said, strict=True))

@@ -82,6 +82,8 @@ def export_run(
     name = name or run.resolve().name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(f"--name {name}: must be letters, digits, '_', '-' and '.', as TorchServe's URLs need")
+    if wanted == "onnx-int8" and not int8:
+        raise ValueError("--backend onnx-int8: add --int8, which writes its file")
     shown = pictures.of_test_split(run, data) if everywhere else pictures.of_samples(run / "samples")
     classifier = Classifier(network, spec).eval()
     target = run / "export"

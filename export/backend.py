@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from export import clock
 from handler.backends import FILES, load
 from model.files import write_text
 from model.spec import ModelSpec
@@ -52,15 +52,15 @@ def measure(folder: Path, name: str, spec: ModelSpec, wanted: str = "auto") -> l
     """
     found = backends_of(folder, name)
     if wanted != "auto" and wanted not in found:
-        way_out = "; add --int8" if wanted == "onnx-int8" else ""
-        raise ValueError(f"--backend {wanted}: {FILES[wanted].format(name)} was not written{way_out}")
+        raise ValueError(f"--backend {wanted}: {FILES[wanted].format(name)} was not written; choose another, or auto")
     workers = {backend: load(backend, folder, name, threads=THREADS) for backend in found}
     shape = (spec.size, spec.size, 3)
     random = np.random.default_rng(0)
     times: dict[str, dict[str, float]] = {backend: {} for backend in found}
     for batch in BATCHES:
         crops = random.integers(0, 256, (batch, *shape), np.uint8)
-        for backend, milliseconds in _time_by_turns(workers, crops).items():
+        calls = {backend: partial(worker, crops) for backend, worker in workers.items()}
+        for backend, milliseconds in clock.milliseconds(calls, rounds=ROUNDS, seconds=SECONDS * len(calls)).items():
             times[backend][str(batch)] = milliseconds / batch
     chosen = wanted if wanted != "auto" else min(found, key=lambda one: statistics.geometric_mean(times[one].values()))
     return [BackendRow(backend, times[backend], backend == chosen) for backend in found]
@@ -94,20 +94,3 @@ def table(rows: list[BackendRow]) -> str:
         lines.append((row.backend, *numbers, f"in the archive, batchSize {batch_size(row)}" * row.chosen))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def _time_by_turns(workers: dict[str, Callable[[np.ndarray], np.ndarray]], crops: np.ndarray) -> dict[str, float]:
-    """Median milliseconds of a call."""
-    times: dict[str, list[float]] = {backend: [] for backend in workers}
-    for worker in workers.values():
-        for _ in range(3):  # TorchScript optimises in its first calls
-            worker(crops)
-    started = time.perf_counter()
-    for turn in range(ROUNDS):
-        if turn >= 3 and time.perf_counter() - started > SECONDS * len(workers):
-            break
-        for backend, worker in workers.items():
-            before = time.perf_counter()
-            worker(crops)
-            times[backend].append(1000 * (time.perf_counter() - before))
-    return {backend: statistics.median(values) for backend, values in times.items()}

@@ -13,12 +13,11 @@ import copy
 import json
 import os
 import re
-import statistics
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from export import clock, pictures, programs
 from export import onnx as onnx_files
-from export import pictures, programs
 from model.classifier import Classifier
 from model.files import atomic_write
 from model.pictures import PictureError, crop, decode
@@ -259,14 +258,7 @@ def milliseconds(
 ) -> dict[str, float]:
     """Median time of one call of each crop graph, on `THREADS` threads; they take turns, so that noise meets all."""
     sessions = {key: _session(path, provider, THREADS) for key, path in files.items()}
-    times: dict[str, list[float]] = {key: [] for key in files}
-    for turn in range(rounds + 3):  # the first three warm up
-        for key, session in sessions.items():
-            started = time.perf_counter()
-            _run(session, crops)
-            if turn >= 3:
-                times[key].append(1000 * (time.perf_counter() - started))
-    return {key: statistics.median(values) for key, values in times.items()}
+    return clock.milliseconds({key: partial(_run, one, crops) for key, one in sessions.items()}, rounds=rounds)
 
 
 def has_vnni() -> bool:

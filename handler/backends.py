@@ -53,7 +53,9 @@ def load(backend: str, folder: Path, name: str, *, threads: int = 1, gpu: int | 
     """
     if backend not in FILES:
         raise ValueError(f"model-config.yaml: 'backend' is {backend!r}; it must be one of {', '.join(FILES)}")
-    backend = "torchscript" if gpu is not None else backend
+    if gpu is not None and backend != "torchscript":
+        logging.info("GPU %d runs torchscript; %s is for workers on the CPU", gpu, backend)
+        backend = "torchscript"
     path = folder / FILES[backend].format(name)
     if not path.is_file():
         raise ValueError(

@@ -2,6 +2,9 @@
 
 TorchServe's protocol imports torch for the sake of one `isinstance`, which the answers of this handler never reach. A
 worker that runs ONNX Runtime saves half a gigabyte and over a second by that; one that runs PyTorch loads it as ever.
+
+Python runs one file of this name, the first on its path. One in the caller's PYTHONPATH goes before this one, and
+PyTorch is then loaded at once; one in the environment's own packages goes after it and is not run in workers.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def server(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     archives[0].write_bytes((exported / "digits.mar").read_bytes())
     patience = "batchSize: 32\nmaxBatchDelay: 20000\nresponseTimeout: 60\nminWorkers: 1\nmaxWorkers: 1\n"
     replace_in_archive(archives[0], archives[1], {"model-config.yaml": patience})
-    with serving(archives, tmp_path_factory.mktemp("server"), ports=Ports.free(), warm_up=False) as running:
+    with serving(archives, tmp_path_factory.mktemp("server"), ports=Ports.free()) as running:
         yield running
 
 

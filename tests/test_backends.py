@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export import backend, torchscript
+from export.__main__ import main
 from handler import backends
 from model import ModelSpec
 from tests.conftest import PROJECT
@@ -68,8 +69,15 @@ def test_the_fastest_backend_is_chosen_and_a_wish_is_obeyed(exported, run):
     wished = backend.measure(exported, "digits", spec, "pt2")
     assert backend.chosen(wished).backend == "pt2"
     assert "in the archive" in next(line for line in backend.table(wished).splitlines() if line.startswith("pt2"))
-    with pytest.raises(ValueError, match=r"--backend onnx-int8: digits\.crops\.int8\.onnx was not written; add --int8"):
+    with pytest.raises(ValueError, match=r"--backend onnx-int8: digits\.crops\.int8\.onnx was not written; choose"):
         backend.measure(exported, "digits", spec, "onnx-int8")
+
+
+def test_int8_without_its_file_is_refused_before_anything_is_exported(exported, run, capsys):
+    before = (exported / "digits.mar").read_bytes()
+    assert main([str(run), "--backend", "onnx-int8"]) == 2
+    assert capsys.readouterr().err == "export: --backend onnx-int8: add --int8, which writes its file\n"
+    assert (exported / "digits.mar").read_bytes() == before
 
 
 def test_the_choice_stands_in_the_archives_settings_and_in_parity_json(exported):

@@ -11,6 +11,7 @@ import pytest
 import requests
 
 from clients.python.classify import ClassifierError, Client
+from serve import WARM_UP
 from tests.grpc_call import predict
 from tests.kinds import BAD, GOOD, gradient, save
 from training.data import read_split
@@ -218,6 +219,13 @@ def test_a_request_is_one_line_in_one_log(server, sample):
             grown[path.name] = file.read().decode().splitlines()
     assert len([line for line in grown.pop("access_log.log") if "POST /predictions/digits" in line]) == 20
     assert not any(grown.values()), grown
+
+
+def test_the_server_has_asked_itself_before_the_first_client_does(server):
+    lines = (server.folder / "logs" / "access_log.log").read_text().splitlines()
+    posts = [line for line in lines if "POST" in line]
+    assert all("/predictions/digits" in line and " 200 " in line for line in posts[:WARM_UP])
+    assert len(posts) >= WARM_UP
 
 
 def test_metrics_are_there_for_prometheus(server, sample):

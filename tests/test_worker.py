@@ -105,6 +105,15 @@ def test_messages_are_read_as_torchserve_reads_them_however_they_arrive(batches,
         vars(protocol).update(before)
 
 
+def test_a_negative_length_is_nothing_as_in_torchserve(protocol):
+    none = struct.pack("!i", -5)
+    request = b"I" + text(b"id") + text(b"name") + none + struct.pack("!i", -1) * 3
+    expected = received(protocol, [request], [])
+    worker.read_ahead()
+    assert received(protocol, [request], []) == expected
+    assert expected[0][1][0]["headers"][0]["value"] == b""
+
+
 def test_a_frontend_that_goes_away_ends_the_worker(protocol):
     worker.read_ahead()
     with pytest.raises(SystemExit) as ended:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import bentoml
+from pixels import crop
 from shared import BATCH, Model
 
 
@@ -14,4 +15,4 @@ class Classifier:
 
     @bentoml.api(batchable=True, max_batch_size=BATCH)
     def classify(self, images: list[Path]) -> list[dict[str, float]]:
-        return self.model.classify([self.model.crop(path.read_bytes()) for path in images])
+        return self.model.classify([crop(path.read_bytes(), self.model.spec) for path in images])

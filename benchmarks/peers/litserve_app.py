@@ -4,6 +4,7 @@ import sys
 
 import litserve
 from fastapi import UploadFile
+from pixels import crop
 from shared import BATCH, DELAY, Model
 
 
@@ -12,7 +13,7 @@ class Classifier(litserve.LitAPI):
         self.model = Model()
 
     def decode_request(self, request: UploadFile):
-        return self.model.crop(request.file.read())
+        return crop(request.file.read(), self.model.spec)
 
     def batch(self, inputs):
         return inputs

@@ -1,6 +1,5 @@
 """What the peers have in common: our crop graph in ONNX Runtime, Pillow before it, the best five labels after it."""
 
-import io
 import json
 import os
 from pathlib import Path
@@ -9,7 +8,6 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
 import onnxruntime
-from PIL import Image
 
 BATCH = 32
 DELAY = 0.002  # seconds
@@ -25,15 +23,6 @@ class Model:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.spec = json.loads(self.session.get_modelmeta().custom_metadata_map["spec"])
-
-    def crop(self, body):
-        """uint8 (S, S, 3) of a picture file."""
-        size, resize = self.spec["size"], self.spec["resize"]
-        picture = Image.open(io.BytesIO(body)).convert("RGB")
-        side = max(1, (2 * min(picture.size) * size + resize) // (2 * resize))
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        square = picture.crop((left, top, left + side, top + side))
-        return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
 
     def classify(self, crops):
         """A dict of the best five labels for each crop."""

@@ -1,0 +1,16 @@
+"""The pixel rule of the spec, as a peer's user would write it with Pillow."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def crop(body, spec):
+    """uint8 (S, S, 3) of a picture file."""
+    size, resize = spec["size"], spec["resize"]
+    picture = Image.open(io.BytesIO(body)).convert("RGB")
+    side = max(1, (2 * min(picture.size) * size + resize) // (2 * resize))
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
