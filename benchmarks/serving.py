@@ -233,7 +233,7 @@ def _measure(server: Running, wanted: list[Request], number: int, seconds: float
         "p99_ms": found.p99,
         "wrong": found.wrong,
         "failed": found.failed,
-        "cpu_seconds_per_1000": 1000 * spent / (rate * seconds) if rate else float("nan"),
+        "cpu_seconds_per_1000": 1000 * spent / max(rate * seconds, 1),
     }
 
 
@@ -387,7 +387,7 @@ def part_gpu(export: Path, folder: Path, options: argparse.Namespace) -> dict[st
             sent = [server.body(body) for body in bodies]
             return [replace(request, best=ask(server.url, server.key, request)) for request in sent]
 
-    found = compare(starts, requests_of, (1, 16, 64, 256), options.rounds, options.seconds)
+    found = compare(starts, requests_of, (1, 16, 64, 128), options.rounds, options.seconds)
     classify, forward = backends.load("torchscript", export, LARGE, gpu=gpu), {}
     for batch in backends.GPU_BATCHES:
         crops = np.zeros((batch, 224, 224, 3), np.uint8)
