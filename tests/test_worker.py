@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import io
 import json
 import logging
@@ -19,14 +20,23 @@ from handler import worker
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
-@pytest.fixture
-def protocol():
-    """TorchServe's module, and as it was afterwards."""
+@contextlib.contextmanager
+def upstream():
+    """TorchServe's module as installed, whatever a handler of another test made of it; afterwards as it was."""
     from ts.protocol import otf_message_handler as module
 
     before = dict(vars(module))
-    yield module
-    vars(module).update(before)
+    importlib.reload(module)
+    try:
+        yield module
+    finally:
+        vars(module).update(before)
+
+
+@pytest.fixture
+def protocol():
+    with upstream() as module:
+        yield module
 
 
 def text(value):
@@ -93,16 +103,11 @@ REQUESTS = st.lists(
 @given(batches=st.lists(REQUESTS, min_size=1, max_size=3), pieces=st.lists(st.integers(1, 5000), max_size=20))
 @hypothesis_settings(max_examples=50)
 def test_messages_are_read_as_torchserve_reads_them_however_they_arrive(batches, pieces):
-    from ts.protocol import otf_message_handler as protocol
-
-    before = dict(vars(protocol))
     messages = [message(batch) for batch in batches]
-    expected = received(protocol, messages, pieces)
-    try:
+    with upstream() as protocol:
+        expected = received(protocol, messages, pieces)
         worker.read_ahead()
         assert received(protocol, messages, pieces) == expected
-    finally:
-        vars(protocol).update(before)
 
 
 def test_a_negative_length_is_nothing_as_in_torchserve(protocol):
