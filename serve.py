@@ -138,6 +138,8 @@ def serving(
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "key_file.json").unlink(missing_ok=True)
     temporary = _temporary_folder(folder)
+    if "metrics_config" in properties:  # beside the configuration, as when TorchServe is started there
+        properties["metrics_config"] = str((config.parent / properties["metrics_config"]).resolve())
     properties |= _addresses(ports) | (settings or {})
     (folder / "config.properties").write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
     log = folder / "logs" / "console.log"

@@ -5,8 +5,8 @@
     python -m export --check runs/digits/export
 
 Writes runs/NAME/export: NAME.pt, NAME.onnx, NAME.crops.onnx, NAME.pixels.onnx, the same as .pt2, NAME.mar, parity.json,
-model-config.yaml, MODEL_CARD.md and SHA256SUMS. Ends with 1 and leaves no archive if any runtime's answer lies outside
-its tolerance.
+golden.json, model-config.yaml, MODEL_CARD.md and SHA256SUMS. Ends with 1 and leaves no archive if any runtime's answer
+lies outside its tolerance.
 """
 
 from __future__ import annotations
@@ -20,7 +20,20 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from export import archive, backend, card, integrity, onnx, parity, pictures, programs, reduced, runtimes, torchscript
+from export import (
+    archive,
+    backend,
+    card,
+    golden,
+    integrity,
+    onnx,
+    parity,
+    pictures,
+    programs,
+    reduced,
+    runtimes,
+    torchscript,
+)
 from handler.backends import FILES
 from model import Classifier, load_run
 from model.files import sha256, write_text
@@ -107,6 +120,8 @@ def export_run(
         speeds = backend.measure(folder, name, spec, wanted)
         print(f"\n{backend.table(speeds)}")
         backend.write_config(speeds, folder / backend.CONFIG_FILE)
+        served = backend.chosen(speeds).backend
+        golden.write(run, folder, name, spec, classifier, served)
         parity.write_json(rows, spec, folder / "parity.json", smaller, speeds)
         target.mkdir(exist_ok=True)
         for path in target.glob("*"):
@@ -117,10 +132,9 @@ def export_run(
     if any(row.failed for row in rows):
         print(f"parity FAILED: no archive was made; see {target / 'parity.json'}")
         return rows
-    served = backend.chosen(speeds).backend
+    card.write_card(run, name, target)
     archive.build(run, name, version, served)
     print(f"\n{shlex.join(archive.command(run, name, version, served, target))}\n")
-    card.write_card(run, name, target)
     integrity.write_sums(target)
     if sign:
         integrity.sign(target, sign)

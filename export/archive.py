@@ -12,11 +12,17 @@ import tempfile
 from pathlib import Path
 
 from export.backend import CONFIG_FILE
+from export.card import CARD
 from handler.backends import FILES
+from handler.golden import FILE as GOLDEN
 
 PROJECT = Path(__file__).resolve().parent.parent
 HANDLER = PROJECT / "handler"
-BESIDE_HANDLER = ("backends.py", "worker.py", "sitecustomize.py")
+BESIDE_HANDLER = (
+    *("backends.py", "bodies.py", "explanations.py", "golden.py", "measures.py"),
+    *("worker.py", "sitecustomize.py"),
+)
+FROM_EXPORT = ("index_to_name.json", GOLDEN, CARD)
 
 
 def command(run: Path, name: str, version: str, backend: str, export_path: Path) -> list[str]:
@@ -27,7 +33,7 @@ def command(run: Path, name: str, version: str, backend: str, export_path: Path)
     """
     folder = run / "export"
     extra = [HANDLER / file for file in BESIDE_HANDLER]
-    extra += [PROJECT / "model" / "pictures.py", run / "spec.json", folder / "index_to_name.json"]
+    extra += [PROJECT / "model" / "pictures.py", run / "spec.json", *(folder / file for file in FROM_EXPORT)]
     if backend != "torchscript":
         extra.append(folder / FILES[backend].format(name))
     return [

@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from export import onnx
-from export.archive import BESIDE_HANDLER
+from export.archive import BESIDE_HANDLER, FROM_EXPORT
 from export.card import CARD
 from export.programs import GRAPHS
 from export.runtimes import run_onnxruntime, run_torchscript
@@ -288,8 +288,8 @@ def _check_archive(folder: Path, name: str, whole: Mapping[str, str], findings: 
         model = json.loads(archive.read(MANIFEST))["model"]
         if model["serializedFile"] != f"{name}.pt":
             findings.append(f"{file}: its manifest names {model['serializedFile']}, not {name}.pt; export again")
-        needed = [f"{name}.pt", model["handler"], model.get("configFile"), "pictures.py", "index_to_name.json"]
-        needed += BESIDE_HANDLER
+        needed = [f"{name}.pt", model["handler"], model.get("configFile"), "pictures.py", "spec.json"]
+        needed += [*BESIDE_HANDLER, *FROM_EXPORT]
         for member in needed:
             if member and members.count(member) != 1:
                 findings.append(f"{file}: '{member}' is inside {members.count(member)} times, not once; export again")

@@ -32,7 +32,7 @@ from export import clock, pictures, programs
 from export import onnx as onnx_files
 from model.classifier import Classifier
 from model.files import atomic_write
-from model.pictures import PictureError, crop, decode
+from model.pictures import PictureError, read
 from model.preprocessing import normalise
 from model.spec import ModelSpec
 
@@ -429,7 +429,7 @@ def _crops(bodies: list[bytes], spec: ModelSpec) -> list[np.ndarray | None]:
 
     def one(body: bytes) -> np.ndarray | None:
         try:
-            return crop(decode(body), spec.size, spec.resize)
+            return read(body, spec.size, spec.resize)
         except PictureError:  # left out of training too, by --skip-bad
             return None
 

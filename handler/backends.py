@@ -35,6 +35,7 @@ FILES = {
     "pt2": "{}.crops.pt2",
 }
 GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64)  # pictures; a batch is filled up to the next of them
+STICKY = 70  # exit status of a worker whose CUDA failed
 HALF_TOLERANCE = 0.02  # of a probability, between half and full precision, when a GPU worker starts
 
 
@@ -68,7 +69,7 @@ def load(backend: str, folder: Path, name: str, *, threads: int = 1, gpu: int | 
 
     torch.set_num_threads(threads)
     if gpu is not None:
-        return _on_gpu(_torchscript(path, f"cuda:{gpu}"), f"cuda:{gpu}")
+        return surviving(_on_gpu(_torchscript(path, f"cuda:{gpu}"), f"cuda:{gpu}"))
     return _on_cpu(_torchscript(path, "cpu").classify_crops if backend == "torchscript" else _program(path))
 
 
@@ -130,6 +131,35 @@ def _on_gpu(module: Any, device: str) -> Classify:
         with torch.inference_mode():
             filled = fill_up(crops, GPU_BATCHES)
             return classify(torch.from_numpy(filled).to(device, non_blocking=True))[: len(crops)].cpu().numpy()
+
+    return run
+
+
+def surviving(classify: Classify) -> Classify:
+    """Halves a batch for which a GPU has no memory, and ends the process where CUDA can do nothing any more.
+
+    After an illegal address or a failed assertion each further call of the process fails. TorchServe would keep the
+    worker and let it fail; when it ends, it gets a new one.
+    """
+    import torch
+
+    def run(crops: np.ndarray) -> np.ndarray:
+        try:
+            return classify(crops)
+        except RuntimeError as error:  # TorchScript makes one of whatever is raised within it
+            text = str(error)
+            if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in text:
+                torch.cuda.empty_cache()
+                if len(crops) == 1:
+                    raise MemoryError("the GPU has no memory for one picture") from None  # TorchServe answers 507
+            elif "CUDA error" in text or "device-side assert" in text:
+                logging.critical("this worker's CUDA has failed for good, so it ends: %s", text.splitlines()[0])
+                logging.shutdown()
+                os._exit(STICKY)
+            else:
+                raise
+        half = len(crops) // 2
+        return np.concatenate([run(crops[:half]), run(crops[half:])])
 
     return run
 

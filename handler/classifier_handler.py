@@ -1,59 +1,58 @@
 """The TorchServe handler: pictures in, `{label: probability}` out, best first. Each picture succeeds or fails alone.
 
-A request is one of
+A request to `/predictions/NAME` is one of
 - a picture file as the raw body, or one multipart field: answered `{label: probability, …}`;
 - several multipart fields with different names: `{field: answer, …}` (of a repeated name TorchServe keeps the last);
 - JSON `{"b64": "…"}`: as a raw body;
-- JSON `{"instances": [{"b64": "…"}, …]}`: `{"predictions": [answer, …]}`, as KServe v1 clients expect.
+- JSON `{"instances": [{"b64": "…"}, …]}`: `{"predictions": [answer, …]}`, as KServe v1 clients expect;
+- JSON `{"inputs": [{"datatype": "BYTES", …}]}`: `{"outputs": […]}`, as KServe v2 clients expect;
+- a GET: whether the model is healthy.
 
 Where a request holds several pictures, a bad one has its error in the place of its answer; the status is 200 if any
-picture was good. Otherwise the status is that of the first error, from the table below. An error reads
+picture was good. Otherwise the status is that of the first error, from bodies.STATUSES. An error reads
 `{"code": 422, "type": "truncated", "message": "…"}`.
 
+The same to `/explanations/NAME` shows what spoke for the best label: a PNG, or where there are several pictures JSON
+with `label`, `probability` and `png` (base64).
+
 TorchServe loads this file from the archive and wants exactly one class in it. It imports nothing but installed
-packages and the files that lie beside it there: `pictures.py`, `backends.py` and `worker.py`. It does not inherit from
-TorchServe's BaseHandler, which would load PyTorch, ONNX Runtime and OpenVINO into every worker.
+packages and the files that lie beside it there. It does not inherit from TorchServe's BaseHandler, which would load
+PyTorch, ONNX Runtime and OpenVINO into every worker.
 """
 
 import base64
-import binascii
 import io
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import backends
+import bodies
+import explanations
 import numpy as np
 import worker
-from pictures import MAX_PIXELS, PictureError, crop, decode
+from golden import Golden
+from measures import Measures
+from pictures import MAX_PIXELS, PictureError, crop, read
 from PIL import Image
-
-# What a client's mistake is answered with, over REST as over gRPC.
-STATUSES = {
-    "empty": (400, "Bad Request"),
-    "bad_json": (400, "Bad Request"),
-    "bad_base64": (400, "Bad Request"),
-    "too_many_pixels": (413, "Payload Too Large"),
-    "too_many_pictures": (413, "Payload Too Large"),
-    "not_a_picture": (415, "Unsupported Media Type"),
-    "unsupported_kind": (415, "Unsupported Media Type"),
-    "truncated": (422, "Unprocessable Entity"),
-    "no_explanations": (501, "Not Implemented"),
-}
 
 CHUNK = 64  # pictures decoded and put through the network at a time: bounds the memory of requests with many
 MAX_PICTURES = 256  # of one request: a few kilobytes of tiny pictures could otherwise block a worker for minutes
+MAX_EXPLAINED = 8  # of one request: each costs as much as a hundred predictions
 
 
 class ClassifierHandler:
     """Decodes, batches, infers and answers. The settings are those of model-config.yaml."""
 
     def initialize(self, context):
-        """Reads the settings and the spec, loads the backend, and warms up, so that the first client does not wait.
+        """Reads the settings and the spec, loads the backend, and checks it, so that the first client does not wait.
 
         Raises:
-            ValueError: the archive or model-config.yaml is wrong; TorchServe logs it and does not serve the model.
+            ValueError: the archive or model-config.yaml is wrong, or a golden picture is answered wrongly; TorchServe
+                logs it and does not serve the model.
         """
         settings, system = context.model_yaml_config or {}, context.system_properties
         folder, model = Path(system["model_dir"]), context.manifest["model"]
@@ -63,13 +62,14 @@ class ClassifierHandler:
         if not system.get("limit_max_image_pixels", True):
             self.max_pixels = None  # the operator lifted the limit in config.properties
         self.spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
+        self.size, self.resize = self.spec["size"], self.spec["resize"]
         names = json.loads((folder / "index_to_name.json").read_text(encoding="utf-8"))
         if list(names.values()) != self.spec["labels"]:
             raise ValueError("index_to_name.json and spec.json name other labels; export the run again")
-        self.headers = {
-            "x-model-version": model["modelVersion"],
-            "x-model-weights-sha256": self.spec["weights_sha256"],
-        }
+        card = folder / "MODEL_CARD.md"
+        self.description = {**self.spec, "card": card.read_text(encoding="utf-8") if card.is_file() else ""}
+        self.model, self.version = context.model_name, model["modelVersion"]
+        self.headers = {"x-model-version": self.version, "x-model-weights-sha256": self.spec["weights_sha256"]}
         gpu = system.get("gpu_id")
         decoders = _setting(settings, "decode_threads", 1 if gpu is None else min(8, os.cpu_count() or 1))
         self.pool = ThreadPoolExecutor(decoders) if decoders > 1 else None
@@ -80,7 +80,11 @@ class ClassifierHandler:
             threads=_setting(settings, "threads", 1),
             gpu=gpu,
         )
+        self.explainer = explanations.Explainer(folder / model["serializedFile"], gpu)
+        self.measures = Measures(context.metrics, self.model, self.version)
         self._warm_up(system.get("batch_size") or 1)
+        self.golden, self.device = Golden(folder), "cpu" if gpu is None else "gpu"
+        self.measures.gauge("classifier_golden_difference", self.golden.check(self._probabilities, self.device))
         worker.tune()
 
     def handle(self, requests, context):
@@ -91,43 +95,61 @@ class ClassifierHandler:
                 and text bodies the value or the text.
 
         Returns:
-            A JSON body for each request; statuses and headers are set in `context`.
+            A body for each request, JSON but for explanations; statuses and headers are set in `context`.
         """
+        started = time.perf_counter()
+        seconds = {"decode": 0.0, "forward": 0.0}
         parsed = [self._parse(request, context, i) for i, request in enumerate(requests)]
-        outcomes = iter(self._classify([body for _, bodies in parsed for body in bodies.values()]))
-        return [
-            self._answer(shape, {name: next(outcomes) for name in bodies}, context, i)
-            for i, (shape, bodies) in enumerate(parsed)
-        ]
+        outcomes = self._classify([picture for _, _, pictures in parsed for picture in pictures.values()], seconds)
+        coming, until = iter(outcomes), time.monotonic() + explanations.SECONDS
+        answers = []
+        for i, (kind, shape, pictures) in enumerate(parsed):
+            its = {name: next(coming) for name in pictures}
+            if kind == "explanation":
+                its = {name: self._explain(pictures[name], outcome, until) for name, outcome in its.items()}
+            answers.append(self._answer(kind, shape, its, context, i))
+        seconds["post"] = time.perf_counter() - started - sum(seconds.values())
+        self.measures.add(
+            [outcome.cause if isinstance(outcome, PictureError) else "ok" for outcome in outcomes],
+            [next(iter(outcome.items())) for outcome in outcomes if not isinstance(outcome, PictureError)],
+            seconds,
+        )
+        return answers
 
     def _parse(self, request, context, i):
-        """What the request asks for and its pictures, as bytes or as the error that stands for them."""
+        """What is asked for (`prediction`, `explanation`, `description`, `health`), the shape and the pictures."""
         if context.get_request_header(i, "describe") == "True":
-            return "describe", {}
-        if context.get_request_header(i, "explain") == "True":
-            return "one", {"": PictureError("no_explanations", "this model answers predictions only")}
-        shape, bodies = parse(request)
-        if len(bodies) > self.max_pictures:
-            message = f"{len(bodies)} pictures in a request; at most {self.max_pictures} are accepted, send several"
-            return "one", {"": PictureError("too_many_pictures", message)}
-        return shape, bodies
+            return "description", "one", {}
+        kind = "explanation" if context.get_request_header(i, "explain") == "True" else "prediction"
+        if kind == "prediction" and _is_get(request, context, i):
+            return "health", "one", {}
+        shape, pictures = bodies.parse(request)
+        most = min(self.max_pictures, MAX_EXPLAINED) if kind == "explanation" else self.max_pictures
+        if len(pictures) > most:
+            message = f"{len(pictures)} pictures in a request; at most {most} are accepted, send several"
+            return kind, "one", {"": PictureError("too_many_pictures", message)}
+        return kind, shape, pictures
 
-    def _classify(self, bodies):
-        """An answer or a PictureError for each of `bodies`, in order."""
-        outcomes = []
-        for chunk in self._decoded(bodies):
+    def _classify(self, pictures, seconds):
+        """An answer or a PictureError for each of `pictures`, in order. Adds to `seconds` what the stages took."""
+        outcomes, last = [], time.perf_counter()
+        for chunk in self._decoded(pictures):
+            decoded = time.perf_counter()
             good = [i for i, outcome in enumerate(chunk) if not isinstance(outcome, PictureError)]
             answers = self._infer(np.stack([chunk[i] for i in good])) if good else []
             for i, answer in zip(good, answers, strict=True):
                 chunk[i] = answer
             outcomes += chunk
+            seconds["decode"] += decoded - last
+            last = time.perf_counter()
+            seconds["forward"] += last - decoded
         return outcomes
 
-    def _decoded(self, bodies):
+    def _decoded(self, pictures):
         """Lists of at most CHUNK crops or PictureErrors; with threads, the next is on its way while one is used."""
-        chunks = (bodies[start : start + CHUNK] for start in range(0, len(bodies), CHUNK))
+        chunks = (pictures[start : start + CHUNK] for start in range(0, len(pictures), CHUNK))
         if self.pool is None:
-            yield from ([self._decode(body) for body in chunk] for chunk in chunks)
+            yield from ([self._decode(picture) for picture in chunk] for chunk in chunks)
             return
         coming = None
         for chunk in chunks:
@@ -137,12 +159,14 @@ class ClassifierHandler:
         if coming is not None:
             yield list(coming)
 
-    def _decode(self, body):
+    def _decode(self, picture):
         """The crop of one picture, uint8 (S, S, 3), or its PictureError."""
-        if isinstance(body, PictureError):
-            return body
+        if isinstance(picture, PictureError):
+            return picture
         try:
-            return crop(decode(body, self.max_pixels), self.spec["size"], self.spec["resize"])
+            if isinstance(picture, np.ndarray):
+                return crop(Image.fromarray(picture), self.size, self.resize)
+            return read(picture, self.size, self.resize, self.max_pixels)
         except PictureError as error:
             return error
 
@@ -157,27 +181,56 @@ class ClassifierHandler:
             for row_places, row_values in zip(places.tolist(), values.tolist(), strict=True)
         ]
 
-    def _answer(self, shape, outcomes, context, i):
-        """The JSON body of one request; sets its status and headers."""
-        errors = [outcome for outcome in outcomes.values() if isinstance(outcome, PictureError)]
-        values = {name: _as_json(outcome) for name, outcome in outcomes.items()}
-        if shape == "describe":
-            body = self.spec
-        elif shape == "one" or (errors and len(errors) == len(values)):
-            body = next(iter(values.values()))
+    def _explain(self, picture, outcome, until):
+        """Label, probability and PNG (bytes) of one picture's explanation, or its PictureError."""
+        if isinstance(outcome, PictureError):
+            return outcome
+        label, probability = next(iter(outcome.items()))
+        pixels = self._decode(picture)
+        try:
+            attributions = self.explainer.attributions(pixels, self.spec["labels"].index(label), until)
+        except PictureError as error:
+            return error
+        return {"label": label, "probability": probability, "png": explanations.overlay(pixels, attributions)}
+
+    def _answer(self, kind, shape, outcomes, context, i):
+        """The body of one request; sets its status and headers."""
+        headers, content_type, status = self.headers, "application/json", None
+        if kind == "description":
+            body = self.description
+        elif kind == "health":
+            body, status = self._health()
+        elif kind == "explanation" and shape == "one" and not isinstance(outcome := outcomes[""], PictureError):
+            best = {"x-label": quote(outcome["label"]), "x-probability": f"{outcome['probability']:.6f}"}
+            headers, content_type, body = {**headers, **best}, "image/png", outcome["png"]
         else:
-            body = {"predictions": list(values.values())} if shape == "predictions" else values
-        if errors and len(errors) == len(values):
-            code, phrase = STATUSES[errors[0].cause]
-            context.set_response_status(code, phrase, i)
-        context.set_response_content_type(i, "application/json")
-        for name, value in self.headers.items():
+            if kind == "explanation":
+                shape = shape if shape in ("one", "fields") else "instances"
+                outcomes = {name: _with_text(outcome) for name, outcome in outcomes.items()}
+            body, cause = bodies.answer(shape, outcomes, self.model, self.version)
+            status = bodies.STATUSES[cause] if cause else None
+        if status:
+            context.set_response_status(*status, i)
+        context.set_response_content_type(i, content_type)
+        for name, value in headers.items():
             context.set_response_header(i, name, value)
-        return json.dumps(body, ensure_ascii=False).encode()
+        return body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
+
+    def _health(self):
+        """A golden picture through the whole of it: the body and, if it is answered wrongly, the status."""
+        try:
+            self.golden.check(self._probabilities, self.device, count=1)
+        except ValueError as error:
+            return {"status": "Unhealthy", "message": str(error)}, (503, "Service Unavailable")
+        return {"status": "Healthy", "model": self.model, "version": self.version}, None
+
+    def _probabilities(self, files):
+        """Files of pictures to probabilities float32 (N, C)."""
+        return self.classify_crops(np.stack([read(file, self.size, self.resize) for file in files]))
 
     def _warm_up(self, batch):
         """First calls are slow: TorchScript optimises in them, for each kind of shape, and Pillow loads its readers."""
-        size, file = self.spec["size"], io.BytesIO()
+        size, file = self.size, io.BytesIO()
         Image.new("RGB", (size, size)).save(file, "JPEG")
         self._decode(file.getvalue())
         for count in sorted({1, batch}):
@@ -185,47 +238,22 @@ class ClassifierHandler:
                 self._infer(np.zeros((count, size, size, 3), dtype=np.uint8))
 
 
-def parse(request):
-    """The shape of the answer ("one", "fields" or "predictions") and the pictures by name.
+def _is_get(request, context, i):
+    """TorchServe does not pass the method on. A GET has no body, no type of it and, unlike an empty POST, no length.
 
-    A picture is its bytes, or the PictureError that stands for it.
+    Where a client names no length TorchServe adds one of 0, under the name in small letters; over gRPC it does not.
     """
-    if len(request) > 1:
-        return "fields", {name: _picture(value) for name, value in request.items()}
-    value = next(iter(request.values()), b"")
-    if isinstance(value, (bytes, bytearray, str)):
-        if value[:64].strip()[:1] not in (b"{", b"[", "{", "["):  # no picture begins so
-            return "one", {"": _picture(value)}
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            return "one", {"": PictureError("bad_json", f"the body is not JSON ({error})")}
-    if isinstance(value, dict) and isinstance(value.get("instances"), list):
-        pictures = {str(i): _picture(instance) for i, instance in enumerate(value["instances"])}
-        if pictures:
-            return "predictions", pictures
-        return "one", {"": PictureError("empty", "'instances' is empty; send at least one picture")}
-    return "one", {"": _picture(value)}
+    if any(request.values()):
+        return False
+    headers = context.get_all_request_header(i)
+    has_type = any(isinstance(value, dict) and value.get("content-type") for value in headers.values())
+    return headers.get("content-length") == "0" and "Content-Length" not in headers and not has_type
 
 
-def _picture(value):
-    """The bytes of one field or instance, or its PictureError."""
-    if isinstance(value, str):
-        return value.encode()
-    if isinstance(value, (bytes, bytearray)):
-        return bytes(value)
-    if not isinstance(value, dict) or not isinstance(value.get("b64"), str):
-        return PictureError("bad_json", 'send {"b64": "…"} or {"instances": [{"b64": "…"}, …]}, with base64 as text')
-    try:
-        return base64.b64decode("".join(value["b64"].split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        return PictureError("bad_base64", f"'b64' is not base64 ({error}); send it without a data: prefix")
-
-
-def _as_json(outcome):
+def _with_text(outcome):
     if isinstance(outcome, PictureError):
-        return {"code": STATUSES[outcome.cause][0], "type": outcome.cause, "message": str(outcome)}
-    return outcome
+        return outcome
+    return {**outcome, "png": base64.b64encode(outcome["png"]).decode()}
 
 
 def _setting(settings, name, default):

@@ -69,8 +69,8 @@ def decode(body: bytes, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     """
     if not body:
         raise PictureError("empty", "the body is empty; send the bytes of a picture")
-    if (small := _small_jpeg(body, max_pixels)) is not None:
-        return small
+    if (pixels := _small_jpeg(body, max_pixels)) is not None:
+        return Image.fromarray(pixels)
     picture = _open(body)
     width, height = picture.size
     if max_pixels is not None and width * height > max_pixels:
@@ -83,6 +83,23 @@ def decode(body: bytes, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     except Exception as error:  # Pillow's readers raise whatever the damage leads them into
         raise PictureError("truncated", f"the {picture.format} picture is truncated or damaged ({error})") from None
     return _to_rgb(_upright(picture))
+
+
+def read(body: bytes, size: int, resize: int, max_pixels: int | None = MAX_PIXELS) -> np.ndarray:
+    """`crop` of `decode`; a small JPEG file that is its own crop, as of CIFAR-10, goes round Pillow altogether.
+
+    Returns:
+        uint8 (size, size, 3), RGB.
+
+    Raises:
+        PictureError: see there for the causes.
+    """
+    if size * size <= SMALL and (pixels := _small_jpeg(body, max_pixels)) is not None:
+        height, width, _ = pixels.shape
+        if (height, width) == (size, size) and crop_box(width, height, size, resize) == (0, 0, size, size):
+            return pixels
+        return crop(Image.fromarray(pixels), size, resize)
+    return crop(decode(body, max_pixels), size, resize)
 
 
 def crop_box(width: int, height: int, size: int, resize: int) -> tuple[int, int, int, int]:
@@ -103,15 +120,16 @@ def crop(picture: Image.Image, size: int, resize: int) -> np.ndarray:
     return np.asarray(square if square.size == (size, size) else square.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _small_jpeg(body: bytes, max_pixels: int | None) -> Image.Image | None:
-    """A JPEG file without EXIF or oddities, decoded without Pillow's reader; None for all else, damage included."""
+def _small_jpeg(body: bytes, max_pixels: int | None) -> np.ndarray | None:
+    """A JPEG file without EXIF or oddities, uint8 (H, W, 3), without Pillow; None for all else, damage included."""
     if simplejpeg is None or not body.startswith(b"\xff\xd8\xff") or b"\xff\xe1" in body:  # APP1: EXIF or XMP
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(body)
         if colours not in ("YCbCr", "Gray") or width * height > min(SMALL, max_pixels or SMALL):
             return None
-        return Image.fromarray(simplejpeg.decode_jpeg(body, "RGB", fastdct=False, fastupsample=False))
+        pixels: np.ndarray = simplejpeg.decode_jpeg(body, "RGB", fastdct=False, fastupsample=False)
+        return pixels
     except MemoryError:
         raise
     except Exception:  # damage, or what it warns of: Pillow may read it yet, or say what is wrong

@@ -15,6 +15,7 @@ from hypothesis import settings
 from clients.python.classify import Client
 from export import parity, pictures
 from export.__main__ import export_run
+from export.archive import BESIDE_HANDLER
 from model import Classifier, load_run
 from serve import Ports, Server, serving
 from train import train
@@ -90,7 +91,7 @@ def replace_in_archive(source: Path, target: Path, files: dict[str, str]) -> Non
 def handler_can_import_its_neighbours(tmp_path_factory: pytest.TempPathFactory) -> None:
     """In an archive the handler's files lie side by side; the tests that import the handler need them so too."""
     folder = tmp_path_factory.mktemp("handler")
-    beside = (PROJECT / "handler" / name for name in ("classifier_handler.py", "backends.py", "worker.py"))
+    beside = (PROJECT / "handler" / name for name in ("classifier_handler.py", *BESIDE_HANDLER))
     for path in (PROJECT / "model" / "pictures.py", *beside):
         (folder / path.name).write_bytes(path.read_bytes())
     sys.path.insert(0, str(folder))

@@ -114,6 +114,58 @@ def test_a_gpus_batches_are_filled_up_to_a_recorded_size(count, filled):
     assert not got[count:].any()
 
 
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("x"), RuntimeError("in TorchScript: CUDA out of memory. Tried to allocate")]
+)
+def test_a_batch_for_which_a_gpu_has_no_memory_is_halved_until_it_fits(answer, error):
+    calls = []
+
+    def small_gpu(batch):
+        calls.append(len(batch))
+        if len(batch) > 3:
+            raise error
+        return answer["onnx"](batch)
+
+    batch = crops(11)
+    got = backends.surviving(small_gpu)(batch)
+    assert np.abs(got - answer["onnx"](batch)).max() <= 1e-5
+    assert calls == [11, 5, 2, 3, 6, 3, 3]
+
+
+def test_a_single_picture_without_memory_is_said_to_torchserve_as_that():
+    def full(batch):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(MemoryError, match="no memory for one picture"):
+        backends.surviving(full)(crops(2))
+
+
+def test_an_error_that_is_not_cudas_is_passed_on():
+    def broken(batch):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        backends.surviving(broken)(crops(2))
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA error: an illegal memory access was encountered", "device-side assert triggered"]
+)
+def test_a_worker_whose_cuda_has_failed_ends_so_that_it_is_replaced(text):
+    code = f"""
+import numpy, handler.backends
+def broken(batch):
+    raise RuntimeError({text!r})
+try:
+    handler.backends.surviving(broken)(numpy.zeros((2, 4, 4, 3), numpy.uint8))
+finally:
+    print("still here")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (backends.STICKY, "")
+    assert text in done.stderr
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_worker_answers_as_the_cpu_does(exported, answer):
     run = backends.load("onnx", exported, "digits", gpu=0)

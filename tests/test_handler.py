@@ -1,16 +1,19 @@
 """The handler by itself: out of its archive, with TorchServe's own Context, in batches that we choose."""
 
 import base64
+import io
 import json
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from model.pictures import crop, decode
 from tests.conftest import PROJECT, replace_in_archive
@@ -51,7 +54,7 @@ def ask(unpacked):
         bodies = handler.handle(list(requests), context)
         assert len(bodies) == len(requests)
         return [
-            (context.get_response_status(i)[0], json.loads(body), context.get_response_headers(i))
+            (context.get_response_status(i)[0], value_of(body), context.get_response_headers(i))
             for i, body in enumerate(bodies)
         ]
 
@@ -66,14 +69,20 @@ def context_of(folder, **settings):
     return Context("digits", str(folder), manifest, 4, None, "0.12.0", True, None, settings)
 
 
+def value_of(body):
+    """What JSON says, or a picture's bytes."""
+    return body if body.startswith(b"\x89PNG") else json.loads(body)
+
+
 def b64(body):
     return {"b64": base64.b64encode(body).decode()}
 
 
 def test_the_archive_holds_what_it_needs_and_no_more(unpacked):
     assert {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()} == {
-        "MAR-INF/MANIFEST.json", "classifier_handler.py", "pictures.py", "backends.py", "worker.py", "sitecustomize.py",
-        "digits.pt", "digits.crops.onnx", "spec.json", "index_to_name.json", "model-config.yaml",
+        "MAR-INF/MANIFEST.json", "classifier_handler.py", "pictures.py", "backends.py", "bodies.py", "explanations.py",
+        "golden.py", "measures.py", "worker.py", "sitecustomize.py", "digits.pt", "digits.crops.onnx", "spec.json",
+        "index_to_name.json", "golden.json", "MODEL_CARD.md", "model-config.yaml",
     }  # fmt: skip
 
 
@@ -121,7 +130,7 @@ def test_every_kind_of_picture_is_answered(ask, name):
 
 @pytest.mark.parametrize("name", BAD)
 def test_every_bad_body_gets_its_status(ask, name):
-    from classifier_handler import STATUSES
+    from bodies import STATUSES
 
     body, cause = BAD[name]
     ((status, answer, headers),) = ask({"body": body})
@@ -131,7 +140,7 @@ def test_every_bad_body_gets_its_status(ask, name):
 
 
 def test_every_cause_stands_in_the_table_and_the_table_in_the_readme():
-    from classifier_handler import STATUSES
+    from bodies import STATUSES
 
     assert {cause for _, cause in BAD.values()} <= set(STATUSES)
     readme = (PROJECT / "README.md").read_text()
@@ -255,9 +264,9 @@ KINDS = [body for body, *_ in (*GOOD.values(), *BAD.values())]
 @hypothesis_settings(max_examples=15)
 def test_an_answer_depends_on_nothing_but_its_picture(ask, threaded, picked):
     """Not on its neighbours, the size of the batch, the backend or the threads; errors included."""
-    alone = {i: ask.handler._classify([KINDS[i]])[0] for i in set(picked)}
+    alone = {i: ask.handler._classify([KINDS[i]], Counter())[0] for i in set(picked)}
     for handler, tolerance in ((ask.handler, 1e-5), (threaded, 1e-4)):  # of a probability: export/parity.py's for crops
-        for i, got in zip(picked, handler._classify([KINDS[i] for i in picked]), strict=True):
+        for i, got in zip(picked, handler._classify([KINDS[i] for i in picked], Counter()), strict=True):
             expected = alone[i]
             if isinstance(expected, dict):
                 every = dict.fromkeys(expected.keys() ^ got.keys(), 0.0)  # near ties at the end of the five
@@ -266,16 +275,116 @@ def test_an_answer_depends_on_nothing_but_its_picture(ask, threaded, picked):
                 assert (type(got), got.cause) == (type(expected), expected.cause)
 
 
-def test_describe_answers_with_the_spec_and_explain_is_refused(ask, sample, run):
+def test_describe_answers_with_the_spec_and_the_card(ask, sample, run, exported):
     ((status, answer, _),) = ask({"body": sample}, headers={"describe": "True"})
-    assert (status, answer) == (200, json.loads((run / "spec.json").read_text()))
+    assert status == 200
+    assert answer.pop("card") == (exported / "MODEL_CARD.md").read_text()
+    assert answer == json.loads((run / "spec.json").read_text())
+
+
+def v2(datatype, shape, data, **more):
+    return {"id": "seven", "inputs": [{"name": "images", "datatype": datatype, "shape": shape, "data": data}], **more}
+
+
+def test_kserve_v2_bodies_are_answered_as_v2(ask, sample):
+    raw = ask({"body": sample})[0][1]
+    text = base64.b64encode(sample).decode()
+    ((status, answer, _),) = ask({"body": v2("BYTES", [2], [text, text])})
+    assert status == 200
+    assert (answer["model_name"], answer["model_version"], answer["id"]) == ("digits", "1.0", "seven")
+    labels, probabilities = answer["outputs"]
+    assert (labels["name"], labels["datatype"], labels["shape"]) == ("labels", "BYTES", [2, 5])
+    assert labels["data"] == list(raw) * 2
+    assert (probabilities["name"], probabilities["datatype"], probabilities["shape"]) == (
+        "probabilities",
+        "FP32",
+        [2, 5],
+    )
+    assert probabilities["data"] == pytest.approx(list(raw.values()) * 2, abs=1e-5)
+
+
+def test_kserve_v2_takes_pixels_flat_or_nested(ask):
+    pixels = np.asarray(gradient(21, 17))
+    expected = list(ask({"body": save(gradient(21, 17), "PNG")})[0][1].values())
+    for data in (pixels.ravel().tolist(), [pixels.tolist()]):
+        ((status, answer, _),) = ask({"body": v2("UINT8", [1, 17, 21, 3], data)})
+        assert status == 200
+        assert answer["outputs"][1]["data"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "code", "cause"),
+    [
+        (v2("BYTES", [0], []), 400, "empty"),
+        (v2("BYTES", [1], ["?"]), 400, "bad_base64"),
+        (v2("BYTES", [2], [base64.b64encode(next(iter(GOOD.values()))[0]).decode(), "AAAA"]), 415, "not_a_picture"),
+        (v2("BYTES", [1], [7]), 400, "bad_json"),
+        (v2("FP32", [1, 3, 2, 2], [0.5] * 12), 400, "bad_json"),
+        (v2("UINT8", [1, 2, 2, 3], [1] * 11), 400, "bad_json"),
+        (v2("UINT8", [1, 2, 2, 3], [256] * 12), 400, "bad_json"),
+        (v2("UINT8", [1, 2, 2, 3], [-1] * 12), 400, "bad_json"),
+        (v2("UINT8", [1, 2, 2, 3], [0.5] * 12), 400, "bad_json"),
+        (v2("UINT8", [1, 2, 2, 3], [[1, 2], [3]]), 400, "bad_json"),
+        (v2("UINT8", [0, 2, 2, 3], []), 400, "bad_json"),
+        ({"inputs": []}, 400, "bad_json"),
+        ({"inputs": [7]}, 400, "bad_json"),
+    ],
+)
+def test_a_bad_kserve_v2_body_fails_as_a_whole(ask, inputs, code, cause):
+    ((status, answer, _),) = ask({"body": inputs})
+    assert (status, answer["type"]) == (code, cause)
+    if cause != "empty":
+        assert answer["error"] == answer["message"]  # where v2 clients look
+
+
+def test_a_get_asks_for_health_and_an_empty_post_is_a_mistake(ask):
+    ((status, answer, headers),) = ask({"body": b""}, headers={"content-length": "0"})  # TorchServe's own, of a GET
+    assert (status, answer) == (200, {"status": "Healthy", "model": "digits", "version": "1.0"})
+    assert headers["x-model-version"] == "1.0"
+    for empty in ({"Content-Length": "0"}, {}, {"content-length": "0", "body": {"content-type": "image/png"}}):
+        ((status, answer, _),) = ask({"body": b""}, headers=empty)
+        assert (status, answer["type"]) == (400, "empty")
+
+
+def test_each_explanation_of_a_batch_is_of_its_own_picture(ask, run):
+    bodies = [(run / "samples" / f"{name}-0.png").read_bytes() for name in "7384"]
+    replies = ask(*({"body": body} for body in bodies), headers={"explain": "True"})
+    for (status, png, headers), body in zip(replies, bodies, strict=True):
+        label, probability = next(iter(ask({"body": body})[0][1].items()))
+        assert (status, headers["content-type"], headers["x-label"]) == (200, "image/png", label)
+        assert float(headers["x-probability"]) == pytest.approx(probability, abs=1e-5)
+        assert png == ask({"body": body}, headers={"explain": "True"})[0][1]
+        assert Image.open(io.BytesIO(png)).size == (224, 224)
+    assert len({png for _, png, _ in replies}) == 4
+
+
+def test_explanations_of_several_pictures_are_json_and_fail_alone(ask, sample):
+    png = ask({"body": sample}, headers={"explain": "True"})[0][1]
+    for request, place in (
+        ({"a": sample, "b": b"nothing"}, lambda answer: (answer["a"], answer["b"])),
+        ({"body": {"instances": [b64(sample), b64(b"nothing")]}}, lambda answer: answer["predictions"]),
+    ):
+        ((status, answer, _),) = ask(request, headers={"explain": "True"})
+        good, bad = place(answer)
+        assert (status, good["label"], bad["type"]) == (200, "7", "not_a_picture")
+        assert base64.b64decode(good["png"]) == png
+    ((status, answer, _),) = ask({"body": {"instances": [b64(sample)] * 9}}, headers={"explain": "True"})
+    assert (status, answer["type"]) == (413, "too_many_pictures")
+    ((status, answer, _),) = ask({"body": b"nothing"}, headers={"explain": "True"})
+    assert (status, answer["type"]) == (415, "not_a_picture")
+
+
+def test_explanations_that_take_too_long_are_put_off(ask, sample, monkeypatch):
+    import explanations
+
+    monkeypatch.setattr(explanations, "SECONDS", -1)
     ((status, answer, _),) = ask({"body": sample}, headers={"explain": "True"})
-    assert (status, answer["type"]) == (501, "no_explanations")
+    assert (status, answer["type"]) == (503, "no_time")
 
 
 def test_the_pixels_are_those_of_the_spec(ask, monkeypatch):
     seen = []
-    monkeypatch.setattr(ask.handler, "_infer", lambda crops: seen.append(crops) or [{} for _ in crops])
+    monkeypatch.setattr(ask.handler, "_infer", lambda crops: seen.append(crops) or [{"7": 1.0} for _ in crops])
     body = save(gradient(61, 45), "PNG")
     ask({"body": body})
     np.testing.assert_array_equal(seen[0][0], crop(decode(body), 32, 32))

@@ -375,7 +375,7 @@ def test_the_script_inside_the_archive_must_be_the_one_beside_it(folder, other):
     write_sums(folder)
     assert check(folder) == [
         f"digits.mar: '{member}' inside is not the {member} beside it; export again"
-        for member in ("digits.crops.onnx", "digits.pt")
+        for member in ("MODEL_CARD.md", "digits.crops.onnx", "digits.pt", "golden.json")
     ]
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model import pictures
-from model.pictures import MAX_PIXELS, PictureError, decode
+from model.pictures import MAX_PIXELS, PictureError, crop, decode, read
 from tests.kinds import BAD, GOOD, gradient, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged files: no error outside tests either
@@ -134,3 +134,28 @@ def test_the_bound_on_pixels_holds_for_small_jpeg_files_too():
     with pytest.raises(PictureError) as caught:
         decode(body, max_pixels=199)
     assert caught.value.cause == "too_many_pixels"
+
+
+@given(
+    width=st.integers(1, 70),
+    height=st.integers(1, 70),
+    size=st.sampled_from([16, 32, 64]),
+    margin=st.sampled_from([1.0, 1.14]),
+    kind=st.sampled_from(["JPEG", "PNG"]),
+    is_square=st.booleans(),
+)
+def test_read_is_the_crop_of_decode(width, height, size, margin, kind, is_square):
+    """Also where a JPEG file is its own crop, and goes another way."""
+    picture = gradient(size, size) if is_square else gradient(width, height)
+    body, resize = save(picture, kind), round(size * margin)
+    got = read(body, size, resize)
+    assert (got.shape, got.dtype) == ((size, size, 3), np.uint8)
+    np.testing.assert_array_equal(got, crop(decode(body), size, resize))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_read_refuses_what_decode_refuses(name):
+    body, cause = BAD[name]
+    with pytest.raises(PictureError) as caught:
+        read(body, 32, 32)
+    assert caught.value.cause == cause

@@ -1,6 +1,7 @@
 """The contract over the wire: one real TorchServe, asked over REST and gRPC."""
 
 import base64
+import io
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+from PIL import Image
 
 from clients.python.classify import ClassifierError, Client
-from serve import WARM_UP
+from serve import WARM_UP, Ports, serving
 from tests.grpc_call import predict
 from tests.kinds import BAD, GOOD, gradient, save
 from training.data import read_split
@@ -141,18 +143,44 @@ def test_answers_carry_the_version_and_the_weights(server, sample, run):
     assert reply.headers["x-model-weights-sha256"] == spec["weights_sha256"]
 
 
-def test_describe_answers_with_the_spec(server, run):
+def test_describe_answers_with_the_spec_and_the_card(server, run, exported):
     reply = requests.get(
         f"{server.management_url}/models/digits?customized=true",
         headers={"Authorization": f"Bearer {server.key('management')}"},
         timeout=30,
     )
-    assert reply.json()[0]["customizedMetadata"] == json.loads((run / "spec.json").read_text())
+    described = reply.json()[0]["customizedMetadata"]
+    assert described.pop("card") == (exported / "MODEL_CARD.md").read_text()
+    assert described == json.loads((run / "spec.json").read_text())
 
 
-def test_explanations_are_refused_as_what_they_are(server, sample):
+def test_explanations_are_pictures(server, sample):
     reply = post(server, sample, "explanations/digits")
-    assert (reply.status_code, reply.json()["type"]) == (501, "no_explanations")
+    assert (reply.status_code, reply.headers["content-type"], reply.headers["x-label"]) == (200, "image/png", "7")
+    assert Image.open(io.BytesIO(reply.content)).size == (224, 224)
+    reply = post(server, b"nothing", "explanations/digits")
+    assert (reply.status_code, reply.json()["type"]) == (415, "not_a_picture")
+    body = json.dumps({"instances": [{"b64": base64.b64encode(sample).decode()}]})
+    reply = post(server, body, "v1/models/digits:explain", **{"Content-Type": "application/json"})
+    assert reply.json()["predictions"][0]["label"] == "7"
+
+
+def test_a_get_says_whether_the_model_is_healthy_and_an_empty_post_is_a_mistake(server):
+    headers = {"Authorization": f"Bearer {server.key()}"}
+    reply = requests.get(f"{server.url}/predictions/digits", headers=headers, timeout=30)
+    assert (reply.status_code, reply.json()["status"]) == (200, "Healthy")
+    for body in (b"", None):
+        reply = requests.post(f"{server.url}/predictions/digits", data=body, headers=headers, timeout=30)
+        assert (reply.status_code, reply.json()["type"]) == (400, "empty")
+
+
+def test_kserve_v2_bodies_are_answered_over_rest_and_grpc(server, sample):
+    content = {"name": "images", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(sample).decode()]}
+    body = json.dumps({"id": "a", "inputs": [content]}).encode()
+    over_rest = post(server, body, **{"Content-Type": "application/json"}).json()
+    assert over_rest["outputs"][0]["data"][0] == "7"
+    over_grpc = json.loads(predict(server, {"data": body}))
+    assert over_grpc["outputs"][0] == over_rest["outputs"][0]
 
 
 def test_without_the_key_nothing_is_answered(server, sample):
@@ -197,14 +225,17 @@ def test_all_ports_listen_on_loopback_only(server):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc on this system")
-def test_a_worker_that_runs_onnx_runtime_loads_no_pytorch(server, sample):
-    post(server, sample)
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    workers = [process for process in family if any("model_service_worker" in word for word in process.cmdline())]
-    libraries = [Path(f"/proc/{process.pid}/maps").read_text() for process in workers]
-    of_digits = [text for text in libraries if "onnxruntime" in text]
-    assert len(of_digits) == len(workers) - 1  # the one of `patient` runs PyTorch
-    assert not any("libtorch" in text for text in of_digits)
+def test_a_worker_that_runs_onnx_runtime_loads_no_pytorch_before_an_explanation_is_asked_for(
+    exported, sample, tmp_path
+):
+    with serving([exported / "digits.mar"], tmp_path / "server", ports=Ports.free()) as server:
+        for path, loaded in (("predictions/digits", 0), ("explanations/digits", 1)):
+            assert post(server, sample, path).ok
+            family = psutil.Process(server.process.pid).children(recursive=True)
+            workers = [one for one in family if any("model_service_worker" in word for word in one.cmdline())]
+            libraries = [Path(f"/proc/{worker.pid}/maps").read_text() for worker in workers]
+            assert all("onnxruntime" in text for text in libraries)
+            assert sum("libtorch" in text for text in libraries) == loaded
 
 
 def test_a_request_is_one_line_in_one_log(server, sample):

@@ -1,0 +1,55 @@
+"""Pictures that travel in the archive with their answers: a worker that answers them otherwise does not serve.
+
+golden.json, written by export: `pictures` [{"name", "b64"}], `probabilities` (N, C) of eager PyTorch, and `tolerance`,
+of a probability, by what the worker runs on. So a processor on which int8 overflows, a library that decodes otherwise
+and a file that was mixed up are found when the worker starts, not by a client.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+FILE = "golden.json"
+
+
+class Golden:
+    """The pictures of an archive; none where it has no golden.json, as archives made by hand may not."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / FILE
+        if not path.is_file():
+            logging.warning("%s is not in the archive: its answers are not checked", FILE)
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"pictures": []}
+        self.names = [picture["name"] for picture in content["pictures"]]
+        self.bodies = [base64.b64decode(picture["b64"]) for picture in content["pictures"]]
+        self.expected = np.array(content.get("probabilities", []), dtype=np.float32)  # (N, C)
+        self.tolerance: dict[str, float] = content.get("tolerance", {})
+
+    def check(self, classify: Callable[[list[bytes]], np.ndarray], device: str, count: int | None = None) -> float:
+        """The largest difference of a probability over the first `count` pictures, or all.
+
+        Args:
+            classify: files of pictures to probabilities float32 (N, C).
+            device: `cpu` or `gpu`.
+
+        Raises:
+            ValueError: it is above the tolerance; the message names the picture.
+        """
+        bodies = self.bodies[:count]
+        if not bodies:
+            return 0.0
+        differences = np.abs(classify(bodies) - self.expected[: len(bodies)]).max(axis=1)
+        worst = int(np.argmax(differences))  # a NaN counts as the largest
+        if not differences[worst] <= self.tolerance[device]:
+            raise ValueError(
+                f"golden picture {self.names[worst]}: a probability is {differences[worst]:.2g} off, and "
+                f"{self.tolerance[device]:g} is allowed; this archive answers wrongly on this machine: export again, "
+                "with another --backend if it was int8"
+            )
+        return float(differences[worst])

@@ -1,0 +1,75 @@
+"""Integrated gradients: what makes them a method and not a picture."""
+
+import io
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from export import torchscript
+from model.pictures import crop, decode
+
+
+@pytest.fixture(scope="module")
+def explainer(exported):
+    from explanations import Explainer
+
+    return Explainer(exported / "digits.pt", None)
+
+
+@pytest.fixture(scope="module")
+def crops(run):
+    return [crop(decode(path.read_bytes()), 32, 32) for path in sorted((run / "samples").iterdir())[:12]]
+
+
+def test_they_add_up_to_the_difference_of_the_logits(explainer, crops, exported):
+    """The axiom of completeness: nothing of the answer is left unexplained, and nothing is invented."""
+    module, _ = torchscript.load(exported / "digits.pt")
+    for pixels in crops:
+        planes = module.to_planes(torch.from_numpy(pixels[None].copy()))
+        with torch.no_grad():
+            logits, grey = module.network(planes)[0], module.network(torch.zeros_like(planes))[0]
+        place = int(logits.argmax())
+        total = explainer.attributions(pixels, place, time.monotonic() + 60).sum()
+        # 32 middles stand for the integral; the network has kinks (ReLU), so the sum is close and not equal
+        assert total == pytest.approx(float(logits[place] - grey[place]), rel=0.05, abs=0.1)
+
+
+def test_a_pixel_that_does_not_matter_gets_nothing(explainer, crops, exported):
+    """The axiom of sensitivity, for a pixel that is the baseline's: the mean colour explains nothing."""
+    _, spec = torchscript.load(exported / "digits.pt")
+    pixels = crops[0].copy()
+    pixels[4:12, 4:12] = np.round(np.array(spec.mean) * 255)
+    attributions = explainer.attributions(pixels, 3, time.monotonic() + 60)
+    assert attributions.shape == (32, 32)
+    assert np.abs(attributions[4:12, 4:12]).max() < 0.05 * np.abs(attributions).max()
+
+
+def test_another_label_has_another_explanation(explainer, crops):
+    one, other = (explainer.attributions(crops[0], place, time.monotonic() + 60) for place in (1, 7))
+    assert np.corrcoef(one.ravel(), other.ravel())[0, 1] < 0.9
+
+
+@pytest.mark.parametrize(("side", "shown"), [(32, 224), (224, 224), (299, 299)])
+def test_what_is_for_the_label_is_red_and_what_is_against_it_is_blue(side, shown):
+    from explanations import overlay
+
+    attributions = np.zeros((side, side), dtype=np.float32)
+    attributions[: side // 4] = 1
+    attributions[-side // 4 :] = -1
+    picture = Image.open(io.BytesIO(overlay(np.full((side, side, 3), 128, np.uint8), attributions)))
+    pixels = np.asarray(picture).astype(int)
+    assert pixels.shape == (shown, shown, 3)
+    top, middle, bottom = pixels[shown // 10], pixels[shown // 2], pixels[-shown // 10]
+    assert (top[:, 0] > top[:, 2] + 50).all()
+    assert (bottom[:, 2] > bottom[:, 0] + 50).all()
+    np.testing.assert_allclose(middle, 128, atol=2)
+
+
+def test_nothing_at_all_is_shown_as_the_picture():
+    from explanations import overlay
+
+    picture = Image.open(io.BytesIO(overlay(np.full((224, 224, 3), 90, np.uint8), np.zeros((224, 224), np.float32))))
+    np.testing.assert_array_equal(np.asarray(picture), 90)
