@@ -3,8 +3,8 @@
     python serve.py runs/digits
     python serve.py runs/digits --port 9000
 
-Reads config.properties and log4j2.xml. Its keys (key_file.json) and logs lie in RUN/serve. `--port P` takes P for
-inference, P+1 for management, P+2 for metrics, P+3 and P+4 for gRPC; without it the ports are those of
+Reads config.properties (or --config) and log4j2.xml. Its keys (key_file.json) and logs lie in RUN/serve. `--port P` takes
+P for inference, P+1 for management, P+2 for metrics, P+3 and P+4 for gRPC; without it the ports are those of
 config.properties.
 """
 
@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
@@ -88,18 +89,27 @@ class Server:
     process: subprocess.Popen[bytes]
     folder: Path
     ports: Ports
+    properties: dict[str, str]  # its config.properties
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.ports.inference}"
+        return self._url("inference")
 
     @property
     def management_url(self) -> str:
-        return f"http://127.0.0.1:{self.ports.management}"
+        return self._url("management")
 
     @property
     def metrics_url(self) -> str:
-        return f"http://127.0.0.1:{self.ports.metrics}/metrics"
+        return self._url("metrics") + "/metrics"
+
+    @property
+    def verify(self) -> str | bool:
+        """What `requests` takes as `verify`: the server's own certificate where it has one."""
+        return self.properties.get("certificate_file", True)
+
+    def _url(self, kind: str) -> str:
+        return self.properties[f"{kind}_address"].replace("//0.0.0.0:", "//127.0.0.1:")
 
     def key(self, kind: str = "inference") -> str:
         """The token that a request must carry: `Authorization: Bearer KEY`. `kind`: inference or management."""
@@ -140,7 +150,8 @@ def serving(
     temporary = _temporary_folder(folder)
     if "metrics_config" in properties:  # beside the configuration, as when TorchServe is started there
         properties["metrics_config"] = str((config.parent / properties["metrics_config"]).resolve())
-    properties |= _addresses(ports) | (settings or {})
+    properties |= settings or {}
+    properties |= _addresses(ports, properties)
     (folder / "config.properties").write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
     log = folder / "logs" / "console.log"
     with log.open("wb") as output:
@@ -153,7 +164,7 @@ def serving(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that it and all its workers can be stopped as one group
         )
-    server = Server(process, folder, ports)
+    server = Server(process, folder, ports, properties)
     try:
         _wait_until_ready(server, [archive.stem for archive in archives], ready_seconds)
         _warm_up(server, archives[0].stem)
@@ -257,14 +268,13 @@ def _check(archives: Sequence[Path], ports: Ports) -> None:
                 raise ServerError(f"port {port} cannot be used ({error.strerror}); choose others: PORT=9000") from None
 
 
-def _addresses(ports: Ports) -> dict[str, str]:
-    return {
-        "inference_address": f"http://127.0.0.1:{ports.inference}",
-        "management_address": f"http://127.0.0.1:{ports.management}",
-        "metrics_address": f"http://127.0.0.1:{ports.metrics}",
-        "grpc_inference_port": str(ports.grpc_inference),
-        "grpc_management_port": str(ports.grpc_management),
-    }
+def _addresses(ports: Ports, properties: dict[str, str]) -> dict[str, str]:
+    """The ports in the place of those of `properties`, whose schemes (https with TLS) and hosts stay."""
+    found = {"grpc_inference_port": str(ports.grpc_inference), "grpc_management_port": str(ports.grpc_management)}
+    for kind in ("inference", "management", "metrics"):
+        address = urlsplit(properties.get(f"{kind}_address", "http://127.0.0.1"))
+        found[f"{kind}_address"] = f"{address.scheme}://{address.hostname}:{getattr(ports, kind)}"
+    return found
 
 
 def _command(archives: Sequence[Path], folder: Path, logging: Path | None) -> list[str]:
@@ -298,6 +308,7 @@ def _warm_up(server: Server, model: str) -> None:
     """Java loads its classes when they are first used: the first client would wait four times as long as the 100th."""
     deadline = time.monotonic() + WARM_UP_SECONDS
     with requests.Session() as session, suppress(requests.RequestException):  # it serves all the same
+        session.verify = server.verify
         session.headers["Authorization"] = f"Bearer {server.key()}"
         for _ in range(WARM_UP):
             session.post(f"{server.url}/predictions/{model}", data=PICTURE, timeout=WARM_UP_SECONDS)
@@ -308,7 +319,9 @@ def _warm_up(server: Server, model: str) -> None:
 def _is_ready(server: Server, model: str) -> bool:
     try:
         headers = {"Authorization": f"Bearer {server.key('management')}"}
-        (state,) = requests.get(f"{server.management_url}/models/{model}", headers=headers, timeout=5).json()
+        (state,) = requests.get(
+            f"{server.management_url}/models/{model}", headers=headers, timeout=5, verify=server.verify
+        ).json()
         workers: list[dict[str, Any]] = state["workers"]
     except (OSError, ValueError, KeyError, TypeError):  # not listening, or its key is not written, or it says an error
         return False
@@ -331,7 +344,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="run folder that `python -m export` has exported")
     parser.add_argument("--port", type=int, help="first of five ports (default: those of config.properties)")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="another config.properties, e.g. with TLS")
     options = parser.parse_args(arguments)
+    if not options.config.is_file():
+        print(f"serve.py: --config {options.config}: no such file", file=sys.stderr)
+        return 2
     archives = sorted((options.run / "export").glob("*.mar"))
     if not archives:
         print(f"serve.py: {options.run}: nothing exported; run `python -m export {options.run}`", file=sys.stderr)
@@ -341,11 +358,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for archive in archives:
             check_freshness(archive, options.run)
-        with serving(archives, options.run / "serve", ports=ports, console=sys.stdout.fileno()) as server:
+        with serving(
+            archives, options.run / "serve", ports=ports, config=options.config, console=sys.stdout.fileno()
+        ) as server:
             name, keys = archives[0].stem, server.folder / "key_file.json"
+            trust = f"--cacert {server.verify} " if isinstance(server.verify, str) else ""
             print(
                 f"\n{name} is ready. Keys: {keys}. Try it from another terminal:\n"
-                f'  curl -H "Authorization: Bearer {server.key()}" {server.url}/predictions/{name} -T PICTURE\n'
+                f'  curl {trust}-H "Authorization: Bearer {server.key()}" {server.url}/predictions/{name} -T PICTURE\n'
                 "Ctrl-C stops it.\n",
                 flush=True,
             )
