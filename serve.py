@@ -3,8 +3,8 @@
     python serve.py runs/digits
     python serve.py runs/digits --port 9000
 
-Reads config.properties (or --config) and log4j2.xml. Its keys (key_file.json) and logs lie in RUN/serve. `--port P` takes
-P for inference, P+1 for management, P+2 for metrics, P+3 and P+4 for gRPC; without it the ports are those of
+Reads config.properties (or --config) and log4j2.xml. Its keys (key_file.json) and logs lie in RUN/serve. `--port P`
+takes P for inference, P+1 for management, P+2 for metrics, P+3 and P+4 for gRPC; without it the ports are those of
 config.properties.
 """
 
