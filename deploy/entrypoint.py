@@ -1,0 +1,61 @@
+"""What the container runs: every archive of a folder, until the container is told to stop.
+
+    python -m deploy.entrypoint /models
+
+Inference and metrics listen on all of the container's addresses, or with --loopback on none but loopback, for a door
+in the same pod; management stays on loopback. Keys are on, as in config.properties. Nothing is written outside --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.healthcheck import READY, WORK
+from serve import CONFIG, Ports, ServerError, read_properties, serving
+
+
+def everywhere(ports: Ports) -> dict[str, str]:
+    """The lines of config.properties that open what clients and Prometheus ask, and nothing else."""
+    host = "0.0.0.0"  # noqa: S104  (a container decides itself what is published)
+    return {
+        "inference_address": f"http://{host}:{ports.inference}",
+        "metrics_address": f"http://{host}:{ports.metrics}",
+        "grpc_inference_address": host,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="entrypoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", type=Path, help="folder of .mar files; each model has its file's name")
+    parser.add_argument("--work", type=Path, default=WORK, help=f"writable folder of keys and logs (default: {WORK})")
+    parser.add_argument("--loopback", action="store_true", help="listen on loopback only")
+    parser.add_argument("--port", type=int, help="first of five ports (default: those of config.properties)")
+    options = parser.parse_args(arguments)
+    archives = sorted(options.models.glob("*.mar"))
+    if not archives:
+        print(f"entrypoint.py: {options.models}: no .mar in it; mount or copy an exported archive", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server is stopped too
+    ports = Ports.from_first(options.port) if options.port else Ports.of_config(read_properties(CONFIG))
+    settings = {} if options.loopback else everywhere(ports)
+    ready = options.work / READY
+    ready.unlink(missing_ok=True)  # of a container that was killed and started again
+    try:
+        with serving(archives, options.work, ports=ports, settings=settings, console=sys.stdout.fileno()) as server:
+            ready.touch()
+            return server.process.wait()
+    except ServerError as error:
+        print(f"entrypoint.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        ready.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
