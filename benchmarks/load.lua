@@ -1,21 +1,50 @@
 -- For wrk: each thread sends one body over and over, and every answer is compared with the one that is known.
 -- $REQUESTS names a file with a line for each: body file, content type, key, then label and probability by turns, all
 -- separated by tabs; of each picture in the body its best label, in order.
+-- With $ANSWERS, a folder, each thread must have one connection: it writes a record of every answer into a file there,
+-- which benchmarks.load.ANSWER describes. With $RATE too, so many requests a second leave all the threads together, in
+-- turn, at times that are fixed beforehand from $START on, whatever the answers take; one whose connection still waits
+-- leaves as soon as it is free.
 
-local lines, threads = {}, {}
+local answers, rate = os.getenv("ANSWERS"), tonumber(os.getenv("RATE"))
+local lines, threads, now, record, bytes = {}, {}, nil, nil, nil
 for line in io.lines(os.getenv("REQUESTS")) do lines[#lines + 1] = line end
+
+if answers then
+  local ffi = require("ffi")
+  ffi.cdef([[
+    typedef struct { long seconds, nanoseconds; } moment;
+    typedef struct { double due, sent, done; int status, right; } answer;
+    int clock_gettime(int clock, moment *now);
+  ]])
+  local moment = ffi.new("moment")
+  record = ffi.new("answer")
+  bytes = function() return ffi.string(record, ffi.sizeof(record)) end
+  now = function()  -- as Python's time.monotonic
+    ffi.C.clock_gettime(1, moment)
+    return tonumber(moment.seconds) + tonumber(moment.nanoseconds) / 1e9
+  end
+end
+
+if rate then
+  function delay()  -- ms before the next request of this thread
+    due = due + period
+    return math.max(0, 1000 * (due - now()))
+  end
+end
 
 function setup(thread)
   thread:set("line", lines[#threads % #lines + 1])
+  thread:set("number", #threads)
   threads[#threads + 1] = thread
 end
 
 function init()
   local words = {}
   for word in line:gmatch("[^\t]+") do words[#words + 1] = word end
-  local file = assert(io.open(words[1], "rb"))
-  wrk.method, wrk.body = "POST", file:read("*a")
-  file:close()
+  local picture = assert(io.open(words[1], "rb"))
+  wrk.method, wrk.body = "POST", picture:read("*a")
+  picture:close()
   wrk.headers["Content-Type"] = words[2]
   wrk.headers["Authorization"] = "Bearer " .. words[3]
   labels, values = {}, {}
@@ -25,9 +54,18 @@ function init()
   end
   good, wrong, first = 0, 0, ""
   message = wrk.format()
+  if answers then file = assert(io.open(answers .. "/" .. number, "wb")) end
+  if rate then
+    period = tonumber(os.getenv("CONNECTIONS")) / rate
+    due = tonumber(os.getenv("START")) + number / rate - period
+  end
 end
 
 function request()
+  if answers then
+    record.sent = now()
+    record.due = rate and due or record.sent
+  end
   return message
 end
 
@@ -44,6 +82,10 @@ function response(status, headers, body)
   else
     wrong = wrong + 1
     first = first ~= "" and first or status .. " " .. body:sub(1, 200)
+  end
+  if answers then
+    record.done, record.status, record.right = now(), status, count == #labels and 1 or 0
+    file:write(bytes())
   end
 end
 

@@ -10,14 +10,16 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import requests
 
 SCRIPT = Path(__file__).with_name("load.lua")
 TOLERANCE = 1e-3  # of a probability: far above rounding, far below what another picture gets
+ANSWER = np.dtype([("due", "f8"), ("sent", "f8"), ("done", "f8"), ("status", "i4"), ("right", "i4")])  # s, monotonic
 BEST = re.compile(rb'{\s*"([^"]+)":\s*([\d.e-]+)')  # the first label of an answer, in each shape of answers
 
 
@@ -61,7 +63,39 @@ def load(url: str, key: str, wanted: Sequence[Request], connections: int, second
     return run(url, key, wanted, connections, seconds)
 
 
-def _wrk(url: str, key: str, wanted: Sequence[Request], connections: int, seconds: float) -> Result:
+def timed(
+    url: str, key: str, wanted: Sequence[Request], connections: int, seconds: int, rate: float | None = None
+) -> tuple[Result, np.ndarray]:
+    """The same with wrk only, and every answer: an array of ANSWER in the order of `done`.
+
+    Args:
+        rate: requests a second that leave at fixed times, whatever the answers take, as long as a connection is free;
+            one that had to wait for its connection counts from when it was `due`. By default each connection asks again
+            as soon as it has its answer.
+
+    Raises:
+        RuntimeError: wrk is missing, or failed.
+    """
+    if not shutil.which("wrk"):
+        raise RuntimeError("wrk is missing, which makes this load: apt-get install wrk")
+    with tempfile.TemporaryDirectory() as folder:
+        variables = {"ANSWERS": folder, "CONNECTIONS": str(connections)}
+        if rate:
+            variables |= {"RATE": str(rate), "START": str(time.monotonic() + 0.5)}
+        result = _wrk(url, key, wanted, connections, seconds, threads=connections, variables=variables)
+        answers = np.concatenate([np.fromfile(file, ANSWER) for file in Path(folder).iterdir()])
+    return result, answers[np.argsort(answers["done"])]
+
+
+def _wrk(
+    url: str,
+    key: str,
+    wanted: Sequence[Request],
+    connections: int,
+    seconds: float,
+    threads: int | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Result:
     with tempfile.TemporaryDirectory() as temporary:
         lines = []
         for number, request in enumerate(wanted):
@@ -70,10 +104,11 @@ def _wrk(url: str, key: str, wanted: Sequence[Request], connections: int, second
             known = [word for label, value in request.best for word in (label, f"{value:.9f}")]
             lines.append("\t".join([str(body), request.content_type, key or "none", *known]))
         (Path(temporary) / "requests").write_text("\n".join(lines))
-        line = ["wrk", "-t", str(min(connections, len(wanted))), "-c", str(connections), "-d", f"{seconds:g}s"]
+        count = threads or min(connections, len(wanted))
+        line = ["wrk", "-t", str(count), "-c", str(connections), "-d", f"{seconds:g}s"]
         done = subprocess.run(
             [*line, "--timeout", "20s", "-s", str(SCRIPT), url],
-            env={**os.environ, "REQUESTS": str(Path(temporary) / "requests")},
+            env={**os.environ, **(variables or {}), "REQUESTS": str(Path(temporary) / "requests")},
             capture_output=True,
             text=True,
         )
