@@ -40,6 +40,7 @@ from pictures import MAX_PIXELS, PictureError, crop, read
 from PIL import Image
 
 CHUNK = 64  # pictures decoded and put through the network at a time: bounds the memory of requests with many
+STAGES = ("decode", "forward", "post")  # of which the time is told
 MAX_PICTURES = 256  # of one request: a few kilobytes of tiny pictures could otherwise block a worker for minutes
 MAX_EXPLAINED = 8  # of one request: each costs as much as a hundred predictions
 
@@ -82,6 +83,7 @@ class ClassifierHandler:
         )
         self.explainer = explanations.Explainer(folder / model["serializedFile"], gpu)
         self.measures = Measures(context.metrics, self.model, self.version)
+        self.measures.begin(bodies.STATUSES, self.spec["labels"], STAGES)
         self._warm_up(system.get("batch_size") or 1)
         self.golden, self.device = Golden(folder), "cpu" if gpu is None else "gpu"
         self.measures.gauge("classifier_golden_difference", self.golden.check(self._probabilities, self.device))
@@ -98,7 +100,7 @@ class ClassifierHandler:
             A body for each request, JSON but for explanations; statuses and headers are set in `context`.
         """
         started = time.perf_counter()
-        seconds = {"decode": 0.0, "forward": 0.0}
+        seconds = dict.fromkeys(STAGES, 0.0)
         parsed = [self._parse(request, context, i) for i, request in enumerate(requests)]
         outcomes = self._classify([picture for _, _, pictures in parsed for picture in pictures.values()], seconds)
         coming, until = iter(outcomes), time.monotonic() + explanations.SECONDS

@@ -13,7 +13,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 INTERVAL = 1.0  # seconds between two reports; as many are lost when a worker is killed
@@ -47,6 +47,18 @@ class Measures:
         self._lock = threading.Lock()
         if metrics is not None:
             threading.Thread(target=self._report_for_ever, daemon=True, name="measures").start()
+
+    def begin(self, causes: Iterable[str], labels: Iterable[str], stages: Iterable[str]) -> None:
+        """Every series with 0: Prometheus' rate() sees no increase in a series that begins with its first event."""
+        with self._lock:
+            self._counts["classifier_pictures_total"].update({(cause,): 0 for cause in ("ok", *causes)})
+            self._counts["classifier_predictions_total"].update({(label,): 0 for label in labels})
+            self._counts["classifier_batches_total"][()] += 0
+            for name in (CONFIDENCE, BATCH_SIZE):
+                self._places[name, ()][0] += 0
+            for stage in stages:
+                self._counts["classifier_stage_seconds_total"][stage,] += 0
+                self._places[STAGE, (stage,)][0] += 0
 
     def add(self, outcomes: Sequence[str], best: Sequence[tuple[str, float]], seconds: Mapping[str, float]) -> None:
         """Counts a batch.
@@ -87,8 +99,7 @@ class Measures:
             total = 0
             for place, bound in enumerate(BUCKETS[name]):
                 total += of_bucket[place]
-                if total:
-                    self._tell(name, "counter", total, (*labels, "+Inf" if bound == math.inf else f"{bound:g}"))
+                self._tell(name, "counter", total, (*labels, "+Inf" if bound == math.inf else f"{bound:g}"))
 
     def _report_for_ever(self) -> None:
         while True:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import PROJECT
 
-OURS = {"model", "training", "export", "handler", "clients", "benchmarks", "train", "serve", "demo", "tests"}
+OURS = {"model", "training", "export", "handler", "clients", "deploy", "benchmarks", "train", "serve", "demo", "tests"}
 
 ALLOWED = {
     "model": {"model"},
@@ -15,6 +15,7 @@ ALLOWED = {
     "export": {"export", "model", "training", "handler"},  # of these two little: see below
     "handler": set(),
     "clients": set(),
+    "deploy": {"deploy", "serve"},
     "train.py": {"training", "model"},
     "serve.py": set(),
 }

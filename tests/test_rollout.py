@@ -1,0 +1,352 @@
+"""A new version brought into a real TorchServe that answers clients all the while."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import requests
+from onnx import numpy_helper
+
+from deploy import rollout as command
+from deploy.rollout import Archive, Failed, Server, rollout
+from model.pictures import crop, decode
+from serve import Ports, serving
+from tests.conftest import PROJECT
+
+pytestmark = pytest.mark.server
+
+# The time-out is what a drain waits for; the handler answers late what asks for it.
+SETTINGS = "backend: onnx\nbatchSize: 8\nmaxBatchDelay: 1\nresponseTimeout: 2\n"
+BEGIN = "        started = time.perf_counter()\n"
+SLOW = '        if context.get_request_header(0, "x-slow"):\n            time.sleep(1.0)\n'
+
+
+@dataclass
+class Site:
+    """A server that allows rollouts, its store, and archives for it with versions never used before."""
+
+    server: Server
+    store: Path
+    key_file: Path
+    files: dict[str, bytes]  # of an archive
+    folder: Path
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(2))
+    golden: dict[str, dict] = field(default_factory=dict)  # by version
+
+    def archive(self, *, version: str | None = None, **changes: str | bytes) -> Path:
+        """Answers differently from every other version. `changes` replace files; dots in their names are _."""
+        version = version or f"{next(self.numbers)}.0"
+        files = dict(self.files)
+        spec = json.loads(files["spec.json"])
+        golden = json.loads(files["golden.json"])
+        files["digits.crops.onnx"] = sharper(files["digits.crops.onnx"], 1 + 0.05 * float(version.split(".")[0]))
+        session = onnxruntime.InferenceSession(files["digits.crops.onnx"])
+        bodies = [Archive.read(self.store / "digits.mar").pictures[i] for i in range(len(golden["pictures"]))]
+        crops = np.stack([crop(decode(body), spec["size"], spec["resize"]) for body in bodies])
+        golden["probabilities"] = session.run(None, {"images": crops})[0].tolist()
+        files["golden.json"] = json.dumps(golden).encode()
+        files["spec.json"] = json.dumps(spec | {"weights_sha256": f"{version:0>64}"}).encode()
+        manifest = json.loads(files["MAR-INF/MANIFEST.json"])
+        manifest["model"]["modelVersion"] = version
+        files["MAR-INF/MANIFEST.json"] = json.dumps(manifest).encode()
+        for name, content in changes.items():
+            stem, _, suffix = name.rpartition("_")
+            files[f"{stem}.{suffix}"] = content if isinstance(content, bytes) else content.encode()
+        self.golden[version] = golden
+        return pack(files, self.folder / f"digits-{version}-new.mar")
+
+    def handler(self, old: str, new: str) -> str:
+        text = self.files["classifier_handler.py"].decode()
+        assert old in text
+        return text.replace(old, new, 1)
+
+    def roll(self, path: Path, *, watch: float = 0, **options: Any) -> None:
+        rollout(Archive.read(path), self.store, self.server, watch=watch, max_errors=0.01, **options)
+
+    def arguments(self, path: Path, **replaced: str) -> list[str]:
+        options = {
+            "to": self.server.management,
+            "inference": self.server.inference,
+            "metrics": self.server.metrics,
+            "key-file": str(self.key_file),
+            "store": str(self.store),
+        } | replaced
+        return [str(path), *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+    def ask(self, i: int = 0, model: str = "digits", **headers: str) -> requests.Response:
+        body = Archive.read(self.store / "digits.mar").pictures[i]
+        headers = {"Authorization": f"Bearer {json.loads(self.key_file.read_text())['inference']['key']}", **headers}
+        url = f"{self.server.inference}/predictions/{model}"
+        return requests.post(url, data=body, headers=headers, timeout=20)
+
+    @property
+    def state(self) -> tuple[str, list[float], list[str]]:
+        """What serves, what is registered, and the files of the store."""
+        files = sorted(path.name for path in self.store.iterdir())
+        return self.server.default("digits"), sorted(self.server.versions("digits")), files
+
+
+def sharper(model: bytes, factor: float) -> bytes:
+    """The same network with the weights of its last layer multiplied."""
+    proto = onnx.load_from_string(model)
+    last = [node for node in proto.graph.node if node.op_type in ("Gemm", "MatMul")][-1]
+    for tensor in proto.graph.initializer:
+        if tensor.name in last.input:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), tensor.name))
+    return proto.SerializeToString()
+
+
+def pack(files: dict[str, bytes], path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def site(exported, tmp_path_factory) -> Iterator[Site]:
+    folder, store = tmp_path_factory.mktemp("rollout"), tmp_path_factory.mktemp("rollout-store")
+    with zipfile.ZipFile(exported / "digits.mar") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files["digits.crops.onnx"] = (exported / "digits.crops.onnx").read_bytes()
+    files["model-config.yaml"] = SETTINGS.encode()
+    text = files["classifier_handler.py"].decode()
+    files["classifier_handler.py"] = text.replace(BEGIN, SLOW + BEGIN, 1).encode()
+    assert SLOW.encode() in files["classifier_handler.py"]
+    pack(files, store / "digits.mar")
+    ports = Ports.free()
+    with serving([store / "digits.mar"], folder, ports=ports, settings={"enable_model_api": "true"}) as running:
+        keys = running.folder / "key_file.json"
+        server = Server(running.management_url, running.url, running.metrics_url, keys)
+        one = Site(server, store, keys, files, tmp_path_factory.mktemp("rollout-archives"))
+        one.golden["1.0"] = json.loads(files["golden.json"])
+        yield one
+
+
+@contextlib.contextmanager
+def load(site: Site, threads: int, **headers: str) -> Iterator[list[list[tuple[int, requests.Response]]]]:
+    """Clients that ask about golden pictures one after the other; what each was answered."""
+    body = Archive.read(site.store / "digits.mar").pictures
+    key = {"Authorization": f"Bearer {json.loads(site.key_file.read_text())['inference']['key']}"}
+    end, seen = threading.Event(), [[] for _ in range(threads)]
+
+    def client(mine: list) -> None:
+        with requests.Session() as session:
+            session.headers.update(key | headers)
+            for i in itertools.cycle(range(len(body))):
+                if end.is_set():
+                    return
+                try:
+                    reply = session.post(f"{site.server.inference}/predictions/digits", data=body[i], timeout=10)
+                except requests.RequestException as error:
+                    reply = error
+                mine.append((i, reply))
+
+    running = [threading.Thread(target=client, args=(mine,)) for mine in seen]
+    for one in running:
+        one.start()
+    try:
+        yield seen
+    finally:
+        end.set()
+        for one in running:
+            one.join()
+
+
+def check(site: Site, seen: list[list[tuple[int, requests.Response]]], old: str, new: str) -> None:
+    """Each was answered, rightly for the version that it names, and no client was answered by the old after the new."""
+    for mine in seen:
+        assert [reply for _, reply in mine if getattr(reply, "status_code", 0) != 200] == []
+        versions = [reply.headers["x-model-version"] for _, reply in mine]
+        assert versions == sorted(versions, key=[old, new].index)
+        assert set(versions) == {old, new}
+        for (i, reply), version in zip(mine, versions, strict=True):
+            row = site.golden[version]["probabilities"][i]
+            assert reply.json() == pytest.approx({label: row[int(label)] for label in reply.json()}, abs=1e-3)
+
+
+def test_under_load_no_request_fails_and_each_is_answered_by_the_version_that_it_names(site):
+    """Some requests take half of the model's time-out, so that they are under way when the old version could go."""
+    old = site.server.default("digits")
+    path = site.archive()
+    new = Archive.read(path).version
+    lines = []
+    with load(site, 6) as seen, load(site, 3, **{"x-slow": "1"}) as slow:
+        wait_for(lambda: all(seen) and all(slow))
+        site.roll(path, watch=1, say=lines.append)
+        wait_for(lambda: all(mine[-1][1].headers["x-model-version"] == new for mine in seen + slow))
+    check(site, seen + slow, old, new)
+    served, registered, files = site.state
+    assert (served, registered) == (new, [float(new)])
+    assert files == sorted(["digits.mar", f"digits-{old}.mar", f"digits-{new}.mar"])  # nothing hidden is left
+    assert (site.store / "digits.mar").read_bytes() == path.read_bytes()
+    assert lines[-1] == f"digits {new} serves"
+    # and back, from what the store has kept
+    site.roll(site.store / f"digits-{old}.mar")
+    assert site.state == (old, [float(old)], files)
+
+
+def test_archives_that_differ_answer_differently(site):
+    """Or else the test above could not tell the versions apart."""
+    first, second = (np.array(site.golden[v]["probabilities"]) for v in list(site.golden)[:2])
+    assert np.abs(first - second).max(axis=1).min() > 1e-3 or np.abs(first - second).max() > 0.01
+
+
+def test_an_archive_that_its_handler_refuses_is_rolled_back(site):
+    golden = json.loads(site.files["golden.json"])
+    golden["probabilities"] = golden["probabilities"][::-1]
+    before = site.state
+    with load(site, 2) as seen, pytest.raises(Failed, match=r"does not load"):
+        site.roll(site.archive(golden_json=json.dumps(golden)))
+    assert site.state == before
+    assert {reply.status_code for mine in seen for _, reply in mine} == {200}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("labels[place]: value for", "labels[place]: value / 2 for", r"golden picture 0: a probability is 0\.\d+ off"),
+        ('"x-model-version": self.version', '"x-model-version": "0.5"', "answered by version 0.5"),
+    ],
+)
+def test_an_archive_that_passes_its_own_check_and_answers_otherwise_is_rolled_back(site, old, new, reason):
+    before = site.state
+    path = site.archive(classifier_handler_py=site.handler(old, new))
+    with pytest.raises(Failed, match=reason):
+        site.roll(path)
+    assert site.state == before
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("raise RuntimeError('worn out')", "requests failed, and --max-errors is 0.01"),
+        ("os._exit(1)", "has died|failed"),
+    ],
+)
+def test_a_version_that_begins_to_fail_after_the_switch_is_rolled_back(site, tmp_path, how, reason):
+    before, flag = site.state, tmp_path / "fail"
+    broken = site.handler(BEGIN, f"        if os.path.exists({str(flag)!r}):\n            {how}\n{BEGIN}")
+    path = site.archive(classifier_handler_py=broken)
+    with pytest.raises(Failed, match=reason):
+        site.roll(path, watch=120, say=lambda line: flag.touch() if "is the default" in line else None)
+    assert flag.exists()
+    assert site.state == before
+    assert site.ask().headers["x-model-version"] == before[0]
+
+
+def start(site: Site, path: Path, *, until: str) -> subprocess.Popen[str]:
+    """The command, when it has printed a line with `until`."""
+    line = [sys.executable, "-u", "-m", "deploy.rollout", *site.arguments(path, watch="60")]
+    process = subprocess.Popen(line, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seen = []
+    for text in process.stdout:
+        seen.append(text)
+        if until in text:
+            return process
+    process.kill()
+    raise AssertionError(seen)
+
+
+@pytest.mark.parametrize("until", ["goes into the store", "workers are ready", "is the default"])
+def test_a_rollout_that_is_killed_leaves_a_server_that_serves_and_the_same_command_goes_on(site, until):
+    old, path = site.server.default("digits"), site.archive()
+    new = Archive.read(path).version
+    with start(site, path, until=until) as process:
+        process.kill()
+    reply = site.ask()
+    assert (reply.status_code, reply.headers["x-model-version"]) == (200, new if until == "is the default" else old)
+    site.roll(path)
+    assert site.state[:2] == (new, [float(new)])
+    assert not [name for name in site.state[2] if name.startswith(".")]
+
+
+def test_ctrl_c_rolls_back(site):
+    before = site.state
+    with start(site, site.archive(), until="is the default") as process:
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.read()
+    assert process.returncode == 130
+    assert said.splitlines()[-2:] == [f"rolled back, {before[0]} serves", "rollout: interrupted"]
+    assert site.state == before
+
+
+def test_the_old_version_can_be_kept_for_requests_that_name_it(site):
+    old, path = site.server.default("digits"), site.archive()
+    new = Archive.read(path).version
+    site.roll(path, keep_old=True)
+    assert site.state[:2] == (new, sorted([float(old), float(new)]))
+    assert site.ask(model=f"digits/{old}").headers["x-model-version"] == old
+    site.server.unregister("digits", old)
+
+
+def test_another_rollout_waits_for_nobody(site, capsys):
+    folder = os.open(site.store, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        assert command.main(site.arguments(site.archive())) == 2
+    finally:
+        os.close(folder)
+    assert "another rollout is under way" in capsys.readouterr().err
+
+
+def test_a_mistake_is_one_line_and_changes_nothing(site, server, tmp_path, capsys):
+    before = site.state
+    good = site.archive()
+    content = bytearray(good.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    (tmp_path / "damaged.mar").write_bytes(content)
+    (tmp_path / "cut.mar").write_bytes(content[: len(content) // 2])
+    manifest = json.loads(site.files["MAR-INF/MANIFEST.json"])
+    other = json.dumps(manifest | {"model": manifest["model"] | {"modelName": "cats"}}).encode()
+    pack(site.files | {"MAR-INF/MANIFEST.json": other}, tmp_path / "cats.mar")
+    pack({name: body for name, body in site.files.items() if name != "golden.json"}, tmp_path / "old.mar")
+    (tmp_path / "keys.json").write_text('{"management": {"key": "a"}, "inference": {"key": "b"}}')
+    (tmp_path / "elsewhere").mkdir()
+    locked = {"to": server.management_url, "inference": server.url, "key-file": str(server.folder / "key_file.json")}
+    mistakes = [
+        (site.store / "digits.mar", {}, "is what the server serves"),
+        (site.archive(version="2.1.3"), {}, "takes numbers only"),
+        (tmp_path / "damaged.mar", {}, "is damaged"),
+        (tmp_path / "cut.mar", {}, "is no whole archive"),
+        (tmp_path / "none.mar", {}, "No such file"),
+        (tmp_path / "cats.mar", {}, "is of the model cats, and the server has digits"),
+        (tmp_path / "old.mar", {}, "no item named 'golden.json'"),
+        (good, {"to": "http://127.0.0.1:1"}, "is it running"),
+        (good, {"inference": "http://127.0.0.1:1"}, "is it running"),
+        (good, {"key-file": str(tmp_path / "keys.json")}, "the management key is refused"),
+        (good, {"key-file": str(tmp_path / "none.json")}, "No such file"),
+        (good, {"store": str(tmp_path / "none")}, "no such folder"),
+        (good, {"store": str(tmp_path / "elsewhere")}, "is not its model store"),
+        (good, locked, "set enable_model_api=true in its config.properties"),
+    ]
+    for path, options, said in mistakes:
+        assert command.main(site.arguments(path, **options)) == 2, said
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+        assert site.state == before
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
