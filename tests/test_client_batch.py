@@ -1,0 +1,182 @@
+"""clients/batch with a real Ray and real kills: one row for each picture, and the answers of the endpoint."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from clients.batch.classify import main
+from tests.conftest import PROJECT
+
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("needs Ray: pip install 'ray[data]'", allow_module_level=True)
+parquet = pytest.importorskip("pyarrow.parquet")
+
+PICTURES = 3000
+SCRIPT = PROJECT / "clients" / "batch" / "classify.py"
+
+
+@pytest.fixture(scope="module")
+def archive(exported) -> Path:
+    return exported / "digits.mar"
+
+
+@pytest.fixture(scope="module")
+def many(run, tmp_path_factory) -> Path:
+    """A folder of folders with many pictures, names of every kind, and some that are none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    samples = sorted((run / "samples").iterdir())
+    for i in range(PICTURES - 3):
+        path = folder / f"{i % 7}" / f"{i:05d} ü\n.png" if i % 1000 == 0 else folder / f"{i % 7}" / f"{i:05d}.png"
+        path.parent.mkdir(exist_ok=True)
+        os.link(samples[i % len(samples)], path)
+    (folder / "0" / "empty.jpg").touch()
+    (folder / "1" / "cut.png").write_bytes(samples[0].read_bytes()[:60])
+    (folder / "gone.webp").symlink_to("nowhere")
+    (folder / ".hidden.png").touch()
+    (folder / "notes.txt").touch()
+    return folder
+
+
+def rows(out: Path) -> list[dict]:
+    return [row for file in sorted(out.glob("part-*")) for row in parquet.read_table(file).to_pylist()]
+
+
+def start(archive: Path, pictures: Path, out: Path, part_size: int = 10) -> subprocess.Popen:
+    """In a process of its own, as Ray reads its settings once in each."""
+    command = [sys.executable, SCRIPT, archive, pictures, "--out", out, "--workers", "2", "--part-size", str(part_size)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(job: subprocess.Popen) -> tuple[int, str, str]:
+    try:
+        said, errors = job.communicate(timeout=200)
+    finally:
+        job.kill()
+        job.communicate()
+    return job.returncode, said, errors
+
+
+def parts(out: Path) -> int:
+    return len(list(out.glob("part-*")))
+
+
+def wait_for_parts(job: subprocess.Popen, out: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while parts(out) < count and job.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def workers(job: subprocess.Popen) -> list[psutil.Process]:
+    return [p for p in psutil.Process(job.pid).children(recursive=True) if "Worker" in p.name() or "Map" in p.name()]
+
+
+def test_whatever_is_killed_each_picture_has_exactly_one_row(archive, many, tmp_path):
+    out, before = tmp_path / "answers", set(Path("/tmp").glob("ray-*"))
+    job = start(archive, many, out)
+    try:
+        # 1. workers, of a job that goes on by itself
+        for count in (20, 60):
+            wait_for_parts(job, out, count)
+            found = workers(job)
+            assert found
+            found[0].kill()
+        # 2. the job itself
+        wait_for_parts(job, out, 120)
+        assert job.poll() is None
+    finally:
+        job.kill()
+        job.communicate()
+        for left in set(Path("/tmp").glob("ray-*")) - before:  # only a kill leaves it
+            shutil.rmtree(left, ignore_errors=True)
+    assert parts(out) < PICTURES // 10
+    written = {file.name: file.stat().st_mtime_ns for file in out.glob("part-*")}
+    # 3. and the same command goes on
+    assert end(start(archive, many, out))[:2] == (1, f"{out}: {PICTURES:,} pictures, 3 with errors\n")
+    assert {name: (out / name).stat().st_mtime_ns for name in written} == written  # none was done twice
+    paths = [row["path"] for row in rows(out)]
+    assert len(paths) == PICTURES
+    assert sorted(paths) == sorted(
+        str(p) for p in many.rglob("*") if not p.is_dir() and p.name[0] != "." and p.suffix != ".txt"
+    )
+    assert json.loads((out / "_SUCCESS").read_text()) == {
+        "pictures": PICTURES,
+        "rows": {"ok": PICTURES - 3, "empty": 1, "truncated": 1, "unreadable": 1},
+    }
+
+
+@pytest.fixture(scope="module")
+def begun(archive, run, tmp_path_factory) -> Path:
+    """The answers to the run's samples, in three parts."""
+    out = tmp_path_factory.mktemp("begun") / "answers"
+    job = start(archive, run / "samples", out, 30)
+    assert end(job)[:2] == (0, f"{out}: 64 pictures, 0 with errors\n")
+    return out
+
+
+@pytest.mark.server
+def test_answers_are_the_endpoints(begun, server):
+    found = rows(begun)
+    assert len(found) == 64
+    for row in found[::8]:
+        reply = requests.post(
+            f"{server.url}/predictions/digits",
+            data=Path(row["path"]).read_bytes(),
+            headers={"Authorization": f"Bearer {server.key()}"},
+            timeout=30,
+        )
+        assert json.loads(row["answer"]) == pytest.approx(reply.json(), abs=1e-5)
+        assert (row["label"], row["probability"]) == next(iter(json.loads(row["answer"]).items()))
+
+
+def test_a_job_that_is_done_is_not_done_again(archive, run, begun, capsys):
+    before = {file.name: file.stat().st_mtime_ns for file in begun.glob("part-*")}
+    assert main([str(archive), str(run / "samples"), "--out", str(begun), "--part-size", "30"]) == 0
+    assert "64 pictures, 0 with errors" in capsys.readouterr().out
+    assert {file.name: file.stat().st_mtime_ns for file in begun.glob("part-*")} == before
+
+
+def test_mistakes_are_one_line_and_change_nothing(archive, run, begun, tmp_path, capsys):
+    samples, full = str(run / "samples"), tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").touch()
+    (tmp_path / "none.mar").write_bytes(b"no zip")
+    before = sorted(path.name for path in begun.iterdir())
+    for arguments, said in [
+        ([str(archive), str(tmp_path / "nowhere"), "--out", str(tmp_path / "a")], "no such picture or folder"),
+        ([str(archive), "--out", str(tmp_path / "a")], "no pictures there"),
+        ([str(tmp_path / "absent.mar"), samples, "--out", str(tmp_path / "b")], "No such file"),
+        ([str(tmp_path / "none.mar"), samples, "--out", str(tmp_path / "c")], "no whole archive"),
+        ([str(archive), samples, "--out", str(full)], "holds something else"),
+        ([str(archive), samples, "--out", str(begun), "--part-size", "31"], "another part size"),
+        ([str(archive), f"{samples}/0-0.png", "--out", str(begun), "--part-size", "30"], "another pictures"),
+    ]:
+        assert main(arguments) == 2, said
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+    assert sorted(path.name for path in begun.iterdir()) == before
+
+
+def test_an_archive_that_answers_its_golden_pictures_wrongly_is_not_used(archive, run, tmp_path):
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(tmp_path / "digits.mar", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "golden.json":
+                golden = json.loads(content)
+                golden["probabilities"] = golden["probabilities"][::-1]
+                content = json.dumps(golden).encode()
+            new.writestr(name, content)
+    status, _, error = end(start(tmp_path / "digits.mar", run / "samples", tmp_path / "answers"))
+    assert (status, "golden" in error) == (2, True), error
+    assert rows(tmp_path / "answers") == []
