@@ -24,7 +24,7 @@ def test_config_properties_is_narrow():
         assert properties[name].startswith("http://127.0.0.1:")
     for name in ("grpc_inference_address", "grpc_management_address"):
         assert properties[name] == "127.0.0.1"
-    assert properties["model_api_enabled"] == properties["disable_token_authorization"] == "false"
+    assert properties["enable_model_api"] == properties["disable_token_authorization"] == "false"
     assert properties["allowed_urls"] == "none"
     assert properties["metrics_mode"] == "prometheus"
     assert "default_workers_per_model" not in properties
