@@ -6,6 +6,7 @@ import io
 import os
 import random
 import tempfile
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,37 @@ from training.sources import DataError, Entry, Picture, Source, open_source
 
 SAMPLES = 64  # pictures kept as files, for parity checks and for trying the endpoint
 SAMPLE_BYTES = 2 << 20  # of each at the most, so that a run folder stays small
+READERS = 8  # threads that read rows of a file
 LISTED = 50  # unreadable files named one by one before the rest is counted
+
+
+class FilePixels:
+    """uint8 (N, S, S, 3) in a file without a name, which ends with the program. Rows are read when they are asked for.
+
+    They are read, and not mapped into memory: what is mapped counts as the program's own memory until it is needed for
+    something else, and a container's limit does not wait for that.
+    """
+
+    def __init__(self, count: int, size: int, folder: Path | None) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._row, self.shape = size * size * 3, (count, size, size, 3)
+        self._file.truncate(count * self._row)
+        self._readers = ThreadPoolExecutor(READERS)
+
+    def __setitem__(self, place: int, crop: Tensor) -> None:
+        os.pwrite(self._file.fileno(), crop.contiguous().numpy().data, place * self._row)
+
+    def __getitem__(self, places: Tensor) -> Tensor:
+        rows = torch.empty((len(places), *self.shape[1:]), dtype=torch.uint8)
+        views = rows.numpy()
+
+        def read(i: int, place: int) -> None:
+            if os.preadv(self._file.fileno(), [views[i].data], place * self._row) != self._row:
+                raise OSError("the temporary file of the pictures is cut short; is the disk full?")
+
+        list(self._readers.map(read, range(len(places)), places.tolist()))
+        return rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +66,7 @@ class Split:
     pixels: uint8 (all, S, S, 3), RGB; rows: int64 (N,), places in it; targets: int64 (N,), places in the labels.
     """
 
-    pixels: Tensor
+    pixels: Tensor | FilePixels
     rows: Tensor
     targets: Tensor
     names: list[str]
@@ -166,18 +197,36 @@ def save_samples(samples: dict[str, bytes], folder: Path) -> None:
             file.write(body)
 
 
-def _allocate(count: int, size: int, scratch: Path | None) -> Tensor:
-    """uint8 (count, size, size, 3): in memory, or in an unnamed file where that would take over half of it."""
-    shape, needed = (count, size, size, 3), count * size * size * 3
-    if needed <= psutil.virtual_memory().available // 2:
-        return torch.empty(shape, dtype=torch.uint8)
-    print(f"the pictures take {needed / 1e9:.1f} GB, over half of the free memory: they are kept in a temporary file")
-    with tempfile.NamedTemporaryFile(dir=scratch) as file:  # the mapping keeps the data after the name is gone
-        return torch.from_file(file.name, shared=True, size=needed, dtype=torch.uint8).view(shape)
+def _allocate(count: int, size: int, scratch: Path | None) -> Tensor | FilePixels:
+    """uint8 (count, size, size, 3): in memory, or in a file where that would take over half of it."""
+    needed, free = count * size * size * 3, free_memory()
+    if needed <= free // 2:
+        return torch.empty((count, size, size, 3), dtype=torch.uint8)
+    where = scratch or tempfile.gettempdir()
+    print(
+        f"the pictures take {needed / 1e9:.1f} GB, over half of the free memory ({free / 1e9:.1f} GB): "
+        f"they stream from a temporary file in {where}"
+    )
+    return FilePixels(count, size, scratch)
+
+
+def free_memory() -> int:
+    """Bytes: the machine's, or the container's where that has a limit of its own."""
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no cgroups of version 2, or no limit ("max")
+        return free
+    return min(free, limit - used)
 
 
 def _assemble(
-    source: Source, splits: list[str], crops: Tensor, bad: dict[int, str], skipped: list[str], samples: dict[str, bytes]
+    source: Source,
+    splits: list[str],
+    crops: Tensor | FilePixels,
+    bad: dict[int, str],
+    skipped: list[str],
+    samples: dict[str, bytes],
 ) -> Data:
     index = {label: i for i, label in enumerate(source.labels)}
     parts = {}

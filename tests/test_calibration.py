@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from training.calibration import fit_temperature
+from training.metrics import expected_calibration_error
+
+
+def drawn(temperature: float, count: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits whose confidences are right if they are divided by `temperature`."""
+    generator = torch.Generator().manual_seed(0)
+    honest = 2 * torch.randn(count, 5, generator=generator)
+    targets = torch.multinomial(honest.softmax(dim=1), 1, generator=generator)[:, 0]
+    return honest * temperature, targets
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_the_temperature_of_a_known_distribution_is_found(temperature):
+    logits, targets = drawn(temperature)
+    found = fit_temperature(logits, targets)
+    assert found == pytest.approx(temperature, rel=0.05)
+    assert expected_calibration_error((logits / found).softmax(dim=1), targets) < 0.01
+
+
+def test_no_temperature_near_it_has_a_smaller_loss():
+    logits, targets = drawn(1.7, 500)
+    found = fit_temperature(logits, targets)
+    losses = [float(torch.nn.functional.cross_entropy(logits / (found * f), targets)) for f in (0.97, 1, 1.03)]
+    assert min(losses) == losses[1]
+
+
+def test_a_network_that_is_always_right_gets_none():
+    assert fit_temperature(torch.eye(3), torch.arange(3)) == 1.0
