@@ -92,7 +92,7 @@ def as_error(error: PictureError) -> Answer:
 def _picture(value: Any) -> Picture:
     """The bytes of one field or instance, or its PictureError."""
     if isinstance(value, str):
-        return value.encode()
+        return value.encode(errors="replace")  # JSON may hold halves of UTF-16 pairs, which UTF-8 cannot
     if isinstance(value, (bytes, bytearray)):
         return bytes(value)
     if not isinstance(value, dict) or not isinstance(value.get("b64"), str):
@@ -131,11 +131,10 @@ def _inputs(value: Answer) -> tuple[str, dict[str, Picture]]:
 
 def _pixels(data: list[Any], shape: tuple[int, ...]) -> np.ndarray | None:
     """Numbers, flat or nested, as uint8; None unless they are that many, whole and from 0 to 255."""
-    try:
-        values = np.array(data)
-    except ValueError:  # lists of different lengths
+    values = np.array(data, dtype=object)  # one long text among numbers would have each of them take as many bytes
+    if values.size != math.prod(shape) or set(map(type, values.flat)) != {int}:
         return None
-    if values.size != math.prod(shape) or values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255:
+    if values.min() < 0 or values.max() > 255:
         return None
     return values.astype(np.uint8).reshape(shape)
 

@@ -216,7 +216,9 @@ class ClassifierHandler:
         context.set_response_content_type(i, content_type)
         for name, value in headers.items():
             context.set_response_header(i, name, value)
-        return body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
+        if isinstance(body, bytes):
+            return body
+        return json.dumps(body, ensure_ascii=False).encode(errors="replace")  # a request's id may hold anything
 
     def _health(self):
         """A golden picture through the whole of it: the body and, if it is answered wrongly, the status."""

@@ -8,6 +8,7 @@ installed, small plain JPEG files are decoded with it: the same libjpeg-turbo, t
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,6 +25,12 @@ MAX_PIXELS = 50_000_000  # 150 MB as RGB: more than a camera's 48 megapixels, an
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns up to twice its value; `decode` has a strict one
 
 SMALL = 128 * 128  # pixels, up to which the work of Pillow around its decoder, 40 µs a file, is worth avoiding
+
+# A JPEG file may hold a scan after the other, of a hundred bytes each, and each goes over all pixels: 25 ms for 50
+# megapixels. An encoder writes about ten.
+MAX_SCANNED = 1_000_000_000  # pixels times scans: ten scans of 100 megapixels, and half a second
+_SCAN = b"\xff\xda"
+_MARKER = re.compile(rb"\xff+([^\0\xff\xd0-\xd7])", re.DOTALL)  # but for those within a scan's data
 
 # How the supported kinds begin; a body that begins so and cannot be opened is damaged, not foreign.
 _SUPPORTED_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -76,6 +83,10 @@ def decode(body: bytes, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
     if max_pixels is not None and width * height > max_pixels:
         limit = f"{width}×{height} px is too large: at most {max_pixels:,} pixels are accepted"
         raise PictureError("too_many_pixels", f"{limit}; send a smaller picture")
+    if picture.format in ("JPEG", "MPO"):
+        most = max(20, MAX_SCANNED // max(width * height, 1_000_000))
+        if body.count(_SCAN) > most and (scans := _scans(body)) > most:
+            raise PictureError("unsupported_kind", f"a JPEG file of {scans} scans is not read; save it as baseline")
     try:
         picture.load()
     except MemoryError:
@@ -124,6 +135,8 @@ def _small_jpeg(body: bytes, max_pixels: int | None) -> np.ndarray | None:
     """A JPEG file without EXIF or oddities, uint8 (H, W, 3), without Pillow; None for all else, damage included."""
     if simplejpeg is None or not body.startswith(b"\xff\xd8\xff") or b"\xff\xe1" in body:  # APP1: EXIF or XMP
         return None
+    if body.count(_SCAN) > 16:  # `decode` looks at those
+        return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(body)
         if colours not in ("YCbCr", "Gray") or width * height > min(SMALL, max_pixels or SMALL):
@@ -149,6 +162,15 @@ def _open(body: bytes) -> Image.Image:
         if body[offset:].startswith(start):
             raise PictureError("unsupported_kind", f"{name} is not supported; send {', '.join(KINDS)}")
     raise PictureError("not_a_picture", f"the body is not a picture; send {', '.join(KINDS)}")
+
+
+def _scans(body: bytes) -> int:
+    """How many a JPEG file has. What lies in its other segments, or behind its end, such as a film, does not count."""
+    count, place = 0, 2
+    while (marker := _MARKER.search(body, place)) and (kind := marker[1]) != b"\xd9":  # the end
+        count += kind == b"\xda"
+        place = marker.end() + int.from_bytes(body[marker.end() : marker.end() + 2], "big")
+    return count
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -239,6 +239,16 @@ def test_bad_json_has_its_cause(ask, value, cause):
     assert (status, answer["type"]) == (400 if cause != "not_a_picture" else 415, cause)
 
 
+def test_halves_of_utf_16_pairs_in_json_cost_nobody_an_answer(ask, sample):
+    picture = v2("BYTES", [1], [base64.b64encode(sample).decode()], id="\ud800")
+    alone, several, answered, good = ask(
+        {"body": "\ud800"}, {"body": {"instances": ["\udfff"]}}, {"body": picture}, {"body": sample}
+    )
+    assert [alone[0], several[0]] == [415, 415]
+    assert (answered[0], answered[1]["id"]) == (200, "?")
+    assert (good[0], next(iter(good[1]))) == (200, "7")
+
+
 def test_more_pictures_in_a_request_than_a_chunk_holds(ask, sample):
     ((_, answer, _),) = ask({"body": {"instances": [b64(sample)] * 150}})
     assert len(answer["predictions"]) == 150
@@ -325,6 +335,9 @@ def test_kserve_v2_takes_pixels_flat_or_nested(ask):
         (v2("UINT8", [1, 2, 2, 3], [-1] * 12), 400, "bad_json"),
         (v2("UINT8", [1, 2, 2, 3], [0.5] * 12), 400, "bad_json"),
         (v2("UINT8", [1, 2, 2, 3], [[1, 2], [3]]), 400, "bad_json"),
+        (v2("UINT8", [1, 2, 2, 3], [True] * 12), 400, "bad_json"),
+        (v2("UINT8", [1, 2, 2, 3], [10**40] * 12), 400, "bad_json"),
+        (v2("UINT8", [1, 2, 2, 3], ["a" * 4_000_000, *[1] * 1_000_000]), 400, "bad_json"),  # would take 16 TB
         (v2("UINT8", [0, 2, 2, 3], []), 400, "bad_json"),
         ({"inputs": []}, 400, "bad_json"),
         ({"inputs": [7]}, 400, "bad_json"),

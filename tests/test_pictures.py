@@ -159,3 +159,17 @@ def test_read_refuses_what_decode_refuses(name):
     with pytest.raises(PictureError) as caught:
         read(body, 32, 32)
     assert caught.value.cause == cause
+
+
+def test_a_jpeg_file_of_too_many_scans_is_refused_and_what_only_looks_like_scans_is_read():
+    picture = gradient(100, 80)
+    plain, progressive = save(picture, "JPEG"), save(picture, "JPEG", progressive=True)
+    film = b"\xff\xda" * 2_000
+    comments = (b"\xff\xfe" + (2 + len(film)).to_bytes(2, "big") + film) * 2
+    for body in (plain + film, plain[:2] + comments + plain[2:]):
+        np.testing.assert_array_equal(decode(body), decode(plain))
+    last = progressive[progressive.rindex(b"\xff\xc4") : -2]
+    assert decode(progressive[:-2] + last * 50 + progressive[-2:]).size == (100, 80)
+    with pytest.raises(PictureError, match="of 2010 scans") as caught:
+        decode(progressive[:-2] + last * 2_000 + progressive[-2:])
+    assert caught.value.cause == "unsupported_kind"
