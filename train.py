@@ -35,7 +35,7 @@ from model import architectures, checkpoint
 from model.files import sha256, write_text
 from model.spec import ModelSpec
 from training import data as training_data
-from training.config import TrainConfig, add_options
+from training.config import TrainConfig, add_options, read_config
 from training.data import Data
 from training.loop import Diverged, evaluate, make_optimizer, train_one_epoch
 from training.metrics import score
@@ -48,18 +48,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list-archs", action="store_true", help="print the names that --arch takes, and stop")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
     add_options(parser)
-    if "--list-archs" in (sys.argv[1:] if arguments is None else arguments):
+    options = vars(parser.parse_args(arguments))
+    list_archs, file = options.pop("list_archs"), options.pop("config")
+    if list_archs:
         print("\n".join(architectures.names()))
         return 0
-    options = vars(parser.parse_args(arguments))
-    del options["list_archs"]
     try:
-        train(TrainConfig(**options))
+        train(make_config(file, options))
     except (ValueError, Diverged) as error:  # the user's mistakes: data, flags, files
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def make_config(file: str | None, flags: dict[str, Any]) -> TrainConfig:
+    """The options of the file, the flags over them, the defaults under them."""
+    options = (read_config(file) if file else {}) | flags
+    if missing := [f"--{name}" for name in ("data", "out") if name not in options]:
+        raise ValueError(f"{' and '.join(missing)}: needed, as a flag or in --config FILE")
+    return TrainConfig(**options)
 
 
 def train(config: TrainConfig) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -103,33 +105,76 @@ class TrainConfig:
                 raise ValueError(f"--{option.name} {getattr(self, option.name)}: must be one of {', '.join(choices)}")
 
     def save(self, path: Path) -> None:
+        """Writes every option, so that `train.py --config PATH --out OTHER` repeats the run."""
         write_text(path, yaml.safe_dump(asdict(self), sort_keys=False))
 
 
+def read_config(path: Path | str) -> dict[str, Any]:
+    """The options that a YAML file sets, such as a run's config.yaml; names as the flags, with `-` or `_`.
+
+    Raises:
+        ValueError: the file cannot be read, or an option in it is unknown or of another type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())}); give a YAML file") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}, not options; write lines such as `epochs: 20`")
+    options: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in _kinds():
+            close = difflib.get_close_matches(name, _kinds(), n=1)
+            hint = f"did you mean {close[0]}?" if close else "the names are those of the flags (train.py --help)"
+            raise ValueError(f"{path}: '{key}' is no option; {hint}")
+        options[name] = _typed(f"{path}: '{key}'", name, value)
+    return options
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of `TrainConfig`."""
-    hints = get_type_hints(TrainConfig)
+    """One flag for each field of `TrainConfig`. A flag that is not given leaves no attribute behind."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option in fields(TrainConfig):
         meta = option.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
-        kind = hints[option.name]
-        if get_origin(kind) is not None:  # `int | None`
-            kind = next(k for k in get_args(kind) if k is not type(None))
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        kind = _kinds()[option.name]
         shown = "" if option.default in (None, MISSING, False) or "default" in meta["help"] else f" ({option.default})"
-        keywords: dict[str, Any] = {"help": meta["help"] + shown, "default": option.default}
-        if option.default is MISSING:
-            keywords |= {"required": True, "default": None}
+        keywords: dict[str, Any] = {"help": meta["help"] + shown, "default": argparse.SUPPRESS}
         if kind is bool:
-            keywords["action"] = argparse.BooleanOptionalAction if option.default is None else "store_true"
+            keywords["action"] = argparse.BooleanOptionalAction
         else:
             keywords |= {
                 "type": kind,
                 "choices": meta["choices"],
-                "metavar": None if meta["choices"] else _metavar(kind),
+                "metavar": None if meta["choices"] else {int: "N", float: "X", str: "NAME"}[kind],
             }
-        group.add_argument(f"--{option.name.replace('_', '-')}", **keywords)
+        groups[meta["group"]].add_argument(f"--{option.name.replace('_', '-')}", **keywords)
 
 
-def _metavar(kind: type) -> str:
-    return {int: "N", float: "X", str: "NAME"}[kind]
+@cache
+def _kinds() -> dict[str, type]:
+    """The type of each option: bool, int, float or str; `int | None` counts as int."""
+    hints = get_type_hints(TrainConfig)
+    kinds = {option.name: hints[option.name] for option in fields(TrainConfig)}
+    return {
+        name: next(k for k in get_args(kind) if k is not type(None)) if get_origin(kind) is not None else kind
+        for name, kind in kinds.items()
+    }
+
+
+def _typed(place: str, name: str, value: Any) -> Any:
+    """`value` as the option's type, if it is one; `place` is what the error message calls it."""
+    kind = _kinds()[name]
+    if value is None and type(None) in get_args(get_type_hints(TrainConfig)[name]):
+        return None
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 3e-3 as a text
+        except ValueError:
+            pass
+    if type(value) is not kind:
+        rule = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+        raise ValueError(f"{place} is {value!r}; it must be {rule}")
+    return value
