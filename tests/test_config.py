@@ -2,8 +2,8 @@ import pytest
 import yaml
 
 from model.files import sha256
-from train import main, make_config
-from training.config import read_config
+from train import main
+from training.config import make_config, read_config
 
 
 def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):

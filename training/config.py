@@ -50,11 +50,17 @@ class TrainConfig:
     )
     jitter: float = _option(0.0, "augmentation", "brightness, contrast, saturation by ±this share; 0 for off")
 
+    mixup: float = _option(0.0, "augmentation", "alpha of mixup, such as 0.2; 0 for off")
+    cutmix: float = _option(0.0, "augmentation", "alpha of CutMix, such as 1; with --mixup a coin decides; 0 for off")
+
     epochs: int = _option(10, "optimisation", "passes over the training pictures")
     minutes: float | None = _option(None, "optimisation", "train this long instead of --epochs")
     batch_size: int | None = _option(
-        None, "optimisation", "pictures per step (default: 32 below 10,000 training pictures, else 64)"
+        None,
+        "optimisation",
+        "pictures per step, of all processes and parts together (default: 32 below 10,000 training pictures, else 64)",
     )
+    accumulate: int = _option(1, "optimisation", "parts that each batch goes through the network in, to save memory")
     optimizer: str = _option("adamw", "optimisation", "optimizer", ("adam", "adamw", "sgd"))
     lr: float | None = _option(
         None,
@@ -68,9 +74,23 @@ class TrainConfig:
     warmup: float = _option(0.05, "optimisation", "share of the run in which the rate rises from 0")
     step_size: int = _option(4, "optimisation", "epochs between two drops of the step schedule")
     gamma: float = _option(0.3, "optimisation", "factor of each drop of the step schedule")
+    clip_grad_norm: float = _option(0.0, "optimisation", "largest norm of all gradients together; 0: no limit")
+    ema: float = _option(
+        0.0,
+        "optimisation",
+        "decay of a moving average of the weights, such as 0.999, which is evaluated and kept; 0: off",
+    )
     patience: int = _option(0, "optimisation", "stop after this many epochs without a better val accuracy; 0: never")
 
     device: str = _option("auto", "machine", "auto, cpu, cuda, cuda:N or mps")
+    amp: str = _option(
+        "off",
+        "machine",
+        "precision of the forward pass; auto: bf16 on GPUs that have it",
+        ("auto", "bf16", "fp16", "off"),
+    )
+    channels_last: bool = _option(False, "machine", "keep tensors as (N, H, W, C), faster on some devices")
+    compile: bool = _option(False, "machine", "torch.compile the network; on the CPU it needs a C++ compiler")
     seed: int = _option(0, "machine", "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
@@ -80,6 +100,11 @@ class TrainConfig:
             ("resize", 1, 8192),
             ("crop_padding", 0, 4096),
             ("jitter", 0, 1),
+            ("mixup", 0, 10),
+            ("cutmix", 0, 10),
+            ("accumulate", 1, 100_000),
+            ("clip_grad_norm", 0, 1e6),
+            ("ema", 0, 0.99999),
             ("epochs", 1, 1_000_000),
             ("batch_size", 1, 1_000_000),
             ("weight_decay", 0, 10),
@@ -130,6 +155,19 @@ def read_config(path: Path | str) -> dict[str, Any]:
             raise ValueError(f"{path}: '{key}' is no option; {hint}")
         options[name] = _typed(f"{path}: '{key}'", name, value)
     return options
+
+
+def make_config(file: str | None, options: dict[str, Any]) -> TrainConfig:
+    """The options of the YAML file, the given ones over them, the defaults under them.
+
+    Raises:
+        ValueError: as `read_config`, an option breaks its rule, or one without a default is missing.
+    """
+    values = (read_config(file) if file else {}) | options
+    needed = [option.name for option in fields(TrainConfig) if option.default is MISSING]
+    if missing := [f"--{name}" for name in needed if name not in values]:
+        raise ValueError(f"{' and '.join(missing)}: needed, as a flag or in --config FILE")
+    return TrainConfig(**values)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
