@@ -37,6 +37,7 @@ from training import data as training_data
 from training import distributed
 from training.config import TrainConfig, add_options, make_config
 from training.data import Data
+from training.evaluation import SPLITS, evaluate_run
 from training.loop import evaluate, fit
 from training.metrics import score
 from training.report import write_report
@@ -52,25 +53,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
     changeable = ", ".join(f"--{name.replace('_', '-')}" for name in RESUMABLE)
     parser.add_argument("--resume", metavar="RUN", type=Path, help=f"go on with a run; only {changeable} may be new")
+    parser.add_argument(
+        "--evaluate", metavar="RUN", type=Path, help="score a run on --data; --out FILE.json keeps the result"
+    )
+    parser.add_argument("--split", choices=SPLITS, help="what to evaluate (default: test, or all if there is none)")
     parser.add_argument("--json", action="store_true", help="print a summary as JSON, in the last line")
     add_options(parser)
     options = vars(parser.parse_args(arguments))
-    command = {name: options.pop(name) for name in ("list_archs", "config", "resume", "json")}
-    if command["list_archs"]:
+    names = ("list_archs", "config", "resume", "evaluate", "split", "json")
+    command = argparse.Namespace(**{name: options.pop(name) for name in names})
+    if command.list_archs:
         print("\n".join(architectures.names()))
         return 0
     with distributed.joined():
         try:
-            if command["resume"]:
-                summary = train(resumed_config(command["resume"], command["config"], options), resume=True)
-            else:
-                summary = train(make_config(command["config"], options))
+            summary = run(command, options)
         except (ValueError, Diverged, OutOfMemory) as error:  # what the user can mend: data, flags, files
             print(f"train.py: {error}", file=sys.stderr)
             return 2
-        if command["json"]:
+        if command.json:
             print(json.dumps(summary, ensure_ascii=False))
     return 0
+
+
+def run(command: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """Does what the command line says; returns what --json prints."""
+    if command.evaluate:
+        if other := [name for name in ("resume", "config") if getattr(command, name)]:
+            raise ValueError(f"--evaluate {command.evaluate}: trains nothing; leave --{other[0]} out")
+        return show_evaluation(command, options)
+    if command.split:
+        raise ValueError("--split: belongs to --evaluate RUN; --val-fraction and --test-fraction cut the data")
+    if command.resume:
+        config = resumed_config(command.resume, command.config, options)
+    else:
+        config = make_config(command.config, options)
+    return {"run": config.out, **train(config, resume=bool(command.resume))}
+
+
+def show_evaluation(command: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """Scores a run, prints a line, and writes the JSON that --out names."""
+    device = pick_device(options.get("device", "auto"))
+    scores = evaluate_run(command.evaluate, command.split, options, device)
+    if "out" in options and distributed.rank() == 0:
+        write_text(options["out"], json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    print(
+        f"{scores['data']}, {scores['split']}: {scores['accuracy']:.2%} of {scores['pictures']:,} pictures "
+        f"(top-5 {scores['top5']:.2%}, calibration error {scores['ece']:.3f}, macro F1 {scores['macro']['f1']:.4f})"
+    )
+    return scores
 
 
 def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
@@ -105,7 +136,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         trainer = Trainer(network, data, config, scale, interrupted)
         begin(trainer, out, resume)
         fit(trainer, out)
-    history, best = trainer.history, trainer.best
+    best = trainer.best
 
     # Results
     network.load_state_dict(best["network"])
@@ -117,7 +148,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         "train": {
             "seconds": round(trainer.schedule.seconds, 2),
             "data_seconds": round(data_seconds, 2),
-            "epochs": len(history),
+            "epochs": len(trainer.history),
             "best_epoch": best["epoch"],
             "pictures": len(data.train),
             "parameters": sum(p.numel() for p in network.parameters()),
