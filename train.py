@@ -4,14 +4,15 @@
     python train.py --data DIR --arch resnet18 --pretrained --freeze --out runs/NAME
 
 DIR holds one folder of pictures for each class. Ctrl-C ends the training, keeps the best weights and writes everything.
+
+    python train.py --resume runs/NAME                         goes on after a kill, as if there had been none
+    python train.py --evaluate runs/NAME --data DIR            scores a run on any pictures
+    torchrun --nproc-per-node N train.py --data DIR …          trains the same in N processes
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import itertools
 import json
 import platform
 import signal
@@ -21,26 +22,27 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from model import architectures, checkpoint
 from model.files import sha256, write_text
 from model.spec import ModelSpec
 from training import data as training_data
-from training.config import TrainConfig, add_options
+from training import distributed
+from training.config import TrainConfig, add_options, make_config
 from training.data import Data
-from training.loop import Diverged, evaluate, make_optimizer, train_one_epoch
+from training.evaluation import SPLITS, evaluate_run
+from training.loop import evaluate, fit
 from training.metrics import score
 from training.report import write_report
-from training.schedule import Schedule
+from training.resume import RESUMABLE, resumed_config
+from training.trainer import Diverged, OutOfMemory, Trainer, default_lr
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,26 +50,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list-archs", action="store_true", help="print the names that --arch takes, and stop")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
+    changeable = ", ".join(f"--{name.replace('_', '-')}" for name in RESUMABLE)
+    parser.add_argument("--resume", metavar="RUN", type=Path, help=f"go on with a run; only {changeable} may be new")
+    parser.add_argument(
+        "--evaluate", metavar="RUN", type=Path, help="score a run on --data; --out FILE.json keeps the result"
+    )
+    parser.add_argument("--split", choices=SPLITS, help="what to evaluate (default: test, or all if there is none)")
+    parser.add_argument("--json", action="store_true", help="print a summary as JSON, in the last line")
     add_options(parser)
-    if "--list-archs" in (sys.argv[1:] if arguments is None else arguments):
+    options = vars(parser.parse_args(arguments))
+    names = ("list_archs", "config", "resume", "evaluate", "split", "json")
+    command = argparse.Namespace(**{name: options.pop(name) for name in names})
+    if command.list_archs:
         print("\n".join(architectures.names()))
         return 0
-    options = vars(parser.parse_args(arguments))
-    del options["list_archs"]
-    try:
-        train(TrainConfig(**options))
-    except (ValueError, Diverged) as error:  # the user's mistakes: data, flags, files
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+    with distributed.joined():
+        try:
+            summary = run(command, options)
+        except (ValueError, Diverged, OutOfMemory) as error:  # what the user can mend: data, flags, files
+            print(f"train.py: {error}", file=sys.stderr)
+            return 2
+        if command.json:
+            print(json.dumps(summary, ensure_ascii=False))
     return 0
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def run(command: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """Does what the command line says; returns what --json prints."""
+    if command.evaluate:
+        if other := [name for name in ("resume", "config") if getattr(command, name)]:
+            raise ValueError(f"--evaluate {command.evaluate}: trains nothing; leave --{other[0]} out")
+        return show_evaluation(command, options)
+    if command.split:
+        raise ValueError("--split: belongs to --evaluate RUN; --val-fraction and --test-fraction cut the data")
+    if command.resume:
+        config = resumed_config(command.resume, command.config, options)
+    else:
+        config = make_config(command.config, options)
+    return {"run": config.out, **train(config, resume=bool(command.resume))}
+
+
+def show_evaluation(command: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """Scores a run, prints a line, and writes the JSON that --out names."""
+    device = pick_device(options.get("device", "auto"))
+    scores = evaluate_run(command.evaluate, command.split, options, device)
+    if "out" in options and distributed.rank() == 0:
+        write_text(options["out"], json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    print(
+        f"{scores['data']}, {scores['split']}: {scores['accuracy']:.2%} of {scores['pictures']:,} pictures "
+        f"(top-5 {scores['top5']:.2%}, calibration error {scores['ece']:.3f}, macro F1 {scores['macro']['f1']:.4f})"
+    )
+    return scores
+
+
+def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """Trains as `config` says and writes the run folder `config.out`; returns what metrics.json holds.
+
+    Args:
+        resume: go on from the run folder's last.ckpt, if the run came so far.
 
     Raises:
         ValueError: the data, the architecture or an option cannot be used. Nothing has been written then.
         Diverged: the loss is no number any more.
+        OutOfMemory: of the GPU.
     """
     out, started = Path(config.out), time.perf_counter()
     device = pick_device(config.device)
@@ -86,10 +132,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     scale = torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
     # Loop
-    out.mkdir(parents=True, exist_ok=True)
     with interruptible() as interrupted:
-        config.save(out / "config.yaml")
-        best, history = fit(network, data, config, scale, out, interrupted)
+        trainer = Trainer(network, data, config, scale, interrupted)
+        begin(trainer, out, resume)
+        fit(trainer, out)
+    best = trainer.best
 
     # Results
     network.load_state_dict(best["network"])
@@ -99,100 +146,37 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "test": score(test, data.test.targets, data.labels),
         "val": score(val, data.val.targets, data.labels),
         "train": {
-            "seconds": history[-1]["seconds"],
+            "seconds": round(trainer.schedule.seconds, 2),
             "data_seconds": round(data_seconds, 2),
-            "epochs": len(history),
+            "epochs": len(trainer.history),
             "best_epoch": best["epoch"],
             "pictures": len(data.train),
             "parameters": sum(p.numel() for p in network.parameters()),
             "device": str(device),
         },
     }
-    checkpoint.save(best["network"], out / "model.pt")
-    spec = make_spec(config, data, mean, std, metrics["test"], sha256(out / "model.pt"))
-    spec.save(out / "spec.json")
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    training_data.save_samples(data.samples, out / "samples")
-    write_report(out / "report", spec, metrics, out / "history.csv", data.test, test)
-    summarise(out, metrics)
+    if distributed.rank() == 0:
+        checkpoint.save(best["network"], out / "model.pt")
+        spec = make_spec(config, data, mean, std, metrics["test"], sha256(out / "model.pt"))
+        spec.save(out / "spec.json")
+        write_text(out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+        training_data.save_samples(data.samples, out / "samples")
+        write_report(out / "report", spec, metrics, out / "history.csv", data.test, test)
+        summarise(out, metrics)
     return metrics
 
 
-def fit(
-    network: nn.Module,
-    data: Data,
-    config: TrainConfig,
-    scale: tuple[Tensor, Tensor],
-    out: Path,
-    interrupted: Callable[[], bool] = lambda: False,
-) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Trains epoch by epoch; after each, writes history.csv and last.ckpt.
-
-    Args:
-        scale: mean and std, each (3,), on the network's device.
-        interrupted: asked before each step; once true, the run ends there, with the best epoch before. The first
-            epoch counts even if it was cut short.
-
-    Returns:
-        The best epoch (its number, val accuracy and state_dict), and the history.
-    """
-    optimizer = make_optimizer(network, config)
-    schedule = Schedule(optimizer, config, interrupted)
-    generator = torch.Generator().manual_seed(config.seed)
-    history: list[dict[str, float]] = []
-    best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0}
-    for epoch in itertools.count():
-        with progress_bar(epoch, len(data.train), config) as show:
-            loss, accuracy = train_one_epoch(
-                network,
-                data.train,
-                optimizer,
-                config,
-                *scale,
-                generator=generator,
-                before_step=partial(schedule.before_step, epoch),
-                on_step=show,
-            )
-        if history and interrupted():
-            break
-        val = score(evaluate(network, data.val, *scale), data.val.targets, data.labels)
-        history.append(
-            {
-                "epoch": epoch + 1,
-                "lr": schedule.lr,
-                "train_loss": loss,
-                "train_accuracy": accuracy,
-                "val_loss": val["loss"],
-                "val_accuracy": val["accuracy"],
-                "seconds": round(schedule.seconds, 2),
-            }
-        )
-        print(
-            f"epoch {epoch + 1:3}  loss {loss:.4f}  train {accuracy:.2%}  val {val['accuracy']:.2%}  "
-            f"{schedule.seconds:.0f} s",
-            flush=True,
-        )
-        if val["accuracy"] > best["accuracy"]:
-            best = {"epoch": epoch + 1, "accuracy": val["accuracy"], "network": snapshot(network)}
-        write_history(history, out / "history.csv")
-        checkpoint.save(
-            {
-                "epoch": epoch + 1,
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(),
-                "torch_generator": torch.get_rng_state(),
-                "best": best,
-                "history": history,
-            },
-            out / "last.ckpt",
-        )
-        if config.patience and epoch + 1 - best["epoch"] >= config.patience:
-            print(f"no better val accuracy for {config.patience} epochs: stopping early")
-            break
-        if schedule.is_over(epoch + 1):
-            break
-    return best, history
+def begin(trainer: Trainer, out: Path, resume: bool) -> None:
+    """Takes the run folder: its checkpoint, or a new beginning in which no checkpoint of an earlier run is left."""
+    last = out / "last.ckpt"
+    if resume and last.exists():
+        trainer.restore(last)
+        print(f"going on after epoch {len(trainer.history)}, {trainer.schedule.seconds:.0f} s")
+    if distributed.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            last.unlink(missing_ok=True)
+        trainer.config.save(out / "config.yaml")
 
 
 def read_data(config: TrainConfig) -> Data:
@@ -255,25 +239,6 @@ def make_spec(
 
 
 @contextmanager
-def progress_bar(epoch: int, pictures: int, config: TrainConfig) -> Iterator[Callable[[float, int], None]]:
-    """A bar on a terminal and nothing elsewhere; gives a function of the loss and the pictures seen that moves it."""
-    length = "" if config.minutes else f"/{config.epochs}"
-    with tqdm(
-        total=pictures,
-        desc=f"epoch {epoch + 1}{length}",
-        unit="pictures",
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-
-        def show(loss: float, seen: int) -> None:
-            bar.update(seen - bar.n)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-
-        yield show
-
-
-@contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C only makes the function that is given return True; the second one stops the program."""
     seen: list[int] = []
@@ -301,6 +266,8 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and distributed.world() > 1:
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
         torch.zeros((), device=device)
@@ -329,6 +296,7 @@ def resolve_defaults(config: TrainConfig, data: Data) -> TrainConfig:
     return replace(
         config,
         flip=data.flips if config.flip is None else config.flip,
+        lr=config.lr or default_lr(config),
         batch_size=config.batch_size or (32 if len(data.train) < 10_000 else 64),
     )
 
@@ -346,18 +314,6 @@ def announce(config: TrainConfig, data: Data, device: torch.device, seconds: flo
         f"flip {'on' if config.flip else 'off'}, shift {config.crop_padding} px, jitter {config.jitter:g}",
         flush=True,
     )
-
-
-def snapshot(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
-
-
-def write_history(history: list[dict[str, float]], path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(history[0]))
-    writer.writeheader()
-    writer.writerows(history)
-    write_text(path, text.getvalue())
 
 
 def summarise(out: Path, metrics: dict[str, Any]) -> None:

@@ -1,12 +1,17 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.augmentation import flip_and_shift, jitter
+from training.augmentation import Draws, draw_mix, flip_and_shift, jitter
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def draws(count, seed=0, rows=slice(None)):
+    return Draws(generator(seed), count, torch.arange(count)[rows])
 
 
 def numbered(count=6, size=8):
@@ -18,13 +23,13 @@ def numbered(count=6, size=8):
 
 def test_off_is_off():
     crops = numbered()
-    assert flip_and_shift(crops, False, 0, generator()) is crops
-    assert jitter(crops, 0.0, generator()) is crops
+    assert flip_and_shift(crops, False, 0, draws(6)) is crops
+    assert jitter(crops, 0.0, draws(6)) is crops
 
 
 def test_flip_mirrors_about_half_of_the_pictures_and_leaves_the_others():
     crops = numbered(count=400)
-    got = flip_and_shift(crops, True, 0, generator())
+    got = flip_and_shift(crops, True, 0, draws(400))
     mirrored = (got == crops.flip(2)).flatten(1).all(dim=1)
     kept = (got == crops).flatten(1).all(dim=1)
     assert (mirrored ^ kept).all()
@@ -34,7 +39,7 @@ def test_flip_mirrors_about_half_of_the_pictures_and_leaves_the_others():
 @given(st.integers(1, 7), st.integers(0, 99))
 def test_a_shift_is_a_crop_of_the_picture_padded_with_mirrored_edges(padding, seed):
     crops = numbered(count=5)
-    got = flip_and_shift(crops, False, padding, generator(seed))
+    got = flip_and_shift(crops, False, padding, draws(5, seed))
     padded = torch.nn.functional.pad(crops.permute(0, 3, 1, 2).float(), [padding] * 4, mode="reflect")
     padded = padded.permute(0, 2, 3, 1).to(torch.uint8)
     for before, after in zip(padded, got, strict=True):
@@ -44,13 +49,13 @@ def test_a_shift_is_a_crop_of_the_picture_padded_with_mirrored_edges(padding, se
 
 def test_every_shift_happens():
     crops = numbered(count=500)
-    got = flip_and_shift(crops, False, 2, generator())
+    got = flip_and_shift(crops, False, 2, draws(500))
     assert {tuple(picture[4, 4, :2].tolist()) for picture in got} == {(x, y) for x in range(2, 7) for y in range(2, 7)}
 
 
 def test_jitter_changes_pictures_one_by_one_and_within_its_strength():
     crops = torch.full((64, 4, 4, 3), 100, dtype=torch.uint8)  # grey: contrast and saturation leave it alone
-    got = jitter(crops, 0.2, generator())
+    got = jitter(crops, 0.2, draws(64))
     assert got.dtype == torch.uint8
     means = got.float().mean(dim=(1, 2, 3))
     assert len(means.unique()) > 20
@@ -58,8 +63,46 @@ def test_jitter_changes_pictures_one_by_one_and_within_its_strength():
     assert means.max() <= 120
 
 
-def test_the_seed_decides():
+AUGMENTATIONS = [lambda crops, d: flip_and_shift(crops, True, 3, d), lambda crops, d: jitter(crops, 0.3, d)]
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS, ids=["flip and shift", "jitter"])
+def test_the_seed_decides(augment):
     crops = torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8)
-    for augment in (lambda g: flip_and_shift(crops, True, 3, g), lambda g: jitter(crops, 0.3, g)):
-        assert torch.equal(augment(generator(1)), augment(generator(1)))
-        assert not torch.equal(augment(generator(1)), augment(generator(2)))
+    assert torch.equal(augment(crops, draws(8, 1)), augment(crops, draws(8, 1)))
+    assert not torch.equal(augment(crops, draws(8, 1)), augment(crops, draws(8, 2)))
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS, ids=["flip and shift", "jitter"])
+def test_a_part_of_a_batch_is_augmented_as_in_the_whole(augment):
+    crops = torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8)
+    whole = augment(crops, draws(8))
+    for rows in (slice(0, 3), slice(3, 8), [7, 0, 2]):
+        assert torch.equal(augment(crops[rows], draws(8, rows=rows)), whole[rows])
+
+
+def test_mixup_blends_each_picture_with_its_neighbour():
+    mix = draw_mix(0.4, 0, 8, generator())
+    images, neighbours = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
+    assert mix.box is None
+    assert torch.allclose(mix(images, neighbours), torch.tensor(1 - mix.kept))
+
+
+def test_cutmix_counts_the_label_by_the_pixels():
+    images, neighbours = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)
+    kept = set()
+    for seed in range(50):
+        mix = draw_mix(0, 1.0, 8, generator(seed))
+        assert float(mix(images, neighbours).mean()) == pytest.approx(1 - mix.kept)
+        kept.add(round(mix.kept, 3))
+    assert len(kept) > 15
+    assert images.sum() == 0  # the batch itself is left alone
+
+
+def test_with_both_a_coin_decides_and_with_none_nothing_is_drawn():
+    coin = generator()
+    cuts = [draw_mix(0.2, 1.0, 8, coin).box is not None for _ in range(200)]
+    assert 60 < sum(cuts) < 140
+    state = coin.get_state()
+    assert draw_mix(0, 0, 8, coin) is None
+    assert torch.equal(coin.get_state(), state)

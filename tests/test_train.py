@@ -17,7 +17,7 @@ from tests.conftest import PROJECT
 from tests.folders import make_folder
 from train import main, train
 from training.config import TrainConfig
-from training.loop import Diverged
+from training.trainer import Diverged
 
 
 def test_a_run_folder_holds_what_the_contract_names(run):
@@ -49,7 +49,10 @@ def test_the_weights_are_a_state_dict_that_loads_without_running_code(run):
 
 def test_the_last_checkpoint_holds_what_a_resume_needs(run):
     last = checkpoint.load(run / "last.ckpt")
-    assert set(last) == {"epoch", "network", "optimizer", "generator", "torch_generator", "best", "history"}
+    assert set(last) == {
+        "version", "epoch", "seconds", "network", "ema", "optimizer", "scaler", "generator", "random", "best",
+        "history", "labels", "pictures",
+    }  # fmt: skip
     assert last["epoch"] == 10
 
 

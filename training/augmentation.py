@@ -1,12 +1,38 @@
-"""Augmentation of whole batches at once. Each function draws one random choice per picture from `generator`."""
+"""Augmentation of whole batches at once. Each function takes one random choice per picture from `draws`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 
-def flip_and_shift(crops: Tensor, flip: bool, padding: int, generator: Generator) -> Tensor:
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for a whole batch, of which only some rows are worked on here.
+
+    They are drawn for the batch and then chosen, so a picture is augmented the same way whether one process works on
+    the batch or several do; and on the CPU, so a seed gives the same pictures on every device.
+
+    rows: int64 (n,), places in the batch of the pictures at hand.
+    """
+
+    generator: Generator
+    batch: int
+    rows: Tensor
+
+    def uniform(self, device: torch.device) -> Tensor:
+        """float32 (n,), in 0..1."""
+        return torch.rand(self.batch, generator=self.generator)[self.rows].to(device)
+
+    def integers(self, low: int, high: int, device: torch.device) -> Tensor:
+        """int64 (n, 1), from `low` up to and with `high`."""
+        return torch.randint(low, high + 1, (self.batch, 1), generator=self.generator)[self.rows].to(device)
+
+
+def flip_and_shift(crops: Tensor, flip: bool, padding: int, draws: Draws) -> Tensor:
     """Mirrors half of the pictures and shifts each by up to `padding` px both ways, as one gather.
 
     The same as a padded random crop with mirrored edges (the edge pixel itself is not repeated).
@@ -25,16 +51,16 @@ def flip_and_shift(crops: Tensor, flip: bool, padding: int, generator: Generator
     columns = steps.expand(count, size)
     rows = columns
     if flip:
-        mirrored = _random(count, generator, crops) < 0.5
+        mirrored = draws.uniform(crops.device) < 0.5
         columns = torch.where(mirrored[:, None], size - 1 - columns, columns)
     if padding:
-        rows = _mirror(rows + _shifts(count, padding, generator, crops), size)
-        columns = _mirror(columns + _shifts(count, padding, generator, crops), size)
+        rows = _mirror(rows + draws.integers(-padding, padding, crops.device), size)
+        columns = _mirror(columns + draws.integers(-padding, padding, crops.device), size)
     pictures = torch.arange(count, device=crops.device)
     return crops[pictures[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def jitter(crops: Tensor, strength: float, generator: Generator) -> Tensor:
+def jitter(crops: Tensor, strength: float, draws: Draws) -> Tensor:
     """Brightness, contrast and saturation of each picture, each by a factor from 1 - strength to 1 + strength.
 
     Args:
@@ -53,18 +79,53 @@ def jitter(crops: Tensor, strength: float, generator: Generator) -> Tensor:
             anchor = torch.zeros_like(grey)
         else:
             anchor = grey.mean(dim=(1, 2), keepdim=True) if kind == "contrast" else grey
-        factor = 1 + strength * (2 * _random(len(crops), generator, crops) - 1)
+        factor = 1 + strength * (2 * draws.uniform(crops.device) - 1)
         pixels = (anchor + (pixels - anchor) * factor[:, None, None, None]).clamp(0, 255)
     return pixels.round().to(torch.uint8)
 
 
-def _random(count: int, generator: Generator, like: Tensor) -> Tensor:
-    """Uniform in 0..1, drawn on the CPU so that a seed gives the same pictures on every device."""
-    return torch.rand(count, generator=generator).to(like.device)
+@dataclass(frozen=True)
+class Mix:
+    """How each picture of a batch is mixed with its neighbour: one choice for the whole batch.
+
+    kept: share of the picture itself, 0..1, by which its label counts too; the rest is its neighbour's.
+    box: of CutMix, (top, bottom, left, right) px, where the neighbour's pixels are; None for mixup, which blends.
+    """
+
+    kept: float
+    box: tuple[int, int, int, int] | None = None
+
+    def __call__(self, images: Tensor, neighbours: Tensor) -> Tensor:
+        """Mixes float (n, 3, S, S) with as many others."""
+        if self.box is None:
+            return self.kept * images + (1 - self.kept) * neighbours
+        top, bottom, left, right = self.box
+        mixed = images.clone()
+        mixed[:, :, top:bottom, left:right] = neighbours[:, :, top:bottom, left:right]
+        return mixed
 
 
-def _shifts(count: int, padding: int, generator: Generator, like: Tensor) -> Tensor:
-    return torch.randint(-padding, padding + 1, (count, 1), generator=generator).to(like.device)
+def draw_mix(mixup: float, cutmix: float, size: int, generator: Generator) -> Mix | None:
+    """mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), a coin deciding where both are on; None with both off.
+
+    Args:
+        mixup, cutmix: alpha of the Beta(alpha, alpha) that the shares are drawn from; 0 for off.
+        size: side of the pictures, px.
+    """
+    if not mixup and not cutmix:
+        return None
+    # NumPy has a Beta distribution that takes a generator; seeded anew each time, it has no state to be kept.
+    random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    cut = random.random() < 0.5 if mixup and cutmix else bool(cutmix)
+    kept = float(random.beta(cutmix, cutmix) if cut else random.beta(mixup, mixup))
+    if not cut:
+        return Mix(kept)
+    side = size * (1 - kept) ** 0.5
+    y, x = random.uniform(0, size, 2)
+    top, bottom, left, right = (
+        int(np.clip(round(v), 0, size)) for v in (y - side / 2, y + side / 2, x - side / 2, x + side / 2)
+    )
+    return Mix(1 - (bottom - top) * (right - left) / size**2, (top, bottom, left, right))
 
 
 def _mirror(places: Tensor, size: int) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -48,11 +50,17 @@ class TrainConfig:
     )
     jitter: float = _option(0.0, "augmentation", "brightness, contrast, saturation by ±this share; 0 for off")
 
+    mixup: float = _option(0.0, "augmentation", "alpha of mixup, such as 0.2; 0 for off")
+    cutmix: float = _option(0.0, "augmentation", "alpha of CutMix, such as 1; with --mixup a coin decides; 0 for off")
+
     epochs: int = _option(10, "optimisation", "passes over the training pictures")
     minutes: float | None = _option(None, "optimisation", "train this long instead of --epochs")
     batch_size: int | None = _option(
-        None, "optimisation", "pictures per step (default: 32 below 10,000 training pictures, else 64)"
+        None,
+        "optimisation",
+        "pictures per step, of all processes and parts together (default: 32 below 10,000 training pictures, else 64)",
     )
+    accumulate: int = _option(1, "optimisation", "parts that each batch goes through the network in, to save memory")
     optimizer: str = _option("adamw", "optimisation", "optimizer", ("adam", "adamw", "sgd"))
     lr: float | None = _option(
         None,
@@ -66,9 +74,23 @@ class TrainConfig:
     warmup: float = _option(0.05, "optimisation", "share of the run in which the rate rises from 0")
     step_size: int = _option(4, "optimisation", "epochs between two drops of the step schedule")
     gamma: float = _option(0.3, "optimisation", "factor of each drop of the step schedule")
+    clip_grad_norm: float = _option(0.0, "optimisation", "largest norm of all gradients together; 0: no limit")
+    ema: float = _option(
+        0.0,
+        "optimisation",
+        "decay of a moving average of the weights, such as 0.999, which is evaluated and kept; 0: off",
+    )
     patience: int = _option(0, "optimisation", "stop after this many epochs without a better val accuracy; 0: never")
 
     device: str = _option("auto", "machine", "auto, cpu, cuda, cuda:N or mps")
+    amp: str = _option(
+        "off",
+        "machine",
+        "precision of the forward pass; auto: bf16 on GPUs that have it",
+        ("auto", "bf16", "fp16", "off"),
+    )
+    channels_last: bool = _option(False, "machine", "keep tensors as (N, H, W, C), faster on some devices")
+    compile: bool = _option(False, "machine", "torch.compile the network; on the CPU it needs a C++ compiler")
     seed: int = _option(0, "machine", "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
@@ -78,6 +100,11 @@ class TrainConfig:
             ("resize", 1, 8192),
             ("crop_padding", 0, 4096),
             ("jitter", 0, 1),
+            ("mixup", 0, 10),
+            ("cutmix", 0, 10),
+            ("accumulate", 1, 100_000),
+            ("clip_grad_norm", 0, 1e6),
+            ("ema", 0, 0.99999),
             ("epochs", 1, 1_000_000),
             ("batch_size", 1, 1_000_000),
             ("weight_decay", 0, 10),
@@ -103,33 +130,89 @@ class TrainConfig:
                 raise ValueError(f"--{option.name} {getattr(self, option.name)}: must be one of {', '.join(choices)}")
 
     def save(self, path: Path) -> None:
+        """Writes every option, so that `train.py --config PATH --out OTHER` repeats the run."""
         write_text(path, yaml.safe_dump(asdict(self), sort_keys=False))
 
 
+def read_config(path: Path | str) -> dict[str, Any]:
+    """The options that a YAML file sets, such as a run's config.yaml; names as the flags, with `-` or `_`.
+
+    Raises:
+        ValueError: the file cannot be read, or an option in it is unknown or of another type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())}); give a YAML file") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}, not options; write lines such as `epochs: 20`")
+    options: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in _kinds():
+            close = difflib.get_close_matches(name, _kinds(), n=1)
+            hint = f"did you mean {close[0]}?" if close else "the names are those of the flags (train.py --help)"
+            raise ValueError(f"{path}: '{key}' is no option; {hint}")
+        options[name] = _typed(f"{path}: '{key}'", name, value)
+    return options
+
+
+def make_config(file: str | None, options: dict[str, Any]) -> TrainConfig:
+    """The options of the YAML file, the given ones over them, the defaults under them.
+
+    Raises:
+        ValueError: as `read_config`, an option breaks its rule, or one without a default is missing.
+    """
+    values = (read_config(file) if file else {}) | options
+    needed = [option.name for option in fields(TrainConfig) if option.default is MISSING]
+    if missing := [f"--{name}" for name in needed if name not in values]:
+        raise ValueError(f"{' and '.join(missing)}: needed, as a flag or in --config FILE")
+    return TrainConfig(**values)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of `TrainConfig`."""
-    hints = get_type_hints(TrainConfig)
+    """One flag for each field of `TrainConfig`. A flag that is not given leaves no attribute behind."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option in fields(TrainConfig):
         meta = option.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
-        kind = hints[option.name]
-        if get_origin(kind) is not None:  # `int | None`
-            kind = next(k for k in get_args(kind) if k is not type(None))
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        kind = _kinds()[option.name]
         shown = "" if option.default in (None, MISSING, False) or "default" in meta["help"] else f" ({option.default})"
-        keywords: dict[str, Any] = {"help": meta["help"] + shown, "default": option.default}
-        if option.default is MISSING:
-            keywords |= {"required": True, "default": None}
+        keywords: dict[str, Any] = {"help": meta["help"] + shown, "default": argparse.SUPPRESS}
         if kind is bool:
-            keywords["action"] = argparse.BooleanOptionalAction if option.default is None else "store_true"
+            keywords["action"] = argparse.BooleanOptionalAction
         else:
             keywords |= {
                 "type": kind,
                 "choices": meta["choices"],
-                "metavar": None if meta["choices"] else _metavar(kind),
+                "metavar": None if meta["choices"] else {int: "N", float: "X", str: "NAME"}[kind],
             }
-        group.add_argument(f"--{option.name.replace('_', '-')}", **keywords)
+        groups[meta["group"]].add_argument(f"--{option.name.replace('_', '-')}", **keywords)
 
 
-def _metavar(kind: type) -> str:
-    return {int: "N", float: "X", str: "NAME"}[kind]
+@cache
+def _kinds() -> dict[str, type]:
+    """The type of each option: bool, int, float or str; `int | None` counts as int."""
+    hints = get_type_hints(TrainConfig)
+    kinds = {option.name: hints[option.name] for option in fields(TrainConfig)}
+    return {
+        name: next(k for k in get_args(kind) if k is not type(None)) if get_origin(kind) is not None else kind
+        for name, kind in kinds.items()
+    }
+
+
+def _typed(place: str, name: str, value: Any) -> Any:
+    """`value` as the option's type, if it is one; `place` is what the error message calls it."""
+    kind = _kinds()[name]
+    if value is None and type(None) in get_args(get_type_hints(TrainConfig)[name]):
+        return None
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 3e-3 as a text
+        except ValueError:
+            pass
+    if type(value) is not kind:
+        rule = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+        raise ValueError(f"{place} is {value!r}; it must be {rule}")
+    return value

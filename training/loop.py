@@ -1,100 +1,151 @@
-"""One pass over the training pictures, and one over any others."""
+"""Epoch after epoch: train, evaluate, write down; and one pass over pictures that are only looked at."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from torch import Generator, Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from model.architectures import train_mode
+from model import checkpoint
+from model.files import write_text
 from model.preprocessing import normalise
-from training.augmentation import flip_and_shift, jitter
+from training import distributed
 from training.config import TrainConfig
 from training.data import Split
+from training.metrics import score
+from training.tensorboard import Board
+from training.trainer import Diverged, OutOfMemory, Trainer
 
 EVALUATION_BATCH = 256
 
 
-class Diverged(RuntimeError):
-    """The loss is no number any more."""
+def fit(trainer: Trainer, out: Path) -> None:
+    """Trains until the schedule, Ctrl-C or `config.patience` ends it; writes last.ckpt after each epoch.
 
-
-def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer over what is trainable; weight decay on matrices only, not on biases and norms."""
-    trainable = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    fine_tuned = (config.pretrained or config.weights) and not config.freeze
-    lr = config.lr or {"adam": 3e-3, "adamw": 3e-3, "sgd": 0.05}[config.optimizer] * (0.1 if fine_tuned else 1.0)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=lr)
-
-
-def train_one_epoch(
-    network: nn.Module,
-    split: Split,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    mean: Tensor,
-    std: Tensor,
-    *,
-    generator: Generator,
-    before_step: Callable[[float], bool],
-    on_step: Callable[[float, int], None] = lambda loss, seen: None,
-) -> tuple[float, float]:
-    """Trains on every picture once, in a new order.
-
-    Args:
-        before_step: called with the share of the epoch that is done, 0..1, before each step; False ends it there.
-        on_step: called now and then with the loss and the pictures seen, for the progress bar.
-
-    Returns:
-        Mean loss (nats) and accuracy (0..1) over the pictures seen, augmented as they were.
+    Ctrl-C leaves the epoch that it cut short out, unless it is the first.
 
     Raises:
-        Diverged: the loss became infinite or no number.
+        Diverged: the loss is no number any more. The message names the last good checkpoint.
+        OutOfMemory: of the GPU. The message names a batch size that fits.
     """
-    train_mode(network)
-    order = torch.randperm(len(split), generator=generator)
-    batches = order.split(config.batch_size or 64)
-    if len(batches) > 1 and len(batches[-1]) == 1:  # BatchNorm has no variance of one picture
-        batches = batches[:-1]
-    device = mean.device
-    loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    for step, places in enumerate(batches):
-        if not before_step(step / len(batches)):
+    history, config = trainer.history, trainer.config
+    board = Board(out / "tensorboard", len(history)) if distributed.rank() == 0 else None
+    if history:
+        write_history(history, out)  # the kill may have come between the two files
+    while not history or not is_over(trainer):
+        with progress_bar(len(history), len(trainer.data.train), config) as show:
+            train = train_one_epoch(trainer, show, out)
+        if history and (trainer.schedule.interrupted or not train["steps"]):
             break
-        crops = split.crops(places).to(device, non_blocking=True)
-        targets = split.targets[places].to(device, non_blocking=True)
-        crops = flip_and_shift(crops, bool(config.flip), config.crop_padding or 0, generator)
-        logits = network(normalise(jitter(crops, config.jitter, generator), mean, std))
-        loss = cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.detach() * len(places)
-        correct += (logits.detach().argmax(dim=1) == targets).sum()
-        seen += len(places)
-        if step % 50 == 0 or step == len(batches) - 1:  # reading the loss waits for the device
-            value = float(loss.detach())
-            if not torch.isfinite(loss_sum):
-                raise Diverged(f"the loss is {value} at step {step + 1} of {len(batches)}")
-            on_step(value, seen)
-    return float(loss_sum) / max(seen, 1), float(correct) / max(seen, 1)
+        distributed.copy_buffers(trainer.averaged)
+        data = trainer.data
+        val = score(evaluate(trainer.averaged, data.val, *trainer.scale), data.val.targets, data.labels)
+        row = {
+            "epoch": len(history) + 1,
+            "lr": trainer.schedule.lr,
+            "train_loss": train["loss"],
+            "train_accuracy": train["accuracy"],
+            "val_loss": val["loss"],
+            "val_accuracy": val["accuracy"],
+            "seconds": round(trainer.schedule.seconds, 2),
+        }
+        history.append(row)
+        print(
+            f"epoch {row['epoch']:3}  loss {row['train_loss']:.4f}  train {row['train_accuracy']:.2%}  "
+            f"val {row['val_accuracy']:.2%}  {row['seconds']:.0f} s",
+            flush=True,
+        )
+        if val["accuracy"] > trainer.best["accuracy"]:
+            trainer.best = {"epoch": row["epoch"], "accuracy": val["accuracy"], "network": snapshot(trainer.averaged)}
+        state = trainer.state()
+        if board:
+            checkpoint.save(state, out / "last.ckpt")
+            write_history(history, out)
+            board.write(row)
 
 
-def evaluate(network: nn.Module, split: Split, mean: Tensor, std: Tensor) -> Tensor:
-    """Logits of every picture, in order: float32 (N, C), on the CPU."""
+def train_one_epoch(trainer: Trainer, show: Callable[[float, int], None], out: Path) -> dict[str, float]:
+    """As `Trainer.train_one_epoch`; its errors say what there is to go back to, and what to do."""
+    try:
+        return trainer.train_one_epoch(show)
+    except Diverged as error:
+        done = len(trainer.history)
+        kept = (
+            f"the last good checkpoint is {out / 'last.ckpt'}, epoch {done}" if done else "there is no checkpoint yet"
+        )
+        raise Diverged(f"{error}; {kept}; pass a smaller --lr, or --clip-grad-norm 1") from None
+    except torch.OutOfMemoryError:
+        pass  # its traceback holds the batch; here it is gone, and there is room to try a smaller one
+    raise OutOfMemory(trainer.out_of_memory())
+
+
+def is_over(trainer: Trainer) -> bool:
+    """Whether the run ends with the epochs that it has."""
+    epoch, config = len(trainer.history), trainer.config
+    if config.patience and epoch - trainer.best["epoch"] >= config.patience:
+        print(f"no better val accuracy for {config.patience} epochs: stopping early")
+        return True
+    return trainer.schedule.is_over(epoch)
+
+
+def evaluate(network: nn.Module, split: Split, mean: Tensor, std: Tensor, batch: int = EVALUATION_BATCH) -> Tensor:
+    """Logits of every picture, in order: float32 (N, C), on the CPU. Each process looks at its share of them."""
     network.eval()
+    share = distributed.share(len(split))
     logits = []
-    with torch.inference_mode():
-        for start in range(0, len(split), EVALUATION_BATCH):
-            crops = split.crops(slice(start, start + EVALUATION_BATCH)).to(mean.device)
-            logits.append(network(normalise(crops, mean, std)).cpu())
-    return torch.cat(logits)
+    try:
+        with torch.inference_mode():
+            for start in range(share.start, share.stop, batch):
+                crops = split.crops(slice(start, min(start + batch, share.stop))).to(mean.device)
+                logits.append(network(normalise(crops, mean, std)).cpu())
+    except torch.OutOfMemoryError:
+        if batch == 1:
+            raise
+        logits = []
+    else:
+        return torch.cat([part for parts in distributed.gather(logits) for part in parts])
+    return evaluate(network, split, mean, std, batch // 2)
+
+
+def snapshot(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights on the CPU, in the plain memory layout."""
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in network.state_dict().items()
+    }
+
+
+def write_history(history: list[dict[str, float]], out: Path) -> None:
+    if distributed.rank() > 0:
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(out / "history.csv", text.getvalue())
+
+
+@contextmanager
+def progress_bar(epoch: int, pictures: int, config: TrainConfig) -> Iterator[Callable[[float, int], None]]:
+    """A bar on a terminal and nothing elsewhere; gives a function of the loss and the pictures seen that moves it."""
+    length = "" if config.minutes else f"/{config.epochs}"
+    with tqdm(
+        total=pictures,
+        desc=f"epoch {epoch + 1}{length}",
+        unit="pictures",
+        leave=False,
+        disable=distributed.rank() > 0 or not sys.stderr.isatty(),
+    ) as bar:
+
+        def show(loss: float, seen: int) -> None:
+            bar.update(seen - bar.n)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+        yield show

@@ -8,21 +8,30 @@ from collections.abc import Callable
 
 from torch.optim import Optimizer
 
+from training import distributed
 from training.config import TrainConfig
 
 
 class Schedule:
-    """Sets the learning rate before each step; a run ends after `config.epochs`, or after `config.minutes`."""
+    """Sets the learning rate before each step; a run ends after `config.epochs`, or after `config.minutes`.
+
+    interrupted: whether the run was (Ctrl-C), as all processes know it since the last step or `is_over`.
+    """
 
     def __init__(self, optimizer: Optimizer, config: TrainConfig, interrupted: Callable[[], bool]) -> None:
         self._optimizer, self._config, self._interrupted = optimizer, config, interrupted
         self._peaks = [group["lr"] for group in optimizer.param_groups]
         self._started = time.perf_counter()
+        self.interrupted = False
 
     @property
     def seconds(self) -> float:
-        """Since the run began."""
+        """Since the run began, without the time between a kill and its resumption."""
         return time.perf_counter() - self._started
+
+    def go_on_from(self, seconds: float) -> None:
+        """Takes the run as having lasted `seconds` so far."""
+        self._started = time.perf_counter() - seconds
 
     @property
     def lr(self) -> float:
@@ -30,21 +39,22 @@ class Schedule:
 
     def is_over(self, epochs: float) -> bool:
         """Whether the run ends here, `epochs` after its beginning."""
-        return self._progress(epochs) >= 1 or self._interrupted()
+        return self._look(epochs) >= 1 or self.interrupted
 
     def before_step(self, epoch: int, done: float) -> bool:
         """Sets the learning rate for a step at the share `done` of an epoch; False if the run is over."""
-        epochs = epoch + done
-        factor = lr_factor(self._config, min(self._progress(epochs), 1), epoch)
+        progress = self._look(epoch + done)
+        factor = lr_factor(self._config, min(progress, 1), epoch)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
-        return not self.is_over(epochs)
+        return progress < 1 and not self.interrupted
 
-    def _progress(self, epochs: float) -> float:
-        """How much of the run is done: 0 to 1 or above."""
-        if self._config.minutes:
-            return self.seconds / (60 * self._config.minutes)
-        return epochs / self._config.epochs
+    def _look(self, epochs: float) -> float:
+        """How much of the run is done, 0 to 1 or above, and whether it was interrupted: the same in all processes."""
+        spent = self.seconds / (60 * self._config.minutes) if self._config.minutes else epochs / self._config.epochs
+        progress, interrupted = distributed.from_first(spent, self._interrupted())
+        self.interrupted = bool(interrupted)
+        return progress
 
 
 def lr_factor(config: TrainConfig, progress: float, epoch: int) -> float:

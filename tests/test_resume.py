@@ -1,0 +1,196 @@
+import random
+import shutil
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from benchmarks import resume as kills
+from model import checkpoint
+from tests.folders import make_folder
+from train import main, train
+from training import data as training_data
+from training.config import TrainConfig, make_config
+from training.resume import resumed_config
+from training.trainer import Trainer
+
+RECIPE = ["--data", "digits", "--epochs", "8", *kills.RECIPE[4:]]
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A run of three epochs with everything on."""
+    out = tmp_path_factory.mktemp("runs") / "short"
+    assert main([*RECIPE, "--epochs", "3", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def copied(short, tmp_path):
+    shutil.copytree(short, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_that_was_killed_twice_ends_as_if_it_had_not_been(tmp_path):
+    """The kills are real ones, at random moments after the data is read."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert kills.train([*RECIPE, "--out", str(whole)])
+    seed = random.randrange(1000)
+    killed_after = kills.kill_and_resume(killed, RECIPE, 2, random.Random(seed))
+    assert kills.differences(whole, killed) == [], (seed, killed_after)
+    assert len((killed / "history.csv").read_text().splitlines()) == 9
+
+
+def test_the_comparison_finds_a_single_bit(short, copied):
+    assert kills.differences(short, copied) == []
+    last = checkpoint.load(copied / "last.ckpt")
+    last["generator"][0] ^= 1
+    checkpoint.save(last, copied / "last.ckpt")
+    assert kills.differences(short, copied) == ["last.ckpt/generator"]
+
+
+class Restless(nn.Module):
+    """A network with dropout and BatchNorm: random states and statistics that a resumption must not lose."""
+
+    def __init__(self):
+        super().__init__()
+        layers = (nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Flatten())
+        self.layers = nn.Sequential(*layers, nn.Linear(8 * 8 * 8, 10))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return training_data.load("digits", size=32, resize=32)
+
+
+def make_trainer(data, **options):
+    torch.manual_seed(0)
+    config = TrainConfig(data="digits", out="x", size=32, crop_padding=4, batch_size=128, **options)
+    return Trainer(Restless(), data, config, (torch.full((3,), 0.5), torch.full((3,), 0.25)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ema": 0.9, "mixup": 0.2},
+        {"optimizer": "sgd", "cutmix": 1.0},
+        {"channels_last": True},
+        {"amp": "bf16"},
+        {"amp": "fp16"},
+    ],
+    ids=str,
+)
+def test_a_restored_trainer_goes_on_bit_for_bit(digits, tmp_path, options):
+    first = make_trainer(digits, **options)
+    first.train_one_epoch()
+    checkpoint.save(first.state(), tmp_path / "last.ckpt")
+    first.train_one_epoch()
+    second = make_trainer(digits, **options)
+    torch.rand(7)  # whatever has happened to the random numbers meanwhile
+    second.restore(tmp_path / "last.ckpt")
+    second.train_one_epoch()
+    assert kills._compare("state", second.state(), first.state()) == []
+    third = make_trainer(digits, **options)
+    third.train_one_epoch()
+    assert kills._compare("state", third.state(), first.state()) != []  # the second epoch did change something
+
+
+def test_a_finished_run_is_left_as_it_is(short, copied, capsys):
+    assert main(["--resume", str(copied)]) == 0
+    assert "going on after epoch 3" in capsys.readouterr().out
+    assert kills.differences(short, copied) == []
+
+
+def test_epochs_may_be_raised_and_data_may_have_moved(copied, capsys):
+    assert main(["--resume", str(copied), "--epochs", "4", "--data", "digits"]) == 0
+    assert "epoch   4" in capsys.readouterr().out
+    assert len((copied / "history.csv").read_text().splitlines()) == 5
+    assert yaml.safe_load((copied / "config.yaml").read_text())["epochs"] == 4
+
+
+def test_a_kill_between_the_two_files_of_an_epoch_does_no_harm(short, copied):
+    history = (copied / "history.csv").read_text().splitlines(keepends=True)
+    (copied / "history.csv").write_text("".join(history[:-1]))
+    assert main(["--resume", str(copied)]) == 0
+    assert kills.differences(short, copied) == []
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(short, copied):
+    for name in ("last.ckpt", "history.csv", "model.pt", "spec.json", "metrics.json"):
+        (copied / name).unlink()
+    assert main(["--resume", str(copied)]) == 0
+    assert kills.differences(short, copied) == []
+
+
+def test_a_new_run_in_an_old_folder_does_not_leave_the_old_checkpoint(copied, monkeypatch):
+    monkeypatch.setattr("train.fit", lambda *_: (_ for _ in ()).throw(ValueError("killed")))
+    assert main(["--data", "digits", "--out", str(copied)]) == 2
+    assert (copied / "config.yaml").exists()
+    assert not (copied / "last.ckpt").exists()
+
+
+def test_a_minutes_run_has_the_time_that_it_had_left(tmp_path):
+    out = tmp_path / "run"
+    train(TrainConfig(data="digits", out=str(out), minutes=0.02))
+    last = checkpoint.load(out / "last.ckpt")
+    checkpoint.save(last | {"seconds": 0.9}, out / "last.ckpt")  # of 1.2 s
+    again = train(resumed_config(out, None, {}), resume=True)
+    assert 1.2 <= again["train"]["seconds"] < 2.5
+    assert again["train"]["epochs"] > last["epoch"]
+    assert [row["seconds"] for row in checkpoint.load(out / "last.ckpt")["history"][last["epoch"] :]] >= [0.9]
+
+
+def test_other_classes_are_named_one_by_one(tmp_path, capsys):
+    colours = make_folder(tmp_path / "colours", count=12)
+    assert main(["--data", str(colours), "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    (colours / "red").rename(colours / "crimson")
+    assert main(["--resume", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "the run has 'red', which the data has not; the data has 'crimson', which the run has not" in error
+    assert error.count("\n") == 1
+
+
+def test_other_pictures_of_the_same_classes_are_mentioned(tmp_path, capsys):
+    colours = make_folder(tmp_path / "colours", count=12)
+    assert main(["--data", str(colours), "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    next((colours / "red").iterdir()).unlink()
+    assert main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    assert "are not those that the run began with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "words"),
+    [
+        (None, ["--lr", "0.1"], "leave --lr out"),
+        (None, ["--out", "elsewhere"], "leave --out out"),
+        (None, ["--config", "a.yaml"], "leave --config out"),
+        (lambda run: (run / "config.yaml").unlink(), [], "has no config.yaml"),
+        (
+            lambda run: (run / "last.ckpt").write_bytes((run / "last.ckpt").read_bytes()[:9000]),
+            [],
+            "last.ckpt: damaged",
+        ),
+        (lambda run: checkpoint.save({"epoch": 3}, run / "last.ckpt"), [], "by another version of train.py"),
+    ],
+)
+def test_what_cannot_be_resumed_is_one_line_and_changes_nothing(copied, capsys, change, arguments, words):
+    if change:
+        change(copied)
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    assert main(["--resume", str(copied), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+def test_epochs_take_the_place_of_minutes(tmp_path):
+    make_config(None, {"data": "digits", "out": "x", "minutes": 3.0}).save(tmp_path / "config.yaml")
+    assert resumed_config(tmp_path, None, {}).minutes == 3.0
+    changed = resumed_config(tmp_path, None, {"epochs": 7})
+    assert (changed.minutes, changed.epochs, changed.out) == (None, 7, str(tmp_path))

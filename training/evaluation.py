@@ -1,0 +1,101 @@
+"""Scoring a finished run on pictures that it may never have seen."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import load_run
+from model.pictures import PictureError, crop, decode
+from training.config import TrainConfig, read_config
+from training.data import Split, cut_splits
+from training.loop import evaluate
+from training.metrics import score
+from training.sources import DataError, Picture, Source, open_source
+
+SPLITS = ("train", "val", "test", "all")
+OPTIONS = ("data", "out", "download_dir", "val_fraction", "test_fraction", "split_seed", "skip_bad", "device")
+AT_A_TIME = 256  # pictures decoded together
+
+
+def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Scores `runs/NAME` on a split of any data whose classes are among the run's.
+
+    Args:
+        split: one of SPLITS. Without it, the test split if the data has one or is the run's own; else all pictures.
+        options: those of the command line; `data` and the others of OPTIONS stand for the run's own.
+
+    Returns:
+        As `score`, with "run", "data" and "split".
+
+    Raises:
+        ValueError: the run, the data or an option cannot be used; the message says why.
+    """
+    if fixed := sorted(set(options) - set(OPTIONS)):
+        raise ValueError(f"--evaluate {run}: trains nothing; leave --{fixed[0].replace('_', '-')} out")
+    spec, network = load_run(run)
+    file = run / "config.yaml"
+    own = read_config(file) if file.exists() else {}
+    if not options.get("data", own.get("data")):
+        raise ValueError(f"--evaluate {run}: has no config.yaml that names its data; pass --data")
+    config = TrainConfig(**{"out": str(run), **own, **options})
+    source = open_source(config.data, config.download_dir)
+    if split is None:
+        has_test = any(entry.split == "test" for entry in source.entries)
+        split = "test" if has_test or config.data == own.get("data") else "all"
+    pictures = read_pictures(source, spec.labels, spec.size, spec.resize, split, config)
+    mean, std = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
+    logits = evaluate(network.to(device), pictures, mean, std) / spec.temperature
+    result = score(logits, pictures.targets, spec.labels)
+    return {"run": str(run), "data": config.data, "split": split, **result}
+
+
+def read_pictures(
+    source: Source, labels: tuple[str, ...], size: int, resize: int, split: str, config: TrainConfig
+) -> Split:
+    """Decodes the pictures of one split; its targets are places in `labels`.
+
+    Raises:
+        DataError: no pictures, a class that is not among `labels`, or a picture that cannot be read (unless
+            `config.skip_bad`).
+    """
+    if strange := [label for label in source.labels if label not in labels]:
+        raise DataError(
+            f"{source.name}: the run does not know {', '.join(map(repr, strange))}; its classes are {', '.join(labels)}"
+        )
+    cuts = config.val_fraction, config.test_fraction, config.split_seed
+    splits = ["all"] * len(source.entries) if split == "all" else cut_splits(source.entries, *cuts)
+    wanted = [place for place, own in enumerate(splits) if own == split]
+    rows = {place: row for row, place in enumerate(wanted)}
+    pixels = torch.empty((len(wanted), size, size, 3), dtype=torch.uint8)
+    bad: dict[int, str] = {}
+
+    def decode_one(item: tuple[int, Picture]) -> None:
+        place, picture = item
+        try:
+            image = decode(picture) if isinstance(picture, bytes) else picture
+            pixels[rows[place]] = torch.from_numpy(crop(image, size, resize).copy())
+        except PictureError as error:
+            bad[place] = str(error)
+
+    pictures = (item for item in source.read() if item[0] in rows)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while batch := list(islice(pictures, AT_A_TIME)):
+            list(pool.map(decode_one, batch))
+    for place, reason in sorted(bad.items()):
+        if not config.skip_bad:
+            raise DataError(
+                f"{source.entries[place].name}: {reason} ({len(bad)} such pictures); mend them or pass --skip-bad"
+            )
+        print(f"left out {source.entries[place].name}: {reason}")
+    kept = [place for place in wanted if place not in bad]
+    if not kept:
+        raise DataError(f"{source.name}: no pictures in its {split} split; pass --split {' or '.join(SPLITS)}")
+    targets = torch.tensor([labels.index(source.entries[place].label) for place in kept])
+    names = [source.entries[place].name for place in kept]
+    return Split(pixels, torch.tensor([rows[place] for place in kept]), targets, names)

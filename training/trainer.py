@@ -1,0 +1,356 @@
+"""One step, one epoch, and everything that changes while a network learns, so that a killed run can go on from it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from model import checkpoint
+from model.architectures import train_mode
+from model.checkpoint import CheckpointError
+from model.preprocessing import normalise
+from training import distributed
+from training.augmentation import Draws, Mix, draw_mix, flip_and_shift, jitter
+from training.config import TrainConfig
+from training.data import Data
+from training.ema import Ema
+from training.schedule import Schedule
+
+STATE_VERSION = 1  # of last.ckpt
+STEPS_A_LOOK = 50  # between two looks at the loss: reading it waits for the device
+
+
+class Diverged(RuntimeError):
+    """The loss is no number any more. The message has the step and the learning rate."""
+
+
+class OutOfMemory(RuntimeError):
+    """The GPU's memory is too small. The message has the batch size and one that fits."""
+
+
+def default_lr(config: TrainConfig) -> float:
+    """The peak learning rate where none is given: a tenth for trained weights that are not frozen."""
+    fine_tuned = (config.pretrained or config.weights) and not config.freeze
+    return {"adam": 3e-3, "adamw": 3e-3, "sgd": 0.05}[config.optimizer] * (0.1 if fine_tuned else 1.0)
+
+
+def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer over what is trainable; weight decay on matrices only, not on biases and norms."""
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    lr = config.lr or default_lr(config)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=lr)
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in; None for float32 throughout.
+
+    Raises:
+        ValueError: the GPU has no bfloat16.
+    """
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if amp == "bf16" and not has_bf16:
+        raise ValueError("--amp bf16: this GPU has no bfloat16; pass --amp fp16 or off")
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and has_bf16 else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+class Trainer:
+    """A network, its data, and what changes while it learns; `state` and `restore` carry all of that over a kill.
+
+    network: the weights that are trained; `averaged` is what is evaluated and kept: their EMA if there is one.
+    history: a row for each completed epoch, as in history.csv.
+    best: the best epoch so far: its number, val accuracy and state_dict.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: Data,
+        config: TrainConfig,
+        scale: tuple[Tensor, Tensor],
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """
+        Args:
+            scale: mean and std, each (3,), on the network's device.
+            interrupted: asked before each step; once true, the run ends there.
+
+        Raises:
+            ValueError: the device or the number of pictures does not suit the options.
+        """
+        self.network, self.data, self.config, self.scale = network, data, config, scale
+        self.device = scale[0].device
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0}
+        self._batch = config.batch_size or 64
+        self._check_parts()
+        self._dtype = amp_dtype(config.amp, self.device)
+        if config.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = Ema(network, config.ema) if config.ema else None
+        self.optimizer = make_optimizer(network, config)
+        self.schedule = Schedule(self.optimizer, config, interrupted)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype is torch.float16)
+        self.generator = torch.Generator().manual_seed(config.seed)  # of the order and the augmentation
+        self._ddp: DistributedDataParallel | None = None
+        if distributed.world() > 1:
+            self._ddp = DistributedDataParallel(network, [self.device.index] if self.device.index is not None else None)
+        # What a batch goes through in training: the same weights as self.network.
+        self._learner: Callable[[Tensor], Tensor] = self._ddp or network
+        if config.compile:
+            self._learner = torch.compile(self._learner)
+
+    @property
+    def averaged(self) -> nn.Module:
+        return self.ema.network if self.ema else self.network
+
+    def train_one_epoch(self, on_step: Callable[[float, int], None] = lambda loss, seen: None) -> dict[str, float]:
+        """Trains on every picture once, in a new order; ends earlier where the schedule says that the run is over.
+
+        Args:
+            on_step: called now and then with the loss and the pictures seen, for the progress bar.
+
+        Returns:
+            "loss" (mean, nats) and "accuracy" (0..1) over the pictures seen, augmented as they were; "steps".
+
+        Raises:
+            Diverged: the loss became infinite or no number.
+        """
+        train_mode(self.network)
+        batches = self._batches()
+        losses = torch.zeros(len(batches), device=self.device)  # of this process's share of each batch
+        correct = torch.zeros((), device=self.device)
+        rates: list[float] = []
+        for step, places in enumerate(batches):
+            if not self.schedule.before_step(len(self.history), step / len(batches)):
+                break
+            losses[step], right = self.step(places)
+            correct += right
+            rates.append(self.schedule.lr)
+            if step % STEPS_A_LOOK == 0:
+                on_step(self._check(losses, rates)[step], sum(map(len, batches[: step + 1])))
+        values = self._check(losses, rates)
+        seen = [len(places) for places in batches[: len(rates)]]
+        return {
+            "loss": sum(value * count for value, count in zip(values, seen, strict=True)) / max(sum(seen), 1),
+            "accuracy": float(distributed.total(correct)) / max(sum(seen), 1),
+            "steps": len(rates),
+        }
+
+    def step(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer on a batch; this process takes its share of it, in `accumulate` parts.
+
+        The gradient is that of the mean loss over the whole batch, however it is cut.
+
+        Args:
+            places: int64 (B,), of the pictures in the train split; the same in every process.
+
+        Returns:
+            Loss and right answers of the share; the losses of all shares add up to the batch's mean loss.
+        """
+        config, batch = self.config, len(places)
+        share = distributed.share(batch)
+        rows = torch.arange(share.start - 1, share.stop) % batch  # one more in front: the first one's neighbour
+        draws = Draws(self.generator, batch, rows)
+        crops = self.data.train.crops(places[rows]).to(self.device, non_blocking=True)
+        targets = self.data.train.targets[places[rows]].to(self.device, non_blocking=True)
+        crops = flip_and_shift(crops, bool(config.flip), config.crop_padding or 0, draws)
+        crops = jitter(crops, config.jitter, draws)
+        mix = draw_mix(config.mixup, config.cutmix, crops.shape[1], self.generator)
+        losses = torch.zeros((), device=self.device)
+        correct = torch.zeros((), device=self.device)
+        for i in range(config.accumulate):
+            part = distributed.cut(len(crops) - 1, i, config.accumulate)
+            part = slice(part.start, part.stop + 1)  # with the neighbour in front
+            waits = self._ddp is not None and i < config.accumulate - 1  # only the last part sums over the processes
+            with self._ddp.no_sync() if self._ddp and waits else contextlib.nullcontext():
+                loss, right = self._forward(crops[part], targets[part], mix)
+                loss = loss / batch
+                # DistributedDataParallel takes the mean of the gradients, where the sum is wanted.
+                self.scaler.scale(loss * distributed.world()).backward()
+            losses += loss.detach()
+            correct += right
+        if config.clip_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.network)
+        return losses, correct
+
+    def state(self) -> dict[str, Any]:
+        """What last.ckpt holds: with it and the same data, `restore` goes on as if nothing had happened.
+
+        Every process must call it, since each has random states of its own.
+        """
+        return {
+            "version": STATE_VERSION,
+            "epoch": len(self.history),
+            "seconds": self.schedule.seconds,
+            "network": self.network.state_dict(),
+            "ema": {"network": self.ema.network.state_dict(), "steps": self.ema.steps} if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": distributed.gather(_random_states(self.device)),
+            "best": self.best,
+            "history": self.history,
+            "labels": self.data.labels,
+            "pictures": self._fingerprint(),
+        }
+
+    def restore(self, path: Path) -> None:
+        """Goes on from last.ckpt.
+
+        Raises:
+            CheckpointError: the file cannot be used, or is of other classes.
+        """
+        state = checkpoint.load(path)
+        if state.get("version") != STATE_VERSION:
+            raise CheckpointError(f"{path}: written by another version of train.py; start the run anew")
+        if state["labels"] != self.data.labels:
+            raise CheckpointError(
+                f"{path}: {_differences(state['labels'], self.data.labels)}; give the run's own --data"
+            )
+        if state["pictures"] != self._fingerprint():
+            print("the pictures are not those that the run began with: it goes on with the new ones")
+        self.network.load_state_dict(state["network"])
+        if self.ema:
+            self.ema.network.load_state_dict(state["ema"]["network"])
+            self.ema.steps = state["ema"]["steps"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"])
+        if distributed.rank() < len(state["random"]):  # else: more processes than before
+            _set_random_states(state["random"][distributed.rank()], self.device)
+        self.schedule.go_on_from(state["seconds"])
+        self.best, self.history = state["best"], state["history"]
+
+    def part_that_fits(self) -> int:
+        """How many pictures at a time the memory has room for, by trying ever smaller parts; 0 for not even 2."""
+        self._learner, part = self.network, self._largest_part()  # without the other processes, which may wait
+        while part > 3:
+            part //= 2
+            try:
+                crops = torch.zeros(part + 1, self.config.size or 0, self.config.size or 0, 3, dtype=torch.uint8)
+                targets = torch.zeros(part + 1, dtype=torch.int64)
+                self._forward(crops.to(self.device), targets.to(self.device), None)[0].backward()
+                return part
+            except torch.OutOfMemoryError:
+                continue
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+        return 0
+
+    def out_of_memory(self) -> str:
+        """What to do about it, in one line."""
+        batch, part, fits = self._batch, self._largest_part(), self.part_that_fits()
+        if not fits:
+            return (
+                f"{self.device}: out of memory with --batch-size {batch}, even with 2 pictures; pass a smaller --size"
+            )
+        cuts = -(-batch // (fits * distributed.world()))
+        return (
+            f"{self.device}: out of memory with --batch-size {batch}, {part} pictures at a time; {fits} fit: pass "
+            f"--accumulate {cuts}, which learns the same, or --batch-size {fits * distributed.world()}"
+        )
+
+    def _forward(self, crops: Tensor, targets: Tensor, mix: Mix | None) -> tuple[Tensor, Tensor]:
+        """Summed loss and right answers of n pictures, given n + 1: the first is only the second's neighbour."""
+        images, wanted = normalise(crops[1:], *self.scale), [(1.0, targets[1:])]
+        if mix:
+            images = mix(images, normalise(crops[:-1], *self.scale))
+            wanted = [(mix.kept, targets[1:]), (1 - mix.kept, targets[:-1])]
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
+            logits = self._learner(images)
+        answers = logits.detach().argmax(dim=1)
+        loss, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for weight, labels in wanted:
+            smoothing = self.config.label_smoothing
+            loss = loss + weight * cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
+            correct = correct + weight * (answers == labels).sum()
+        return loss, correct
+
+    def _batches(self) -> tuple[Tensor, ...]:
+        """Places in the train split, in a new order, by batches. A last batch too small to be cut is left out."""
+        order = torch.randperm(len(self.data.train), generator=self.generator)
+        batches = order.split(self._batch)
+        if len(batches) > 1 and len(batches[-1]) < 2 * self._parts():  # BatchNorm has no variance of one picture
+            batches = batches[:-1]
+        return batches
+
+    def _check(self, losses: Tensor, rates: list[float]) -> list[float]:
+        """The loss of each step so far, one for each of `rates`, over all processes.
+
+        Raises:
+            Diverged: one of them is no number.
+        """
+        values: list[float] = distributed.total(losses[: len(rates)]).tolist()
+        for step, value in enumerate(values):
+            if not abs(value) < float("inf"):
+                raise Diverged(
+                    f"the loss is {value} at step {step + 1} of {len(losses)} in epoch {len(self.history) + 1}, "
+                    f"at a learning rate of {rates[step]:.2g}"
+                )
+        return values
+
+    def _parts(self) -> int:
+        """In how many parts a batch is cut."""
+        return distributed.world() * self.config.accumulate
+
+    def _largest_part(self) -> int:
+        return -(-min(self._batch, len(self.data.train)) // self._parts())
+
+    def _check_parts(self) -> None:
+        smallest = min(self._batch, len(self.data.train))
+        if self._parts() > 1 and smallest < 2 * self._parts():
+            raise ValueError(
+                f"--batch-size {smallest}: must be at least {2 * self._parts()}, 2 pictures for each of "
+                f"{distributed.world()} processes × {self.config.accumulate} --accumulate"
+            )
+
+    def _fingerprint(self) -> str:
+        names = "\n".join((*self.data.train.names, "", *self.data.val.names))
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
+
+def _random_states(device: torch.device) -> dict[str, Any]:
+    """The generators that dropout draws from."""
+    return {"cpu": torch.get_rng_state(), "gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and states["gpu"] is not None:
+        torch.cuda.set_rng_state(states["gpu"], device)
+
+
+def _differences(before: list[str], now: list[str]) -> str:
+    """How two lists of classes differ, class by class."""
+    parts = []
+    if gone := [label for label in before if label not in now]:
+        parts.append(f"the run has {', '.join(map(repr, gone))}, which the data has not")
+    if new := [label for label in now if label not in before]:
+        parts.append(f"the data has {', '.join(map(repr, new))}, which the run has not")
+    return "; ".join(parts) or f"the run's classes are in the order {', '.join(before)}, the data's in another"
