@@ -31,11 +31,14 @@ import torchvision
 from torch import nn
 
 from model import architectures, checkpoint
+from model.fastnet import FastNet
 from model.files import sha256, write_text
+from model.preprocessing import normalise
 from model.spec import ModelSpec
 from training import data as training_data
 from training import distributed
-from training.config import TrainConfig, add_options, make_config
+from training.calibration import fit_temperature
+from training.config import RECIPES, TrainConfig, add_options, make_config
 from training.data import Data
 from training.evaluation import SPLITS, evaluate_run
 from training.loop import evaluate, fit
@@ -50,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list-archs", action="store_true", help="print the names that --arch takes, and stop")
+    parser.add_argument("--list-recipes", action="store_true", help="print what --recipe takes, and stop")
+    parser.add_argument("--recipe", metavar="NAME", help="a set of options (--list-recipes); flags override it")
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
     changeable = ", ".join(f"--{name.replace('_', '-')}" for name in RESUMABLE)
     parser.add_argument("--resume", metavar="RUN", type=Path, help=f"go on with a run; only {changeable} may be new")
@@ -60,10 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a summary as JSON, in the last line")
     add_options(parser)
     options = vars(parser.parse_args(arguments))
-    names = ("list_archs", "config", "resume", "evaluate", "split", "json")
+    names = ("list_archs", "list_recipes", "recipe", "config", "resume", "evaluate", "split", "json")
     command = argparse.Namespace(**{name: options.pop(name) for name in names})
     if command.list_archs:
         print("\n".join(architectures.names()))
+        return 0
+    if command.list_recipes:
+        print(RECIPES.read_text(encoding="utf-8"), end="")
         return 0
     with distributed.joined():
         try:
@@ -79,15 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(command: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """Does what the command line says; returns what --json prints."""
     if command.evaluate:
-        if other := [name for name in ("resume", "config") if getattr(command, name)]:
+        if other := [name for name in ("resume", "config", "recipe") if getattr(command, name)]:
             raise ValueError(f"--evaluate {command.evaluate}: trains nothing; leave --{other[0]} out")
         return show_evaluation(command, options)
     if command.split:
         raise ValueError("--split: belongs to --evaluate RUN; --val-fraction and --test-fraction cut the data")
     if command.resume:
-        config = resumed_config(command.resume, command.config, options)
+        config = resumed_config(command.resume, command.config or command.recipe, options)
     else:
-        config = make_config(command.config, options)
+        config = make_config(command.config, options, command.recipe)
     return {"run": config.out, **train(config, resume=bool(command.resume))}
 
 
@@ -127,7 +135,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
 
     # Network
     torch.manual_seed(config.seed)
-    network, mean, std = make_network(config, len(data.labels))
+    network, mean, std = make_network(config, data)
     network.to(device)
     scale = torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
@@ -142,9 +150,11 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     network.load_state_dict(best["network"])
     val = evaluate(network, data.val, *scale)
     test = evaluate(network, data.test, *scale)
+    temperature = fit_temperature(val, data.val.targets)
+    uncalibrated = score(test, data.test.targets, data.labels)["ece"]
     metrics = {
-        "test": score(test, data.test.targets, data.labels),
-        "val": score(val, data.val.targets, data.labels),
+        "test": {**score(test / temperature, data.test.targets, data.labels), "ece_uncalibrated": uncalibrated},
+        "val": score(val / temperature, data.val.targets, data.labels),
         "train": {
             "seconds": round(trainer.schedule.seconds, 2),
             "data_seconds": round(data_seconds, 2),
@@ -157,11 +167,11 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     }
     if distributed.rank() == 0:
         checkpoint.save(best["network"], out / "model.pt")
-        spec = make_spec(config, data, mean, std, metrics["test"], sha256(out / "model.pt"))
+        spec = make_spec(config, data, mean, std, temperature, metrics["test"], sha256(out / "model.pt"))
         spec.save(out / "spec.json")
         write_text(out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         training_data.save_samples(data.samples, out / "samples")
-        write_report(out / "report", spec, metrics, out / "history.csv", data.test, test)
+        write_report(out / "report", spec, metrics, out / "history.csv", data.test, test / temperature)
         summarise(out, metrics)
     return metrics
 
@@ -197,9 +207,9 @@ def read_data(config: TrainConfig) -> Data:
     )
 
 
-def make_network(config: TrainConfig, classes: int) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+def make_network(config: TrainConfig, data: Data) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
     """The network, with trained weights and frozen where asked for, and the mean and std that its pixels need."""
-    network = architectures.build(config.arch, classes, config.size or 0)
+    network = architectures.build(config.arch, len(data.labels), config.size or 0)
     mean: tuple[float, ...] = architectures.IMAGENET_MEAN
     std: tuple[float, ...] = architectures.IMAGENET_STD
     if config.pretrained or config.weights:
@@ -207,6 +217,9 @@ def make_network(config: TrainConfig, classes: int) -> tuple[nn.Module, tuple[fl
         weights = Path(config.weights) if config.weights else None
         fresh = architectures.load_pretrained(network, config.arch, weights)
         print(f"weights: {weights or 'torchvision'}; from scratch: {', '.join(fresh) or 'nothing'}")
+    elif isinstance(network, FastNet):
+        some = data.train.crops(slice(0, 5000))
+        network.whiten(normalise(some, torch.tensor(mean), torch.tensor(std)))
     if config.freeze:
         architectures.freeze_backbone(network)
     return network, mean, std
@@ -217,6 +230,7 @@ def make_spec(
     data: Data,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    temperature: float,
     test: dict[str, Any],
     weights_sha256: str,
 ) -> ModelSpec:
@@ -227,6 +241,7 @@ def make_spec(
         resize=config.resize or 0,
         mean=mean,
         std=std,
+        temperature=temperature,
         trained_on=f"{data.name}, {len(data.train):,} pictures",
         metrics={name: test[name] for name in ("accuracy", "top5", "ece", "pictures")},
         weights_sha256=weights_sha256,

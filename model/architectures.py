@@ -1,4 +1,4 @@
-"""Networks by name: `simplecnn` and every torchvision classification model, each with a head for our labels."""
+"""Networks by name: `simplecnn`, `fastnet` and every torchvision classifier, each with a head for our labels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ import torchvision
 from torch import Tensor, nn
 
 from model.checkpoint import load_state_dict
+from model.fastnet import FastNet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+FASTNETS = {"fastnet": (64, 256, 256), "fastnet_small": (64, 128, 128)}  # channels of the blocks
 
 
 class SimpleCNN(nn.Module):
@@ -47,7 +51,7 @@ class SimpleCNN(nn.Module):
 
 @lru_cache
 def names() -> tuple[str, ...]:
-    return ("simplecnn", *torchvision.models.list_models(module=torchvision.models))
+    return ("simplecnn", *FASTNETS, *torchvision.models.list_models(module=torchvision.models))
 
 
 def build(arch: str, classes: int, size: int) -> nn.Module:
@@ -71,7 +75,7 @@ def build(arch: str, classes: int, size: int) -> nn.Module:
 
 def default_size(arch: str) -> tuple[int, int]:
     """The (size, resize) that the architecture was made for, px."""
-    if arch == "simplecnn":
+    if arch == "simplecnn" or arch in FASTNETS:
         return 32, 32
     preset = torchvision.models.get_model_weights(arch).DEFAULT.transforms()
     return preset.crop_size[0], preset.resize_size[0]
@@ -130,6 +134,8 @@ def head_names(network: nn.Module) -> list[str]:
 def _build(arch: str, classes: int, size: int) -> nn.Module:
     if arch == "simplecnn":
         return SimpleCNN(classes, size)
+    if arch in FASTNETS:
+        return FastNet(classes, FASTNETS[arch])
     options: dict[str, Any] = {}
     if arch in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}  # the second heads only serve ImageNet training
@@ -153,8 +159,8 @@ def _check_shapes(network: nn.Module, classes: int, size: int) -> None:
 
 
 def _download(arch: str) -> Mapping[str, Tensor]:
-    if arch == "simplecnn":
-        raise ValueError("--pretrained: there are no published weights of simplecnn; pass --weights FILE")
+    if arch == "simplecnn" or arch in FASTNETS:
+        raise ValueError(f"--pretrained: there are no published weights of {arch}; pass --weights FILE")
     try:
         return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=True)
     except OSError as error:  # URLError is one

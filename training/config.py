@@ -13,6 +13,8 @@ import yaml
 
 from model.files import write_text
 
+RECIPES = Path(__file__).with_name("recipes.yaml")
+
 
 def _option(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"group": group, "help": help, "choices": choices})
@@ -35,7 +37,9 @@ class TrainConfig:
     split_seed: int = _option(0, "data", "seed of these cuts; keep it, so that runs share their test split")
     skip_bad: bool = _option(False, "data", "leave unreadable pictures out (and list them) instead of stopping")
 
-    arch: str = _option("simplecnn", "network", "simplecnn or any torchvision classification model (--list-archs)")
+    arch: str = _option(
+        "simplecnn", "network", "simplecnn, fastnet or any torchvision classification model (--list-archs)"
+    )
     size: int | None = _option(None, "network", "side of the square that the network sees, px (default: its own)")
     resize: int | None = _option(
         None, "network", "short edge before the centre crop, px (default: the architecture's own, scaled to --size)"
@@ -61,16 +65,19 @@ class TrainConfig:
         "pictures per step, of all processes and parts together (default: 32 below 10,000 training pictures, else 64)",
     )
     accumulate: int = _option(1, "optimisation", "parts that each batch goes through the network in, to save memory")
-    optimizer: str = _option("adamw", "optimisation", "optimizer", ("adam", "adamw", "sgd"))
+    optimizer: str = _option("adamw", "optimisation", "optimizer", ("adam", "adamw", "sgd", "muon"))
     lr: float | None = _option(
         None,
         "optimisation",
-        "peak learning rate (default: adam and adamw 3e-3, sgd 0.05; a tenth for trained weights that are not frozen)",
+        "peak learning rate (default: adam and adamw 3e-3, sgd 0.05, muon 0.24; a tenth for trained weights that are "
+        "not frozen)",
     )
     weight_decay: float = _option(0.01, "optimisation", "decay of the weights; biases and norms have none")
-    momentum: float = _option(0.9, "optimisation", "of sgd, Nesterov's")
+    momentum: float = _option(0.9, "optimisation", "of sgd and muon, Nesterov's")
     label_smoothing: float = _option(0.0, "optimisation", "of the cross-entropy, 0 to below 1")
-    schedule: str = _option("cosine", "optimisation", "learning rate over time", ("cosine", "step", "constant"))
+    schedule: str = _option(
+        "cosine", "optimisation", "learning rate over time", ("cosine", "linear", "step", "constant")
+    )
     warmup: float = _option(0.05, "optimisation", "share of the run in which the rate rises from 0")
     step_size: int = _option(4, "optimisation", "epochs between two drops of the step schedule")
     gamma: float = _option(0.3, "optimisation", "factor of each drop of the step schedule")
@@ -86,7 +93,7 @@ class TrainConfig:
     amp: str = _option(
         "off",
         "machine",
-        "precision of the forward pass; auto: bf16 on GPUs that have it",
+        "precision of the forward pass; auto: bf16 on GPUs and processors that compute in it",
         ("auto", "bf16", "fp16", "off"),
     )
     channels_last: bool = _option(False, "machine", "keep tensors as (N, H, W, C), faster on some devices")
@@ -157,13 +164,24 @@ def read_config(path: Path | str) -> dict[str, Any]:
     return options
 
 
-def make_config(file: str | None, options: dict[str, Any]) -> TrainConfig:
-    """The options of the YAML file, the given ones over them, the defaults under them.
+def recipes() -> dict[str, dict[str, Any]]:
+    """The options that each recipe sets."""
+    found: dict[str, dict[str, Any]] = yaml.safe_load(RECIPES.read_text(encoding="utf-8"))
+    return {
+        recipe: {name: _typed(f"{RECIPES}: '{name}'", name, value) for name, value in options.items()}
+        for recipe, options in found.items()
+    }
+
+
+def make_config(file: str | None, options: dict[str, Any], recipe: str | None = None) -> TrainConfig:
+    """The given options, over those of the YAML file, over the recipe's, over the defaults.
 
     Raises:
         ValueError: as `read_config`, an option breaks its rule, or one without a default is missing.
     """
-    values = (read_config(file) if file else {}) | options
+    if recipe is not None and recipe not in recipes():
+        raise ValueError(f"--recipe {recipe}: there is none of this name; there are {', '.join(recipes())}")
+    values = (recipes()[recipe] if recipe else {}) | (read_config(file) if file else {}) | options
     needed = [option.name for option in fields(TrainConfig) if option.default is MISSING]
     if missing := [f"--{name}" for name in needed if name not in values]:
         raise ValueError(f"{' and '.join(missing)}: needed, as a flag or in --config FILE")

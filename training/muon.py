@@ -22,7 +22,7 @@ class Muon(torch.optim.Optimizer):
         """
         Args:
             lr: of the filters; matrices get `HEAD` times that, and vectors `SHIFTS` times.
-            weight_decay: of matrices; their share that a step at the full rate takes away.
+            weight_decay: of matrices, times their rate.
         """
         params = list(params)
         groups = [
@@ -44,6 +44,8 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 buffer = state["momentum"].mul_(momentum).add_(p.grad)
                 update = p.grad + momentum * buffer
+                if group["weight_decay"]:
+                    update = update + group["weight_decay"] * p
                 if p.ndim == 4:
                     p.mul_(len(p) ** 0.5 / p.norm())
                     update = orthogonal(update.flatten(1)).view_as(p)

@@ -121,7 +121,7 @@ def _page(spec: ModelSpec, metrics: dict[str, Any], confusion: np.ndarray) -> st
         "test accuracy": f"{test['accuracy']:.2%} of {test['pictures']:,} pictures",
         "test top-5": f"{test['top5']:.2%}",
         "macro F1": f"{test['macro']['f1']:.4f}",
-        "calibration error": f"{test['ece']:.4f}",
+        "calibration error": f"{test['ece']:.4f} ({test['ece_uncalibrated']:.4f} without temperature)",
         "validation accuracy": f"{metrics['val']['accuracy']:.2%} (epoch {train['best_epoch']})",
         "training": f"{train['epochs']} epochs in {train['seconds']:.0f} s on {train['device']}",
         "pixels": f"centred square, {spec.size}×{spec.size} px (short edge {spec.resize})",

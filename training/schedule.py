@@ -68,9 +68,11 @@ def lr_factor(config: TrainConfig, progress: float, epoch: int) -> float:
     if progress < config.warmup:
         return max(progress / config.warmup, 1e-3)
     # 2. from the peak down
+    rest = min((progress - config.warmup) / max(1 - config.warmup, 1e-9), 1)
     if config.schedule == "cosine":
-        rest = (progress - config.warmup) / max(1 - config.warmup, 1e-9)
-        return 0.5 * (1 + math.cos(math.pi * min(rest, 1)))
+        return 0.5 * (1 + math.cos(math.pi * rest))
+    if config.schedule == "linear":
+        return 1 - rest
     if config.schedule == "step":
         return config.gamma ** (epoch // config.step_size)
     return 1.0

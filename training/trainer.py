@@ -22,6 +22,7 @@ from training.augmentation import Draws, Mix, draw_mix, flip_and_shift, jitter
 from training.config import TrainConfig
 from training.data import Data
 from training.ema import Ema
+from training.muon import Muon
 from training.schedule import Schedule
 
 STATE_VERSION = 1  # of last.ckpt
@@ -39,12 +40,14 @@ class OutOfMemory(RuntimeError):
 def default_lr(config: TrainConfig) -> float:
     """The peak learning rate where none is given: a tenth for trained weights that are not frozen."""
     fine_tuned = (config.pretrained or config.weights) and not config.freeze
-    return {"adam": 3e-3, "adamw": 3e-3, "sgd": 0.05}[config.optimizer] * (0.1 if fine_tuned else 1.0)
+    return {"adam": 3e-3, "adamw": 3e-3, "sgd": 0.05, "muon": 0.24}[config.optimizer] * (0.1 if fine_tuned else 1.0)
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer over what is trainable; weight decay on matrices only, not on biases and norms."""
     trainable = [p for p in network.parameters() if p.requires_grad]
+    if config.optimizer == "muon":
+        return Muon(trainable, config.lr or default_lr(config), config.momentum, config.weight_decay)
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
@@ -66,8 +69,15 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "bf16" and not has_bf16:
         raise ValueError("--amp bf16: this GPU has no bfloat16; pass --amp fp16 or off")
     if amp == "auto":
-        amp = "bf16" if device.type == "cuda" and has_bf16 else "off"
+        is_fast = has_bf16 if device.type == "cuda" else device.type == "cpu" and cpu_computes_bf16()
+        amp = "bf16" if is_fast else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether the processor multiplies in bfloat16; others convert, which is slower than float32."""
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
 class Trainer:
