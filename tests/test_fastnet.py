@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from model import architectures
+from model.fastnet import FastNet
+from training.muon import Muon, orthogonal
+
+
+def correlated(count: int = 500) -> torch.Tensor:
+    """Pictures as pictures are: neighbours and colours alike."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(count, 1, 8, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=32, mode="bilinear")
+    return smooth + 0.1 * torch.randn(count, 3, 32, 32, generator=generator)
+
+
+def test_the_first_layer_makes_its_outputs_uncorrelated_and_of_the_same_strength():
+    images = correlated()
+    network = FastNet(10)
+    network.whiten(images)
+    found = network.whitening(images).detach()
+    assert torch.equal(found[:, 12:], -found[:, :12])
+    outputs = found[:, :12].permute(1, 0, 2, 3).flatten(1)
+    covariance = outputs @ outputs.T / outputs.shape[1]
+    off = covariance - covariance.diag().diag()
+    assert off.abs().max() < 1e-3
+    assert covariance.diag()[0] > 0.9  # the strongest component; noise is held down
+    assert (covariance.diag() < 1.001).all()
+
+
+def test_what_is_frozen_has_no_gradient_and_the_norms_have_no_scale():
+    network = architectures.build("fastnet_small", 5, 32)
+    network(torch.randn(4, 3, 32, 32)).square().mean().backward()
+    without = {name for name, value in network.named_parameters() if value.grad is None}
+    assert without == {"whitening.weight"}
+    assert not [name for name, _ in network.named_parameters() if "norm" in name and name.endswith("weight")]
+    before = network.state_dict()["blocks.0.norm1.running_mean"].clone()
+    architectures.train_mode(network)
+    network(torch.randn(4, 3, 32, 32))
+    assert not torch.equal(network.state_dict()["blocks.0.norm1.running_mean"], before)
+
+
+@pytest.mark.parametrize("size", [16, 33, 64])
+def test_other_sizes(size):
+    assert architectures.build("fastnet", 3, size).eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
+
+
+def test_too_small_is_said():
+    with pytest.raises(ValueError, match="--size 8: fastnet cannot take it"):
+        architectures.build("fastnet", 3, 8)
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
+def test_orthogonal_brings_all_singular_values_near_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonal(matrix, steps=6))
+    assert ((values > 0.6) & (values < 1.3)).all()
+    # the singular vectors stay
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert ((u.T @ orthogonal(matrix) @ v.T) - (u.T @ orthogonal(matrix) @ v.T).diag().diag()).abs().max() < 1e-4
+
+
+def test_muon_keeps_the_norm_of_filters_and_moves_the_rest_as_nesterov_sgd_does():
+    torch.manual_seed(0)
+    filters, matrix, vector = (torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 4, 3, 3), (5, 8), (8,)))
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in (matrix, vector)]
+    ours = Muon([filters, matrix, vector], lr=0.1)
+    rates = [group["lr"] for group in ours.param_groups[1:]]
+    theirs = [torch.optim.SGD([p], lr=lr, momentum=0.85, nesterov=True) for p, lr in zip(twins, rates, strict=True)]
+    for _ in range(3):
+        for p in (filters, matrix, vector):
+            p.grad = torch.randn_like(p)
+        for twin, p, sgd in zip(twins, (matrix, vector), theirs, strict=True):
+            twin.grad = p.grad.clone()
+            sgd.step()
+        ours.step()
+    assert torch.allclose(matrix, twins[0])
+    assert torch.allclose(vector, twins[1])
+    # 0.1 times an orthogonal matrix of 8 rows away from the norm sqrt(8)
+    assert filters.detach().norm() == pytest.approx(8**0.5, rel=0.15)
