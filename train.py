@@ -44,6 +44,8 @@ from training.report import write_report
 from training.resume import RESUMABLE, resumed_config
 from training.trainer import Diverged, OutOfMemory, Trainer, default_lr
 
+RECIPE = ("mixup", "cutmix", "ema", "clip_grad_norm", "accumulate", "amp", "channels_last", "compile")  # off by default
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -314,6 +316,12 @@ def announce(config: TrainConfig, data: Data, device: torch.device, seconds: flo
         f"flip {'on' if config.flip else 'off'}, shift {config.crop_padding} px, jitter {config.jitter:g}",
         flush=True,
     )
+    chosen = {name: getattr(config, name) for name in RECIPE if getattr(config, name) != getattr(TrainConfig, name)}
+    extras = [name.replace("_", " ") + ("" if value is True else f" {value}") for name, value in chosen.items()]
+    if distributed.world() > 1:
+        extras.append(f"{distributed.world()} processes")
+    if extras:
+        print("with " + ", ".join(extras), flush=True)
 
 
 def summarise(out: Path, metrics: dict[str, Any]) -> None:
