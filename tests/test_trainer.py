@@ -158,6 +158,19 @@ def test_compile_trains_what_eager_trains(digits, monkeypatch):
     assert calls
 
 
+def test_what_cannot_be_compiled_is_one_line(tmp_path, capsys, monkeypatch):
+    def backend(*_):
+        raise OSError("no working C++ compiler\nfound")
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: compiled(network, backend=backend))
+    assert main(["--data", "digits", "--compile", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "no working C++ compiler found" in error
+    assert "leave --compile out" in error
+    assert error.count("\n") == 1
+
+
 def test_everything_together_trains(tmp_path, capsys):
     options = [
         "--data",
