@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -45,7 +45,10 @@ from training.loop import evaluate, fit
 from training.metrics import score
 from training.report import write_report
 from training.resume import RESUMABLE, resumed_config
+from training.sources import BUILT_IN
 from training.trainer import Diverged, OutOfMemory, Trainer, default_lr
+
+RECIPE = ("mixup", "cutmix", "ema", "clip_grad_norm", "accumulate", "amp", "channels_last", "compile")  # off by default
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,14 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command.list_recipes:
         print(RECIPES.read_text(encoding="utf-8"), end="")
         return 0
-    with distributed.joined():
-        try:
+    try:
+        with distributed.joined():
             summary = run(command, options)
-        except (ValueError, Diverged, OutOfMemory) as error:  # what the user can mend: data, flags, files
-            print(f"train.py: {error}", file=sys.stderr)
-            return 2
-        if command.json:
-            print(json.dumps(summary, ensure_ascii=False))
+            if command.json:
+                print(json.dumps(summary, ensure_ascii=False))
+    except (ValueError, Diverged, OutOfMemory) as error:  # what the user can mend: data, flags, files
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -137,6 +140,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     network, mean, std = make_network(config, data)
     network.to(device)
+    if distributed.rank() > 0:
+        torch.manual_seed(config.seed + distributed.rank())  # dropout draws differently in each process
     scale = torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
     # Loop
@@ -193,18 +198,19 @@ def read_data(config: TrainConfig) -> Data:
     """The pictures, decoded; see training.data.load. A size that the network cannot take is found before."""
     architectures.build(config.arch, 2, config.size or 0)
     out = Path(config.out).absolute()
-    return training_data.load(
-        config.data,
-        size=config.size or 0,
-        resize=config.resize or 0,
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        split_seed=config.split_seed,
-        skip_bad=config.skip_bad,
-        download_dir=config.download_dir,
-        scratch=next(folder for folder in (out, *out.parents) if folder.is_dir()),
-        progress=sys.stderr.isatty(),
-    )
+    with distributed.first_alone() if config.data in BUILT_IN else nullcontext():  # it may be downloaded
+        return training_data.load(
+            config.data,
+            size=config.size or 0,
+            resize=config.resize or 0,
+            val_fraction=config.val_fraction,
+            test_fraction=config.test_fraction,
+            split_seed=config.split_seed,
+            skip_bad=config.skip_bad,
+            download_dir=config.download_dir,
+            scratch=next(folder for folder in (out, *out.parents) if folder.is_dir()),
+            progress=sys.stderr.isatty(),
+        )
 
 
 def make_network(config: TrainConfig, data: Data) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
@@ -329,6 +335,12 @@ def announce(config: TrainConfig, data: Data, device: torch.device, seconds: flo
         f"flip {'on' if config.flip else 'off'}, shift {config.crop_padding} px, jitter {config.jitter:g}",
         flush=True,
     )
+    chosen = {name: getattr(config, name) for name in RECIPE if getattr(config, name) != getattr(TrainConfig, name)}
+    extras = [name.replace("_", " ") + ("" if value is True else f" {value}") for name, value in chosen.items()]
+    if distributed.world() > 1:
+        extras.append(f"{distributed.world()} processes")
+    if extras:
+        print("with " + ", ".join(extras), flush=True)
 
 
 def summarise(out: Path, metrics: dict[str, Any]) -> None:

@@ -28,6 +28,16 @@ def joined() -> Iterator[None]:
     distributed.destroy_process_group()  # after an error the process ends with it, and torchrun ends the others
 
 
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process goes through the block before the others do, which then find what it downloaded."""
+    if rank() > 0:
+        from_first(0)
+    yield
+    if rank() == 0:
+        from_first(0)
+
+
 def world() -> int:
     """How many processes train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -81,6 +81,9 @@ def train_one_epoch(trainer: Trainer, show: Callable[[float, int], None], out: P
             f"the last good checkpoint is {out / 'last.ckpt'}, epoch {done}" if done else "there is no checkpoint yet"
         )
         raise Diverged(f"{error}; {kept}; pass a smaller --lr, or --clip-grad-norm 1") from None
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--compile: torch.compile cannot do it ({reason}); leave --compile out") from None
     except torch.OutOfMemoryError:
         pass  # its traceback holds the batch; here it is gone, and there is room to try a smaller one
     raise OutOfMemory(trainer.out_of_memory())

@@ -1,0 +1,112 @@
+"""`torchrun` with two real processes (gloo) against one process: the same curves, and each picture counted once."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from benchmarks import resume as kills
+from model import checkpoint, load_run
+from tests.conftest import PROJECT
+from train import main
+from training import distributed
+from training.distributed import cut
+
+RECIPE = ["--data", "digits", "--epochs", "2", "--batch-size", "60", "--optimizer", "sgd", "--flip", "--jitter", "0.1"]
+RECIPE += ["--mixup", "0.2", "--cutmix", "1"]
+
+
+def torchrun(*arguments, processes=2):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launcher, "train.py", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "one"
+    assert main([*RECIPE, "--out", str(out)]) == 0
+    return out
+
+
+def test_two_processes_learn_what_one_does(one, tmp_path):
+    """Small differences grow where a ReLU or a maximum is on the edge, hence the tolerances."""
+    out = tmp_path / "two"
+    done = torchrun(*RECIPE, "--accumulate", "3", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch   1") == 1  # only the first process speaks
+    assert {path.name for path in out.iterdir()} == {path.name for path in one.iterdir()}  # and leaves nothing behind
+    expected, got = (checkpoint.load(run / "last.ckpt") for run in (one, out))
+    assert len(got["random"]) == 2
+    for a, b in zip(expected["history"], got["history"], strict=True):
+        assert b["lr"] == a["lr"]
+        for name in ("train_loss", "val_loss"):
+            assert b[name] == pytest.approx(a[name], rel=2e-4), name
+        for name in ("train_accuracy", "val_accuracy"):
+            assert b[name] == pytest.approx(a[name], abs=0.01), name
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["test"]["pictures"] == 360
+    assert yaml.safe_load((out / "config.yaml").read_text())["batch_size"] == 60  # of both together
+    load_run(out)
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """A run of one step, in two processes: its batch is all 1,295 training pictures, 647 and 648 of them."""
+    recipe = [*RECIPE, "--epochs", "1", "--batch-size", "1295", "--warmup", "0"]
+    out = tmp_path_factory.mktemp("runs") / "two"
+    done = torchrun(*recipe, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return recipe, out
+
+
+def test_a_step_of_two_processes_is_that_of_one(one_step, tmp_path):
+    recipe, two = one_step
+    for name, options in (("whole", []), ("parts", ["--accumulate", "4"])):
+        assert main([*recipe, *options, "--out", str(tmp_path / name)]) == 0
+        expected, got = (checkpoint.load(run / "last.ckpt") for run in (tmp_path / name, two))
+        assert kills._compare("generator", expected["generator"], got["generator"]) == []
+        for key, weight in expected["network"].items():
+            assert (weight - got["network"][key]).abs().max() < 1e-6
+        assert expected["history"][0] | {"seconds": 0} == pytest.approx(got["history"][0] | {"seconds": 0}, rel=1e-5)
+
+
+def test_a_run_goes_on_in_another_number_of_processes(one_step, tmp_path, capsys):
+    shutil.copytree(one_step[1], tmp_path / "run")
+    assert main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    assert "epoch   2" in capsys.readouterr().out
+
+
+def test_a_mistake_names_itself_in_one_line_of_each_process(tmp_path):
+    done = torchrun("--data", "digits", "--batch-size", "3", "--out", tmp_path / "run")
+    assert done.returncode != 0
+    line = "train.py: --batch-size 3: must be at least 4, 2 pictures for each of 2 processes × 1 --accumulate"
+    assert line in done.stderr.splitlines()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_too_small_for_its_parts(tmp_path, capsys):
+    assert main(["--data", "digits", "--batch-size", "5", "--accumulate", "3", "--out", str(tmp_path / "run")]) == 2
+    assert "--batch-size 5: must be at least 6" in capsys.readouterr().err
+
+
+def test_parts_cover_everything_once():
+    for count in (0, 1, 5, 64, 97):
+        for parts in (1, 2, 3, 8):
+            cuts = [cut(count, part, parts) for part in range(parts)]
+            assert [i for c in cuts for i in range(count)[c]] == list(range(count))
+            lengths = [c.stop - c.start for c in cuts]
+            assert max(lengths) - min(lengths) <= 1
+
+
+def test_one_process_is_alone():
+    assert (distributed.world(), distributed.rank()) == (1, 0)
+    assert distributed.from_first(0.1, True) == [0.1, True]
+    assert distributed.gather("x") == ["x"]

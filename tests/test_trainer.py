@@ -1,0 +1,299 @@
+"""The parts of the recipe, each by what it does to a step or to the weights."""
+
+import copy
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from model import architectures, checkpoint
+from model.files import sha256
+from train import main
+from training import data as training_data
+from training import trainer as trainer_module
+from training.config import TrainConfig
+from training.ema import Ema
+from training.tensorboard import Board
+from training.trainer import Trainer, amp_dtype
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return training_data.load("digits", size=32, resize=32)
+
+
+def make(data, **options):
+    torch.manual_seed(0)
+    defaults = {"size": 32, "crop_padding": 4, "batch_size": 64, "optimizer": "sgd"}
+    config = TrainConfig(data="digits", out="x", **defaults | options)
+    network = architectures.build("simplecnn", 10, 32)
+    return Trainer(network, data, config, (torch.full((3,), 0.5), torch.full((3,), 0.25)))
+
+
+def weights(network):
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def after(steps, trainer):
+    for places in trainer._batches()[:steps]:
+        trainer.step(places)
+    return weights(trainer.network)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mixup": 0.4}, {"cutmix": 1.0, "jitter": 0.2}, {"clip_grad_norm": 0.1}], ids=str
+)
+@pytest.mark.parametrize("accumulate", [2, 3, 8])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(digits, options, accumulate):
+    whole = after(3, make(digits, **options))
+    parts = after(3, make(digits, accumulate=accumulate, **options))
+    assert (whole - parts).abs().max() < 1e-6
+    assert (whole - weights(make(digits).network)).abs().max() > 1e-4
+
+
+def test_a_step_is_that_of_the_mean_loss(digits):
+    """Without anything else on, a step is what PyTorch does with cross_entropy and SGD."""
+    trainer = make(digits, crop_padding=0, momentum=0.0, lr=0.1, weight_decay=0.0, label_smoothing=0.1)
+    network = copy.deepcopy(trainer.network)
+    places = torch.arange(64)
+    loss, correct = trainer.step(places)
+    images = (digits.train.crops(places).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    logits = network(images)
+    expected = nn.functional.cross_entropy(logits, digits.train.targets[places], label_smoothing=0.1)
+    expected.backward()
+    torch.optim.SGD(network.parameters(), lr=0.1).step()
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
+    assert int(correct) == int((logits.argmax(dim=1) == digits.train.targets[places]).sum())
+    assert (weights(network) - weights(trainer.network)).abs().max() < 1e-6
+
+
+def test_the_gradients_norm_is_limited(digits):
+    trainer = make(digits, clip_grad_norm=0.01, momentum=0.0, lr=1.0, weight_decay=0.0)
+    before = weights(trainer.network)
+    assert float((after(1, trainer) - before).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_mixup_counts_both_labels(digits, monkeypatch):
+    """With every picture mixed half and half with its neighbour, the loss is the mean of the two labels' losses."""
+    monkeypatch.setattr(trainer_module, "draw_mix", lambda *_: trainer_module.Mix(0.5))
+    trainer = make(digits, crop_padding=0)
+    network, places = copy.deepcopy(trainer.network), torch.arange(10)
+    loss, _ = trainer.step(places)
+    images = (digits.train.crops(places).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    logits, targets = network((images + images.roll(1, 0)) / 2), digits.train.targets[places]
+    losses = [nn.functional.cross_entropy(logits, labels).item() for labels in (targets, targets.roll(1))]
+    assert float(loss) == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_the_average_follows_the_weights():
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    ema = Ema(network, 0.5)
+    nn.init.ones_(network.weight)
+    values = []
+    for _ in range(6):
+        ema.update(network)
+        values.append(float(ema.network.weight.detach()))
+    assert values[0] == pytest.approx(0.9)  # 1 / 10 of the old one is kept at first
+    assert values == sorted(values)
+    assert values[-1] < 1
+    settled = Ema(nn.Linear(1, 1, bias=False), 0.5)
+    settled.steps = 1000
+    nn.init.zeros_(settled.network.weight)
+    settled.update(network)
+    assert float(settled.network.weight.detach()) == 0.5
+
+
+def test_the_average_is_what_is_evaluated_and_kept(tmp_path):
+    out = tmp_path / "run"
+    assert main(["--data", "digits", "--epochs", "1", "--ema", "0.99", "--out", str(out)]) == 0
+    last, kept = checkpoint.load(out / "last.ckpt"), checkpoint.load_state_dict(out / "model.pt")
+    assert all(torch.equal(kept[name], last["ema"]["network"][name]) for name in kept)
+    assert not all(torch.equal(kept[name], last["network"][name]) for name in kept)
+
+
+def test_amp_computes_in_the_type_that_it_names(digits):
+    for amp, kind in (("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        trainer = make(digits, amp=amp)
+        seen = []
+        trainer.network.classifier.register_forward_hook(lambda *args, seen=seen: seen.append(args[2].dtype))
+        assert trainer.scaler.is_enabled() == (amp == "fp16")
+        after(2, trainer)
+        assert set(seen) == {kind}
+        assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}
+
+
+def test_amp_auto_is_bf16_on_gpus_that_have_it(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, has=has: has)
+        assert amp_dtype("auto", gpu) is (torch.bfloat16 if has else None)
+        assert amp_dtype("auto", cpu) is None
+        assert amp_dtype("fp16", gpu) is torch.float16
+    with pytest.raises(ValueError, match="--amp bf16: this GPU has no bfloat16; pass --amp fp16 or off"):
+        amp_dtype("bf16", gpu)
+
+
+def test_channels_last_changes_the_layout_and_not_the_result(digits):
+    trainer = make(digits, channels_last=True)
+    assert trainer.network.features[3].weight.is_contiguous(memory_format=torch.channels_last)
+    seen = []
+    trainer.network.features[3].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    assert (after(2, trainer) - after(2, make(digits))).abs().max() < 1e-5
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compile_trains_what_eager_trains(digits, monkeypatch):
+    calls = []
+
+    def backend(graph, _):
+        calls.append(graph)
+        return graph.forward
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: compiled(network, backend=backend))
+    assert (after(2, make(digits, compile=True)) - after(2, make(digits))).abs().max() < 1e-6
+    assert calls
+
+
+def test_what_cannot_be_compiled_is_one_line(tmp_path, capsys, monkeypatch):
+    def backend(*_):
+        raise OSError("no working C++ compiler\nfound")
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: compiled(network, backend=backend))
+    assert main(["--data", "digits", "--compile", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "no working C++ compiler found" in error
+    assert "leave --compile out" in error
+    assert error.count("\n") == 1
+
+
+def test_everything_together_trains(tmp_path, capsys):
+    options = [
+        "--data",
+        "digits",
+        "--epochs",
+        "4",
+        "--amp",
+        "bf16",
+        "--channels-last",
+        "--ema",
+        "0.95",
+        "--mixup",
+        "0.1",
+    ]
+    options += ["--cutmix", "0.5", "--clip-grad-norm", "5", "--accumulate", "2"]
+    assert main([*options, "--out", str(tmp_path / "a")]) == 0
+    assert main([*options, "--out", str(tmp_path / "b")]) == 0
+    assert sha256(tmp_path / "a" / "model.pt") == sha256(tmp_path / "b" / "model.pt")
+    assert checkpoint.load(tmp_path / "a" / "last.ckpt")["best"]["accuracy"] > 0.8
+    assert (
+        "with mixup 0.1, cutmix 0.5, ema 0.95, clip grad norm 5.0, accumulate 2, amp bf16, channels last"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_loss_that_is_no_number_names_the_step_the_rate_and_the_checkpoint(tmp_path, capsys, monkeypatch):
+    """It begins at the third step of the second epoch."""
+    real, calls = Trainer._forward, []
+
+    def forward(self, *arguments):
+        calls.append(None)
+        loss, correct = real(self, *arguments)
+        return loss * (float("nan") if len(calls) == 41 + 3 else 1), correct
+
+    monkeypatch.setattr(Trainer, "_forward", forward)
+    out = tmp_path / "run"
+    assert (
+        main(["--data", "digits", "--epochs", "3", "--schedule", "constant", "--warmup", "0", "--out", str(out)]) == 2
+    )
+    error = capsys.readouterr().err
+    assert "the loss is nan at step 3 of 41 in epoch 2, at a learning rate of 0.003" in error
+    assert f"the last good checkpoint is {out / 'last.ckpt'}, epoch 1" in error
+    assert error.count("\n") == 1
+    last = checkpoint.load(out / "last.ckpt")
+    assert last["epoch"] == 1
+    assert all(value.isfinite().all() for value in last["network"].values())
+
+
+def limit_memory(monkeypatch, pictures):
+    """A GPU whose memory holds so many pictures going through the network."""
+    real = nn.Conv2d.forward
+
+    def forward(self, images):
+        if (
+            self.in_channels == 3
+            and images.requires_grad is False
+            and torch.is_grad_enabled()
+            and len(images) > pictures
+        ):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+        return real(self, images)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", forward)
+
+
+def test_out_of_memory_names_a_batch_that_fits_and_it_does(tmp_path, capsys, monkeypatch):
+    limit_memory(monkeypatch, 20)
+    arguments = ["--data", "digits", "--epochs", "1", "--batch-size", "64", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "out of memory with --batch-size 64, 64 pictures at a time; 16 fit" in error
+    assert "pass --accumulate 4, which learns the same, or --batch-size 16" in error
+    assert error.count("\n") == 1
+    assert main([*arguments, "--accumulate", "4"]) == 0
+    assert main([*arguments, "--batch-size", "16"]) == 0
+
+
+def test_out_of_memory_with_two_pictures(tmp_path, capsys, monkeypatch):
+    limit_memory(monkeypatch, 1)
+    assert main(["--data", "digits", "--out", str(tmp_path / "run")]) == 2
+    assert "even with 2 pictures; pass a smaller --size" in capsys.readouterr().err
+
+
+def test_evaluation_takes_smaller_batches_where_the_memory_ends(digits, monkeypatch):
+    from training.loop import evaluate
+
+    network = architectures.build("simplecnn", 10, 32)
+    scale = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    expected = evaluate(network, digits.val, *scale)
+    real = nn.Conv2d.forward
+
+    def forward(self, images):
+        if len(images) > 50:
+            raise torch.OutOfMemoryError
+        return real(self, images)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", forward)
+    assert torch.allclose(evaluate(network, digits.val, *scale), expected, atol=1e-5)
+
+
+def test_tensorboard_gets_the_history_where_it_is_installed(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append(("opened", folder, purge_step))
+
+        def add_scalar(self, *arguments):
+            written.append(arguments)
+
+        def flush(self):
+            written.append("flushed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    board = Board(tmp_path / "tensorboard", 4)
+    board.write({"epoch": 5, "lr": 0.1, "val_loss": 0.5})
+    assert written == [("opened", str(tmp_path / "tensorboard"), 5), ("lr", 0.1, 5), ("val_loss", 0.5, 5), "flushed"]
+
+
+def test_without_tensorboard_nothing_is_said_or_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    Board(tmp_path / "tensorboard", 0).write({"epoch": 1, "lr": 0.1})
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
