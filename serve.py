@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,9 +31,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from urllib3.exceptions import InsecureRequestWarning
 
 CONFIG = Path(__file__).resolve().parent / "config.properties"
 LOGGING = CONFIG.with_name("log4j2.xml")
+FILES = {"metrics_config", "certificate_file", "private_key_file", "keystore"}  # properties that are paths
 READY_SECONDS = 120  # a large model on a slow disk; a small one is ready in 5
 WARM_UP, WARM_UP_SECONDS = 30, 2  # requests, and when to leave it at fewer: a large model, or a patient batch
 PICTURE = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"  # of one pixel
@@ -148,8 +151,8 @@ def serving(
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "key_file.json").unlink(missing_ok=True)
     temporary = _temporary_folder(folder)
-    if "metrics_config" in properties:  # beside the configuration, as when TorchServe is started there
-        properties["metrics_config"] = str((config.parent / properties["metrics_config"]).resolve())
+    for name in FILES.intersection(properties):  # beside the configuration, as when TorchServe is started there
+        properties[name] = str((config.parent / properties[name]).resolve())
     properties |= settings or {}
     properties |= _addresses(ports, properties)
     (folder / "config.properties").write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
@@ -307,21 +310,28 @@ def _wait_until_ready(server: Server, models: list[str], seconds: float) -> None
 def _warm_up(server: Server, model: str) -> None:
     """Java loads its classes when they are first used: the first client would wait four times as long as the 100th."""
     deadline = time.monotonic() + WARM_UP_SECONDS
-    with requests.Session() as session, suppress(requests.RequestException):  # it serves all the same
-        session.verify = server.verify
+    with requests.Session() as session, suppress(requests.RequestException), _own():  # it serves all the same
         session.headers["Authorization"] = f"Bearer {server.key()}"
         for _ in range(WARM_UP):
-            session.post(f"{server.url}/predictions/{model}", data=PICTURE, timeout=WARM_UP_SECONDS)
+            session.post(f"{server.url}/predictions/{model}", data=PICTURE, timeout=WARM_UP_SECONDS, verify=False)
             if time.monotonic() > deadline:
                 return
+
+
+@contextmanager
+def _own() -> Iterator[None]:
+    """For requests to our own server, over loopback: its certificate has the name that clients call it by."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InsecureRequestWarning)
+        yield
 
 
 def _is_ready(server: Server, model: str) -> bool:
     try:
         headers = {"Authorization": f"Bearer {server.key('management')}"}
-        (state,) = requests.get(
-            f"{server.management_url}/models/{model}", headers=headers, timeout=5, verify=server.verify
-        ).json()
+        with _own():
+            url = f"{server.management_url}/models/{model}"
+            (state,) = requests.get(url, headers=headers, timeout=5, verify=False).json()  # noqa: S501
         workers: list[dict[str, Any]] = state["workers"]
     except (OSError, ValueError, KeyError, TypeError):  # not listening, or its key is not written, or it says an error
         return False

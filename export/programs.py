@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,6 +72,7 @@ def save(programs: Mapping[str, Program], spec: ModelSpec, folder: Path, name: s
 def load(path: Path) -> tuple[nn.Module, ModelSpec]:
     """The graph of a file written by `save`, with the spec that travels inside it."""
     extra = {SPEC_FILE: ""}
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # it would run code of a pickle in the file
     with _quiet():
         module = torch.export.load(path, extra_files=extra).module()
     return module, ModelSpec.from_json(extra[SPEC_FILE], source=str(path))

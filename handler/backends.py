@@ -94,6 +94,7 @@ def _torchscript(path: Path, device: str) -> Any:
 
 
 def _program(path: Path) -> Any:
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # torch.export.load would run code of a pickle in it
     import torch
 
     return torch.export.load(str(path)).module()
