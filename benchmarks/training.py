@@ -1,10 +1,11 @@
-"""Trains simplecnn with our trainer and with the classic recipe, in turns, on the same pictures and the same machine.
+"""Trains with our trainer and with the classic recipe, in turns, on the same pictures and the same machine.
 
     python -m benchmarks.training --data ../shared/data/cifar10-jpeg.tar.xz --rounds 3
+    python -m benchmarks.training --data ../shared/data/cifar10-jpeg.tar.xz --rounds 1 --ablate
 
-The classic recipe is the one of the tutorials: pictures augmented one by one (flip, padded crop) in a DataLoader, Adam
-at 1e-3, batches of 32, 10 epochs, the last weights. Both are scored on the test split; seconds are those of training,
-without reading the data, which both share.
+The classic recipe is the one of the tutorials: simplecnn, pictures augmented one by one (flip, padded crop) in a
+DataLoader, Adam at 1e-3, batches of 32, 10 epochs, the last weights. All are scored on the test split, one view of each
+picture; seconds are those of training, without reading the data.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from model import architectures
 from model.files import write_text
 from train import train
 from training import data as training_data
-from training.config import TrainConfig
+from training.config import make_config
 from training.loop import evaluate
 
 MEAN, STD = architectures.IMAGENET_MEAN, architectures.IMAGENET_STD
@@ -61,8 +62,9 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
         return self.transform(self.pictures[place]), self.targets[place]
 
 
-def classic(data: training_data.Data, seed: int, epochs: int) -> tuple[float, float]:
+def classic(data: training_data.Data | None, seed: int, epochs: int) -> tuple[float, float]:
     """Test accuracy and seconds of the classic recipe."""
+    assert data
     torch.manual_seed(seed)
     dataset = OneByOne(data.train)
     network = architectures.build("simplecnn", len(data.labels), 32)
@@ -80,39 +82,77 @@ def classic(data: training_data.Data, seed: int, epochs: int) -> tuple[float, fl
     return float((logits.argmax(dim=1) == data.test.targets).float().mean()), seconds
 
 
-def ours(source: str, seed: int, epochs: int) -> tuple[float, float]:
-    """Test accuracy and seconds of `train.py` with its defaults."""
+def ours(source: str, seed: int, options: dict[str, Any]) -> tuple[float, float]:
+    """Test accuracy and seconds of `train.py`, with its defaults but for `options`; `recipe` is one of them."""
+    options = dict(options)
+    recipe = options.pop("recipe", None)
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        metrics = train(TrainConfig(data=source, out=out, epochs=epochs, seed=seed))
+        metrics = train(make_config(None, {"data": source, "out": out, "seed": seed, **options}, recipe))
     return metrics["test"]["accuracy"], metrics["train"]["seconds"]
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "train.py": {},
+    "fast 3 minutes": {"recipe": "fast", "minutes": 3.0, "arch": "fastnet_small"},
+    "fast 10 minutes": {"recipe": "fast", "minutes": 10.0},
+    "resnet18 10 minutes": {"arch": "resnet18", "minutes": 10.0},
+}
+
+# One change each, of the recipe for 3 minutes.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "AdamW instead of Muon": {"optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.01, "warmup": 0.05},
+    "SGD instead of Muon": {"optimizer": "sgd", "lr": 0.4, "momentum": 0.85, "weight_decay": 5e-4, "warmup": 0.2},
+    "float32 instead of bfloat16": {"amp": "off"},
+    "channels first": {"channels_last": False},
+    "no label smoothing": {"label_smoothing": 0.0},
+    "batches of 128": {"batch_size": 128, "lr": 0.12},
+    "shifts of 4 px": {"crop_padding": 4},
+    "cosine schedule": {"schedule": "cosine"},
+    "EMA of 0.99": {"ema": 0.99},
+    "the wide network": {"arch": "fastnet"},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="32 px pictures, as train.py's --data (cifar10)")
-    parser.add_argument("--rounds", type=int, default=3, help="seeds; the two take turns (3)")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3, help="seeds; all take turns in each (3)")
+    parser.add_argument("--only", help=f"of {', '.join(('classic', *RUNS))}; separated by commas")
+    parser.add_argument("--ablate", action="store_true", help="what each part of the recipe is worth, 3 minutes each")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/training.json"))
     options = parser.parse_args(arguments)
-    data = training_data.load(options.data, size=32, resize=32)
-    results: dict[str, list[tuple[float, float]]] = {"classic": [], "train.py": []}
+    runs = RUNS
+    if options.ablate:
+        runs = {name: RUNS["fast 3 minutes"] | change for name, change in ABLATIONS.items()}
+    wanted = options.only.split(",") if options.only else [*runs] if options.ablate else ["classic", *runs]
+    if unknown := sorted(set(wanted) - {"classic", *runs}):
+        parser.error(f"--only: nothing is called {unknown[0]!r}; there are {', '.join(('classic', *runs))}")
+    data = training_data.load(options.data, size=32, resize=32) if "classic" in wanted else None
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in wanted}
     for seed in range(options.rounds):
-        results["classic"].append(classic(data, seed, options.epochs))
-        results["train.py"].append(ours(options.data, seed, options.epochs))
-        print(f"seed {seed}:", {name: runs[-1] for name, runs in results.items()}, flush=True)
+        for name in wanted:
+            found = ours(options.data, seed, runs[name]) if name != "classic" else classic(data, seed, 10)
+            results[name].append(found)
+            print(f"seed {seed}  {name:28} {found[0]:.2%}, {found[1]:.0f} s", flush=True)
     rows: dict[str, Any] = {
         name: {
-            "test_accuracy": statistics.median(accuracy for accuracy, _ in runs),
-            "seconds": statistics.median(seconds for _, seconds in runs),
-            "runs": runs,
+            "test_accuracy": statistics.median(accuracy for accuracy, _ in found),
+            "seconds": statistics.median(seconds for _, seconds in found),
+            "runs": found,
         }
-        for name, runs in results.items()
+        for name, found in results.items()
     }
     machine = describe("torch", "torchvision", "pillow")
-    write_text(options.json, json.dumps({"machine": machine, "results": rows}, indent=2) + "\n")
+    key = "ablations" if options.ablate else "results"
+    earlier = json.loads(options.json.read_text()) if options.json.exists() else {}
+    if earlier.get("machine") != machine:
+        earlier = {}
+    earlier = {"machine": machine, **earlier, key: {**earlier.get(key, {}), **rows}}
+    write_text(options.json, json.dumps(earlier, indent=2) + "\n")
     print(json.dumps(machine))
     for name, row in rows.items():
-        print(f"{name:9} test top-1 {row['test_accuracy']:.2%}, {row['seconds']:.0f} s (medians of {options.rounds})")
+        print(f"{name:28} test top-1 {row['test_accuracy']:.2%}, {row['seconds']:.0f} s (medians of {options.rounds})")
     return 0
 
 
