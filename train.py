@@ -42,6 +42,7 @@ from training.config import RECIPES, TrainConfig, add_options, make_config
 from training.data import Data
 from training.evaluation import SPLITS, evaluate_run
 from training.loop import evaluate, fit
+from training.memory import keep_freed
 from training.metrics import score
 from training.report import write_report
 from training.resume import RESUMABLE, resumed_config
@@ -128,6 +129,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """
     out, started = Path(config.out), time.perf_counter()
     device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed()
     config = resolve_size(config)
 
     # Data
