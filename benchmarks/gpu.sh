@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # What needs a CUDA GPU: trains on it, exports, and compares TorchScript and ONNX Runtime on CUDA, and TensorRT where it
 # is installed, with eager PyTorch on the CPU; then serves ResNet-18 at 224 px with GPU workers, beside stock TorchServe and
-# the bare forward pass. Prints the tables and keeps them in benchmarks/results: gpu.json and gpu/serving.json.
+# the bare forward pass. With DATA=cifar10-jpeg.tar.xz (or any --data of train.py at 32 px) it also times the fast recipe:
+# a cold process, from the data on the disk to the saved state_dict. Prints the tables and keeps them in benchmarks/results:
+# gpu.json, gpu/serving.json and gpu/training.jsonl.
 #
-#   benchmarks/gpu.sh             on a machine with a GPU; PYTHON=… takes another than .venv/bin/python
+#   DATA=… benchmarks/gpu.sh      on a machine with a GPU; PYTHON=… takes another than .venv/bin/python
 #   benchmarks/gpu.sh --dry-run   the same on a CPU, keeping nothing: shows that the script itself works
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,6 +27,20 @@ if [ $device = cuda ]; then
 else
   results=$out/results seconds=1
 fi
+if [ $device = cpu ]; then
+  DATA=digits
+fi
+mkdir -p "$results"
+for epochs in ${DATA:+10 10 10 40}; do
+  [ $device = cuda ] || epochs=1
+  started=$(date +%s.%N)
+  "$python" train.py --data "$DATA" --recipe fast --epochs "$epochs" --device $device --json --out "$out/fast" | tail -1 |
+    "$python" -c 'import json, sys, time
+summary, started, epochs = json.loads(sys.stdin.read()), float(sys.argv[1]), int(sys.argv[2])
+row = {"epochs": epochs, "test_accuracy": summary["test"]["accuracy"], "cold_seconds": time.time() - started,
+       "training_seconds": summary["train"]["seconds"], "data_seconds": summary["train"]["data_seconds"]}
+print(json.dumps(row))' "$started" "$epochs" | tee -a "$results/training.jsonl"
+done
 "$python" -m benchmarks.serving --only gpu --rounds 1 --seconds $seconds --out "$results"
 if [ $device = cuda ]; then
   nvidia-smi --query-gpu=name,driver_version --format=csv

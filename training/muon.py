@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a step of the filters at `lr` goes with: airbench's rates, 0.67 and 0.053 beside 0.24.
+# The rates of the rest beside that of the filters, as in airbench: 0.67 and 0.053 beside 0.24.
 HEAD, SHIFTS = 2.8, 0.22
 
 

@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+import train
+from model.spec import ModelSpec
+from training.config import make_config, recipes
+from training.schedule import lr_factor
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_is_a_set_of_the_ordinary_flags(name):
+    config = make_config(None, {"data": "digits", "out": "x"}, name)
+    assert all(getattr(config, option) == value for option, value in recipes()[name].items())
+
+
+def test_flags_override_a_file_and_a_file_overrides_the_recipe(tmp_path):
+    (tmp_path / "mine.yaml").write_text("label_smoothing: 0.1\nlr: 0.3\n")
+    config = make_config(str(tmp_path / "mine.yaml"), {"data": "digits", "out": "x", "lr": 0.5}, "fast")
+    assert (config.lr, config.label_smoothing, config.optimizer) == (0.5, 0.1, "muon")
+
+
+def test_an_unknown_recipe_is_named_with_those_that_there_are(tmp_path, capsys):
+    assert train.main(["--data", "digits", "--out", str(tmp_path / "run"), "--recipe", "quick"]) == 2
+    error = capsys.readouterr().err
+    assert "--recipe quick" in error
+    assert "classic, fast" in error
+    assert train.main(["--list-recipes"]) == 0
+    assert "fast:" in capsys.readouterr().out
+
+
+def test_the_fast_recipe_learns_and_can_be_resumed(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["--data", "digits", "--out", str(out), "--recipe", "fast", "--arch", "fastnet_small", "--no-flip"]
+    assert train.main([*arguments, "--epochs", "2", "--batch-size", "64"]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["test"]["accuracy"] > 0.9
+    assert ModelSpec.load(out / "spec.json").temperature != 1
+    assert train.main(["--resume", str(out), "--epochs", "3"]) == 0
+    assert "going on after epoch 2" in capsys.readouterr().out
+
+
+def test_the_linear_schedule_ends_at_zero():
+    config = make_config(None, {"data": "digits", "out": "x", "schedule": "linear", "warmup": 0.2})
+    assert [lr_factor(config, progress, 0) for progress in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.5, 1, 0.5, 0])
