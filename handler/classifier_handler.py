@@ -42,11 +42,14 @@ from PIL import Image
 CHUNK = 64  # pictures decoded and put through the network at a time: bounds the memory of requests with many
 STAGES = ("decode", "forward", "post")  # of which the time is told
 MAX_PICTURES = 256  # of one request: a few kilobytes of tiny pictures could otherwise block a worker for minutes
+DECODE_SECONDS = 12.0  # for all pictures of a batch: TorchServe replaces a worker that takes longer than 30
 MAX_EXPLAINED = 8  # of one request: each costs as much as a hundred predictions
 
 
 class ClassifierHandler:
     """Decodes, batches, infers and answers. The settings are those of model-config.yaml."""
+
+    until = float("inf")  # time.monotonic() at which the pictures of a batch that are still to decode are put off
 
     def initialize(self, context):
         """Reads the settings and the spec, loads the backend, and checks it, so that the first client does not wait.
@@ -135,6 +138,7 @@ class ClassifierHandler:
     def _classify(self, pictures, seconds):
         """An answer or a PictureError for each of `pictures`, in order. Adds to `seconds` what the stages took."""
         outcomes, last = [], time.perf_counter()
+        self.until = time.monotonic() + DECODE_SECONDS
         for chunk in self._decoded(pictures):
             decoded = time.perf_counter()
             good = [i for i, outcome in enumerate(chunk) if not isinstance(outcome, PictureError)]
@@ -165,6 +169,10 @@ class ClassifierHandler:
         """The crop of one picture, uint8 (S, S, 3), or its PictureError."""
         if isinstance(picture, PictureError):
             return picture
+        if time.monotonic() > self.until:  # a file of 2 kB may hold 50 megapixels, and a request 256 of them
+            return PictureError(
+                "no_time", f"the pictures of a batch have {DECODE_SECONDS:g} s; ask again, for fewer at once"
+            )
         try:
             if isinstance(picture, np.ndarray):
                 return crop(Image.fromarray(picture), self.size, self.resize)
@@ -189,6 +197,8 @@ class ClassifierHandler:
             return outcome
         label, probability = next(iter(outcome.items()))
         pixels = self._decode(picture)
+        if isinstance(pixels, PictureError):
+            return pixels
         try:
             attributions = self.explainer.attributions(pixels, self.spec["labels"].index(label), until)
         except PictureError as error:

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from collections import Counter
 
@@ -393,6 +394,21 @@ def test_explanations_that_take_too_long_are_put_off(ask, sample, monkeypatch):
     monkeypatch.setattr(explanations, "SECONDS", -1)
     ((status, answer, _),) = ask({"body": sample}, headers={"explain": "True"})
     assert (status, answer["type"]) == (503, "no_time")
+
+
+def test_giants_do_not_keep_a_worker_longer_than_torchserve_waits(ask, sample, monkeypatch):
+    """256 files of 2 kB, of 49 megapixels each, would take it two minutes; it is replaced after half of one."""
+    import classifier_handler
+
+    monkeypatch.setattr(classifier_handler, "DECODE_SECONDS", 1.0)
+    giant = b64(save(Image.new("RGB", (7_000, 7_000)), "WEBP", lossless=True))
+    started = time.monotonic()
+    early, giants, late = ask({"body": sample}, {"body": {"instances": [giant] * 256}}, {"body": sample})
+    assert time.monotonic() - started < 10
+    assert (early[0], next(iter(early[1]))) == (200, "7")
+    assert {answer.get("type") for answer in giants[1]["predictions"]} == {None, "no_time"}
+    assert (late[0], late[1]["type"]) == (503, "no_time")
+    assert ask({"body": sample})[0][0] == 200  # the next batch has its own time
 
 
 def test_the_pixels_are_those_of_the_spec(ask, monkeypatch):

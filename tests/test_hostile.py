@@ -13,12 +13,14 @@ import requests
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from benchmarks.reliability import workers_of
 from model.pictures import PictureError, decode, read
 from serve import Ports, serving
 from tests.conftest import replace_in_archive
-from tests.hostile import BODIES, FILES, MIB
+from tests.hostile import BODIES, FILES, JSON, MIB
+from tests.kinds import save
 
 CLIENTS = 8
 LEAK = 64 * MIB  # that a worker may grow by in a second round
@@ -139,6 +141,26 @@ def test_a_body_of_200_mb_is_refused_or_cut_off_and_fills_no_memory(lonely, post
     assert answer.startswith(b"HTTP/1.1 413 ") or (not answer and sent < LARGE)
     assert most - before < LEAK, f"{before / MIB:.0f} MiB, then {most / MIB:.0f} MiB"
     body, expected = good[0]
+    assert post(body).json() == pytest.approx(expected, abs=1e-5)
+    assert workers_of(lonely) == workers
+
+
+@pytest.mark.server
+def test_a_request_of_256_giants_is_answered_in_time_and_the_worker_lives(lonely, post, good):
+    workers, (body, expected) = workers_of(lonely), good[0]
+    giant = base64.b64encode(save(Image.new("RGB", (7_000, 7_000)), "WEBP", lossless=True)).decode()
+    giants = json.dumps({"instances": [{"b64": giant}] * 256})
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        asked = pool.submit(post, giants, JSON)
+        neighbours = list(pool.map(post, [body] * 20))
+        reply = asked.result()
+    assert reply.status_code == 200
+    assert {answer.get("type") for answer in reply.json()["predictions"]} == {None, "no_time"}
+    for neighbour in neighbours:  # it was right, or it is to ask again
+        if neighbour.status_code == 200:
+            assert neighbour.json() == pytest.approx(expected, abs=1e-5)
+        else:
+            assert (neighbour.status_code, neighbour.json()["type"]) == (503, "no_time")
     assert post(body).json() == pytest.approx(expected, abs=1e-5)
     assert workers_of(lonely) == workers
 
