@@ -43,7 +43,7 @@ from training.data import Data
 from training.evaluation import SPLITS, evaluate_run
 from training.loop import evaluate, fit
 from training.memory import keep_freed
-from training.metrics import score
+from training.metrics import calibrated_score
 from training.report import write_report
 from training.resume import RESUMABLE, resumed_config
 from training.sources import BUILT_IN
@@ -159,10 +159,9 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     val = evaluate(network, data.val, *scale)
     test = evaluate(network, data.test, *scale)
     temperature = fit_temperature(val, data.val.targets)
-    uncalibrated = score(test, data.test.targets, data.labels)["ece"]
     metrics = {
-        "test": {**score(test / temperature, data.test.targets, data.labels), "ece_uncalibrated": uncalibrated},
-        "val": score(val / temperature, data.val.targets, data.labels),
+        "test": calibrated_score(test, data.test.targets, data.labels, temperature),
+        "val": calibrated_score(val, data.val.targets, data.labels, temperature),
         "train": {
             "seconds": round(trainer.schedule.seconds, 2),
             "data_seconds": round(data_seconds, 2),

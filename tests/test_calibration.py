@@ -28,5 +28,10 @@ def test_no_temperature_near_it_has_a_smaller_loss():
     assert min(losses) == losses[1]
 
 
-def test_a_network_that_is_always_right_gets_none():
-    assert fit_temperature(torch.eye(3), torch.arange(3)) == 1.0
+@pytest.mark.parametrize("mistakes", [0, 9])
+def test_few_mistakes_say_too_little(mistakes):
+    logits, targets = 3 * torch.eye(3).repeat(100, 1), torch.arange(3).repeat(100)
+    targets[:mistakes] = (targets[:mistakes] + 1) % 3
+    assert fit_temperature(logits, targets) == 1.0
+    targets[:10] = (torch.arange(10) + 1) % 3
+    assert fit_temperature(logits, targets) != 1.0

@@ -38,7 +38,7 @@ def test_constant_stays():
         ({"label_smoothing": 1.0}, "--label-smoothing"),
         ({"val_fraction": 0.0}, "--val-fraction"),
         ({"optimizer": "lion"}, "must be one of adam, adamw, sgd"),
-        ({"schedule": "linear"}, "must be one of cosine, step, constant"),
+        ({"schedule": "straight"}, "must be one of cosine, linear, step, constant"),
         ({"jitter": float("nan")}, "--jitter"),
     ],
 )

@@ -125,12 +125,13 @@ def test_amp_computes_in_the_type_that_it_names(digits):
         assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}
 
 
-def test_amp_auto_is_bf16_on_gpus_that_have_it(monkeypatch):
+def test_amp_auto_is_bf16_where_the_device_computes_in_it(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for has in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, has=has: has)
         assert amp_dtype("auto", gpu) is (torch.bfloat16 if has else None)
-        assert amp_dtype("auto", cpu) is None
+        monkeypatch.setattr("training.trainer.cpu_computes_bf16", lambda has=has: has)
+        assert amp_dtype("auto", cpu) is (torch.bfloat16 if has else None)
         assert amp_dtype("fp16", gpu) is torch.float16
     with pytest.raises(ValueError, match="--amp bf16: this GPU has no bfloat16; pass --amp fp16 or off"):
         amp_dtype("bf16", gpu)

@@ -15,7 +15,7 @@ from model.pictures import PictureError, crop, decode
 from training.config import TrainConfig, read_config
 from training.data import Split, cut_splits
 from training.loop import evaluate
-from training.metrics import score
+from training.metrics import calibrated_score
 from training.sources import DataError, Picture, Source, open_source
 
 SPLITS = ("train", "val", "test", "all")
@@ -50,8 +50,8 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
         split = "test" if has_test or config.data == own.get("data") else "all"
     pictures = read_pictures(source, spec.labels, spec.size, spec.resize, split, config)
     mean, std = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
-    logits = evaluate(network.to(device), pictures, mean, std) / spec.temperature
-    result = score(logits, pictures.targets, spec.labels)
+    logits = evaluate(network.to(device), pictures, mean, std)
+    result = calibrated_score(logits, pictures.targets, spec.labels, spec.temperature)
     return {"run": str(run), "data": config.data, "split": split, **result}
 
 

@@ -39,6 +39,14 @@ def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) 
     }
 
 
+def calibrated_score(
+    logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...], temperature: float
+) -> dict[str, Any]:
+    """`score` of the logits divided by `temperature`, and the calibration error without that: "ece_uncalibrated"."""
+    uncalibrated = expected_calibration_error(logits.softmax(dim=1), targets)
+    return {**score(logits / temperature, targets, labels), "ece_uncalibrated": uncalibrated}
+
+
 def expected_calibration_error(probabilities: Tensor, targets: Tensor, bins: int = 15) -> float:
     """The mean gap between confidence and accuracy over equal bins of confidence (Guo et al. 2017, 15 bins).
 

@@ -161,10 +161,12 @@ def _work(out: Path, parts: list[Part], total: int, workers: int | None, gpus: f
         rows = ray.data.from_items(parts, override_num_blocks=len(parts))
         done = rows.map(Worker, fn_constructor_args=(str(out), gpus > 0), compute=compute, num_cpus=1, num_gpus=gpus)
         with _progress(total, total - sum(part["count"] for part in parts)) as step:
-            for row in done.iter_rows():
-                if row["problem"]:
-                    raise JobError(row["problem"])
+            problem = ""
+            for row in done.iter_rows():  # to the end: Ray may take this program with it when it is stopped at work
+                problem = problem or row["problem"]
                 step(row["count"])
+        if problem:
+            raise JobError(problem)
 
 
 @contextmanager
@@ -203,19 +205,20 @@ def _ray(workers: int | None, address: str | None) -> Iterator[Any]:
 
 
 class Worker:
-    """A process that does one part after the other. What goes wrong stands in the row that it returns."""
+    """A process that does one part after the other, until something goes wrong, which the rows that it returns say."""
 
     def __init__(self, out: str, gpu: bool) -> None:
-        self.out, self.gpu = Path(out), gpu
+        self.out, self.gpu, self.problem = Path(out), gpu, ""
         self.model: Model | None = None
 
     def __call__(self, part: Part) -> Row:
         try:
-            self._do(**part)
+            if not self.problem:
+                self._do(**part)
         except Exception as error:  # of the archive's code, or of the disk
             where = f"part {part['number']} on {os.uname().nodename}"
-            return {"count": 0, "problem": f"{where}: {type(error).__name__}: {error}; the same command goes on"}
-        return {"count": part["count"], "problem": ""}
+            self.problem = f"{where}: {type(error).__name__}: {error}; the same command goes on"
+        return {"count": 0 if self.problem else part["count"], "problem": self.problem}
 
     def _do(self, number: int, start: int, count: int) -> None:
         file = _file(self.out, number)
