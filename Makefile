@@ -2,8 +2,9 @@
 # make test [JOBS=2]   lint, types and the whole test suite, the real TorchServe included; JOBS files at a time
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
-# make bench [DATA=…]  the benchmarks whose figures stand in the README, but for
+# make bench [DATA=…]  training (95 minutes) and int8, whose figures stand in the README; for the others
 # make bench-serving   ours against stock TorchServe, LitServe and BentoML: 20 minutes, and nothing else on the machine
+# make bench-reliability    load, bursts and faults: 17 minutes, and nothing else on the machine
 # make setup           only the environment; TORCH=cpu takes PyTorch's small CPU-only build
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ DATA   ?= cifar10
 UV      = 0.13.9
 BIN     = .venv/bin
 
-.PHONY: demo test check serve bench bench-serving setup lock clean
+.PHONY: demo test check serve bench bench-serving bench-reliability setup lock clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -35,6 +36,9 @@ bench: .venv/ready
 
 bench-serving: .venv/ready .venv-peers/ready
 	$(BIN)/python -m benchmarks.serving --peers .venv-peers/bin/python
+
+bench-reliability: .venv/ready
+	$(BIN)/python -m benchmarks.reliability
 
 setup: .venv/ready
 
