@@ -49,7 +49,17 @@ from training.resume import RESUMABLE, resumed_config
 from training.sources import BUILT_IN
 from training.trainer import Diverged, OutOfMemory, Trainer, default_lr
 
-RECIPE = ("mixup", "cutmix", "ema", "clip_grad_norm", "accumulate", "amp", "channels_last", "compile")  # off by default
+WHITENED_BY = 5000  # pictures, at most
+SWITCHES = (
+    "mixup",
+    "cutmix",
+    "ema",
+    "clip_grad_norm",
+    "accumulate",
+    "amp",
+    "channels_last",
+    "compile",
+)  # off by default
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,7 +236,7 @@ def make_network(config: TrainConfig, data: Data) -> tuple[nn.Module, tuple[floa
         fresh = architectures.load_pretrained(network, config.arch, weights)
         print(f"weights: {weights or 'torchvision'}; from scratch: {', '.join(fresh) or 'nothing'}")
     elif isinstance(network, FastNet):
-        some = data.train.crops(slice(0, 5000))
+        some = data.train.crops(slice(None, None, -(-len(data.train) // WHITENED_BY)))  # of every class
         network.whiten(normalise(some, torch.tensor(mean), torch.tensor(std)))
     if config.freeze:
         architectures.freeze_backbone(network)
@@ -337,7 +347,7 @@ def announce(config: TrainConfig, data: Data, device: torch.device, seconds: flo
         f"flip {'on' if config.flip else 'off'}, shift {config.crop_padding} px, jitter {config.jitter:g}",
         flush=True,
     )
-    chosen = {name: getattr(config, name) for name in RECIPE if getattr(config, name) != getattr(TrainConfig, name)}
+    chosen = {name: getattr(config, name) for name in SWITCHES if getattr(config, name) != getattr(TrainConfig, name)}
     extras = [name.replace("_", " ") + ("" if value is True else f" {value}") for name, value in chosen.items()]
     if distributed.world() > 1:
         extras.append(f"{distributed.world()} processes")

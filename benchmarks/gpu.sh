@@ -27,20 +27,21 @@ if [ $device = cuda ]; then
 else
   results=$out/results seconds=1
 fi
+epochs="10 10 10 40"
 if [ $device = cpu ]; then
-  DATA=digits
+  DATA=digits epochs=1
 fi
 mkdir -p "$results"
-for epochs in ${DATA:+10 10 10 40}; do
-  [ $device = cuda ] || epochs=1
+for count in ${DATA:+$epochs}; do
   started=$(date +%s.%N)
-  "$python" train.py --data "$DATA" --recipe fast --epochs "$epochs" --device $device --json --out "$out/fast" | tail -1 |
+  "$python" train.py --data "$DATA" --recipe fast --epochs "$count" --device $device --json --out "$out/fast" | tail -1 |
     "$python" -c 'import json, sys, time
 summary, started, epochs = json.loads(sys.stdin.read()), float(sys.argv[1]), int(sys.argv[2])
 row = {"epochs": epochs, "test_accuracy": summary["test"]["accuracy"], "cold_seconds": time.time() - started,
        "training_seconds": summary["train"]["seconds"], "data_seconds": summary["train"]["data_seconds"]}
-print(json.dumps(row))' "$started" "$epochs" | tee -a "$results/training.jsonl"
-done
+print(json.dumps(row))' "$started" "$count"
+done | tee "$out/training.jsonl"
+[ ! -s "$out/training.jsonl" ] || cp "$out/training.jsonl" "$results"
 "$python" -m benchmarks.serving --only gpu --rounds 1 --seconds $seconds --out "$results"
 if [ $device = cuda ]; then
   nvidia-smi --query-gpu=name,driver_version --format=csv

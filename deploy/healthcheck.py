@@ -14,7 +14,7 @@ from contextlib import closing
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-WORK = Path("/work")
+WORK = Path("/serving")
 READY = "ready"  # the file that says that every worker has loaded and the server is warm
 TIMEOUT = 4.0  # seconds, less than the probes wait
 

@@ -17,7 +17,6 @@ from model.fastnet import FastNet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-
 FASTNETS = {"fastnet": (64, 256, 256), "fastnet_small": (64, 128, 128)}  # channels of the blocks
 
 

@@ -18,7 +18,11 @@ class FastNet(nn.Module):
     Takes pictures of 16 px or more. Call `whiten` with training pictures before training.
     """
 
-    def __init__(self, classes: int, widths: Sequence[int] = (64, 256, 256)) -> None:
+    def __init__(self, classes: int, widths: Sequence[int]) -> None:
+        """
+        Args:
+            widths: channels of the blocks.
+        """
         super().__init__()
         self.whitening = nn.Conv2d(3, WHITENED, 2)
         self.whitening.weight.requires_grad_(False)

@@ -452,7 +452,7 @@ def door(nginx, folder, work, ports, tokens):
         "/etc/door": str(files),
         "/etc/tokens": str(files),
         "/dev/stdout": f"{files}/access.log",
-        "/work/": f"{work}/",
+        "/serving/": f"{work}/",
     }
     for name in ("nginx.conf", "keys.js"):
         text = (CPU / name).read_text()

@@ -16,7 +16,7 @@ def correlated(count: int = 500) -> torch.Tensor:
 
 def test_the_first_layer_makes_its_outputs_uncorrelated_and_of_the_same_strength():
     images = correlated()
-    network = FastNet(10)
+    network = FastNet(10, (64, 128, 128))
     network.whiten(images)
     found = network.whitening(images).detach()
     assert torch.equal(found[:, 12:], -found[:, :12])
@@ -58,6 +58,15 @@ def test_orthogonal_brings_all_singular_values_near_one(shape):
     # the singular vectors stay
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     assert ((u.T @ orthogonal(matrix) @ v.T) - (u.T @ orthogonal(matrix) @ v.T).diag().diag()).abs().max() < 1e-4
+
+
+def test_muon_trains_parameters_of_every_shape():
+    shapes = ((), (3,), (4, 3), (2, 3, 4), (2, 3, 3, 3), (2, 3, 3, 3, 3))
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    Muon(parameters, lr=0.1).step()
+    assert all((p != 1).all() for p in parameters)
 
 
 def test_muon_keeps_the_norm_of_filters_and_moves_the_rest_as_nesterov_sgd_does():

@@ -34,6 +34,7 @@ from serve import CONFIG, Ports, serving
 from tests.conftest import PROJECT, replace_in_archive
 from tests.kinds import gradient, save
 from tests.test_handler import context_of
+from tests.test_serve import wait_until_ready
 from train import train
 from training.config import TrainConfig
 
@@ -375,11 +376,7 @@ def command(*arguments, output):
         ) as child,
     ):  # fmt: skip
         try:
-            deadline = time.monotonic() + 90
-            while "is ready" not in output.read_text():
-                assert child.poll() is None, output.read_text()[-2000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            wait_until_ready(child, output)
             yield
         finally:
             child.send_signal(signal.SIGTERM)

@@ -109,11 +109,7 @@ def test_make_serve_serves_until_it_is_stopped_and_leaves_nothing_running(run, e
         subprocess.Popen(command, cwd=PROJECT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True) as child,
     ):
         try:
-            deadline = time.monotonic() + 90
-            while "is ready" not in output.read_text():
-                assert child.poll() is None, output.read_text()[-2000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            wait_until_ready(child, output)
             line = next(line for line in output.read_text().splitlines() if line.strip().startswith("curl "))
             key = line.split("Bearer ")[1].split('"')[0]
             url = f"http://127.0.0.1:{first}/predictions/digits"
@@ -139,6 +135,15 @@ def test_a_path_that_is_too_long_for_a_socket_is_avoided(tmp_path):
     finally:
         shutil.rmtree(short.parent)
         shutil.rmtree(long)
+
+
+def wait_until_ready(child: subprocess.Popen, output: Path) -> None:
+    """Until serve.py, whose output goes to that file, says so."""
+    deadline = time.monotonic() + 90
+    while "is ready" not in output.read_text():
+        assert child.poll() is None, output.read_text()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def running_in(folder):

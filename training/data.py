@@ -8,7 +8,7 @@ import random
 import tempfile
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -115,32 +115,61 @@ def load(
     source = open_source(data, download_dir)
     splits = cut_splits(source.entries, val_fraction, test_fraction, split_seed)
     sampled = _choose_samples(source.entries, splits)
-    crops = _allocate(len(splits), size, scratch)
+    crops = allocate(len(splits), size, scratch)
     kept: dict[int, bytes] = {}
+
+    def keep(place: int, picture: Picture) -> None:
+        if place in sampled:
+            kept[place] = _as_file(picture)
+
+    rows = {place: place for place in range(len(splits))}
+    bad = decode_all(source, rows, crops, size, resize, progress=progress, seen=keep)
+    skipped = [f"{source.entries[place].name}: {reason}" for place, reason in sorted(bad.items())]
+    if skipped and not skip_bad:
+        raise DataError(_unreadable(data, skipped, len(splits)))
+    return _assemble(source, splits, crops, bad, skipped, _name_samples(source.entries, kept))
+
+
+def decode_all(
+    source: Source,
+    rows: Mapping[int, int],
+    crops: Tensor | FilePixels,
+    size: int,
+    resize: int,
+    *,
+    progress: bool = False,
+    seen: Callable[[int, Picture], None] = lambda place, picture: None,
+) -> dict[int, str]:
+    """Decodes the pictures whose places stand in `rows` into those rows of `crops`, with a thread for each core.
+
+    Args:
+        seen: called with each picture that could be decoded.
+
+    Returns:
+        The reason for each place whose picture cannot be read.
+    """
     bad: dict[int, str] = {}
 
     def decode_one(item: tuple[int, Picture]) -> tuple[int, Picture, str]:
         place, picture = item
         try:
             image = decode(picture) if isinstance(picture, bytes) else picture
-            crops[place] = torch.from_numpy(crop(image, size, resize).copy())
+            crops[rows[place]] = torch.from_numpy(crop(image, size, resize).copy())
             return place, picture, ""
         except PictureError as error:
             return place, picture, str(error)
 
-    bar = tqdm(total=len(splits), desc="reading", unit="pictures", disable=not progress, leave=False)
+    wanted = (item for item in source.read() if item[0] in rows)
+    bar = tqdm(total=len(rows), desc="reading", unit="pictures", disable=not progress, leave=False)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for batch in _batches(source.read(), 256):
+        for batch in _batches(wanted, 256):
             for place, picture, reason in pool.map(decode_one, batch):
                 if reason:
                     bad[place] = reason
-                elif place in sampled:
-                    kept[place] = _as_file(picture)
+                else:
+                    seen(place, picture)
             bar.update(len(batch))
-    skipped = [f"{source.entries[place].name}: {reason}" for place, reason in sorted(bad.items())]
-    if skipped and not skip_bad:
-        raise DataError(_unreadable(data, skipped, len(splits)))
-    return _assemble(source, splits, crops, bad, skipped, _name_samples(source.entries, kept))
+    return bad
 
 
 def cut_splits(entries: list[Entry], val_fraction: float, test_fraction: float, seed: int) -> list[str]:
@@ -197,7 +226,7 @@ def save_samples(samples: dict[str, bytes], folder: Path) -> None:
             file.write(body)
 
 
-def _allocate(count: int, size: int, scratch: Path | None) -> Tensor | FilePixels:
+def allocate(count: int, size: int, scratch: Path | None) -> Tensor | FilePixels:
     """uint8 (count, size, size, 3): in memory, or in a file where that would take over half of it."""
     needed, free = count * size * size * 3, free_memory()
     if needed <= free // 2:

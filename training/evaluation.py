@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from model import load_run
-from model.pictures import PictureError, crop, decode
 from training.config import TrainConfig, read_config
-from training.data import Split, cut_splits
+from training.data import Split, allocate, cut_splits, decode_all
 from training.loop import evaluate
 from training.metrics import calibrated_score
-from training.sources import DataError, Picture, Source, open_source
+from training.sources import DataError, Source, open_source
 
 SPLITS = ("train", "val", "test", "all")
 OPTIONS = ("data", "out", "download_dir", "val_fraction", "test_fraction", "split_seed", "skip_bad", "device")
-AT_A_TIME = 256  # pictures decoded together
 
 
 def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -72,21 +68,8 @@ def read_pictures(
     splits = ["all"] * len(source.entries) if split == "all" else cut_splits(source.entries, *cuts)
     wanted = [place for place, own in enumerate(splits) if own == split]
     rows = {place: row for row, place in enumerate(wanted)}
-    pixels = torch.empty((len(wanted), size, size, 3), dtype=torch.uint8)
-    bad: dict[int, str] = {}
-
-    def decode_one(item: tuple[int, Picture]) -> None:
-        place, picture = item
-        try:
-            image = decode(picture) if isinstance(picture, bytes) else picture
-            pixels[rows[place]] = torch.from_numpy(crop(image, size, resize).copy())
-        except PictureError as error:
-            bad[place] = str(error)
-
-    pictures = (item for item in source.read() if item[0] in rows)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while batch := list(islice(pictures, AT_A_TIME)):
-            list(pool.map(decode_one, batch))
+    pixels = allocate(len(wanted), size, None)
+    bad = decode_all(source, rows, pixels, size, resize, progress=sys.stderr.isatty())
     for place, reason in sorted(bad.items()):
         if not config.skip_bad:
             raise DataError(

@@ -27,8 +27,12 @@ class Muon(torch.optim.Optimizer):
         params = list(params)
         groups = [
             {"params": [p for p in params if p.ndim == 4], "lr": lr, "momentum": momentum},
-            {"params": [p for p in params if p.ndim in (2, 3)], "lr": HEAD * lr, "weight_decay": weight_decay},
-            {"params": [p for p in params if p.ndim == 1], "lr": SHIFTS * lr},
+            {
+                "params": [p for p in params if p.ndim > 1 and p.ndim != 4],
+                "lr": HEAD * lr,
+                "weight_decay": weight_decay,
+            },
+            {"params": [p for p in params if p.ndim <= 1], "lr": SHIFTS * lr},
         ]
         super().__init__([group for group in groups if group["params"]], {"momentum": 0.85, "weight_decay": 0.0})
 

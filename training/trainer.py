@@ -76,8 +76,9 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 def cpu_computes_bf16() -> bool:
     """Whether the processor multiplies in bfloat16; others convert, which is slower than float32."""
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and any(flag in flags.read_text() for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)  # the last one is ARM's
 
 
 class Trainer:

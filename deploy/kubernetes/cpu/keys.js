@@ -3,7 +3,7 @@ import fs from 'fs';
 
 function inference() {
     try {
-        return 'Bearer ' + JSON.parse(fs.readFileSync('/work/key_file.json')).inference.key;
+        return 'Bearer ' + JSON.parse(fs.readFileSync('/serving/key_file.json')).inference.key;
     } catch (error) {
         return '';  // it is starting; TorchServe refuses the request, or nobody listens yet
     }
