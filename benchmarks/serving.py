@@ -499,6 +499,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: no part is called {unknown[0]!r}; there are {', '.join(PARTS)}")
     options.peers = options.peers and options.peers.absolute()
     results: dict[str, Any] = {"machine": _machine(options.peers)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept = options.out / "serving.json"
+    results = _earlier(kept, results["machine"]) | results
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         of_large = {"large", "gpu"}
@@ -509,11 +512,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             place = folder / f"part-{part}"
             place.mkdir()
             results[part] = PARTS[part](large if part in of_large else small, place, options)
-    print(json.dumps(results["machine"]), table(results), sep="\n")
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = _earlier(options.out / "serving.json", results["machine"]) | results
-    write_text(options.out / "serving.json", json.dumps(results, indent=1) + "\n")
-    if "growth" in results:
+            write_text(kept, json.dumps(results, indent=1) + "\n")  # at once: a run takes half an hour
+            print(table({part: results[part]}), flush=True)
+    print(json.dumps(results["machine"]))
+    if "growth" in wanted:
         plot(results, options.out / "serving.png")
     return 0
 

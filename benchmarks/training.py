@@ -114,6 +114,21 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def medians(runs: list[tuple[float, float]]) -> dict[str, Any]:
+    """Medians of test accuracy and seconds, and what they are of."""
+    accuracy, seconds = (statistics.median(values) for values in zip(*runs, strict=True))
+    return {"test_accuracy": accuracy, "seconds": seconds, "runs": runs}
+
+
+def write(path: Path, machine: dict[str, str], key: str, rows: dict[str, Any]) -> None:
+    """Puts the rows beside those that the file holds already, if these are of the same machine and versions."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if earlier.get("machine") != machine:
+        earlier = {}
+    earlier = {"machine": machine, **earlier, key: {**earlier.get(key, {}), **rows}}
+    write_text(path, json.dumps(earlier, indent=2) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="32 px pictures, as train.py's --data (cifar10)")
@@ -130,29 +145,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: nothing is called {unknown[0]!r}; there are {', '.join(('classic', *runs))}")
     data = training_data.load(options.data, size=32, resize=32) if "classic" in wanted else None
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in wanted}
+    machine = describe("torch", "torchvision", "pillow")
     for seed in range(options.rounds):
         for name in wanted:
             found = ours(options.data, seed, runs[name]) if name != "classic" else classic(data, seed, 10)
             results[name].append(found)
             print(f"seed {seed}  {name:28} {found[0]:.2%}, {found[1]:.0f} s", flush=True)
-    rows: dict[str, Any] = {
-        name: {
-            "test_accuracy": statistics.median(accuracy for accuracy, _ in found),
-            "seconds": statistics.median(seconds for _, seconds in found),
-            "runs": found,
-        }
-        for name, found in results.items()
-    }
-    machine = describe("torch", "torchvision", "pillow")
-    key = "ablations" if options.ablate else "results"
-    earlier = json.loads(options.json.read_text()) if options.json.exists() else {}
-    if earlier.get("machine") != machine:
-        earlier = {}
-    earlier = {"machine": machine, **earlier, key: {**earlier.get(key, {}), **rows}}
-    write_text(options.json, json.dumps(earlier, indent=2) + "\n")
+            rows = {name: medians(found) for name, found in results.items() if found}
+            write(
+                options.json, machine, "ablations" if options.ablate else "results", rows
+            )  # at once: a run takes hours
     print(json.dumps(machine))
-    for name, row in rows.items():
-        print(f"{name:28} test top-1 {row['test_accuracy']:.2%}, {row['seconds']:.0f} s (medians of {options.rounds})")
+    for name, shown in rows.items():
+        accuracy, seconds = shown["test_accuracy"], shown["seconds"]
+        print(f"{name:28} test top-1 {accuracy:.2%}, {seconds:.0f} s (medians of {options.rounds})")
     return 0
 
 
