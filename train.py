@@ -40,8 +40,8 @@ from training import distributed
 from training.calibration import fit_temperature
 from training.config import RECIPES, TrainConfig, add_options, make_config
 from training.data import Data
-from training.evaluation import SPLITS, evaluate_run
-from training.loop import evaluate, fit
+from training.evaluation import SPLITS, evaluate, evaluate_run
+from training.loop import fit
 from training.memory import keep_freed
 from training.metrics import calibrated_score
 from training.report import write_report
@@ -219,6 +219,7 @@ def read_data(config: TrainConfig) -> Data:
             test_fraction=config.test_fraction,
             split_seed=config.split_seed,
             skip_bad=config.skip_bad,
+            workers=config.workers,
             download_dir=config.download_dir,
             scratch=next(folder for folder in (out, *out.parents) if folder.is_dir()),
             progress=sys.stderr.isatty(),
@@ -226,7 +227,7 @@ def read_data(config: TrainConfig) -> Data:
 
 
 def make_network(config: TrainConfig, data: Data) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
-    """The network, with trained weights and frozen where asked for, and the mean and std that its pixels need."""
+    """The network, with trained weights where asked for, and the mean and std that its pixels need."""
     network = architectures.build(config.arch, len(data.labels), config.size or 0)
     mean: tuple[float, ...] = architectures.IMAGENET_MEAN
     std: tuple[float, ...] = architectures.IMAGENET_STD
@@ -238,8 +239,6 @@ def make_network(config: TrainConfig, data: Data) -> tuple[nn.Module, tuple[floa
     elif isinstance(network, FastNet):
         some = data.train.crops(slice(None, None, -(-len(data.train) // WHITENED_BY)))  # of every class
         network.whiten(normalise(some, torch.tensor(mean), torch.tensor(std)))
-    if config.freeze:
-        architectures.freeze_backbone(network)
     return network, mean, std
 
 
@@ -318,7 +317,9 @@ def resolve_size(config: TrainConfig) -> TrainConfig:
     resize = config.resize or round(size * own_resize / own_size)
     if resize < size:
         raise ValueError(f"--resize {resize}: must be at least --size {size}")
-    padding = size // 8 if config.crop_padding is None else config.crop_padding
+    padding = config.crop_padding
+    if padding is None:
+        padding = 0 if config.flips_only else size // 8
     if padding >= size:
         raise ValueError(f"--crop-padding {padding}: must be below --size {size}")
     return replace(config, size=size, resize=resize, crop_padding=padding)

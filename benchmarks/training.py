@@ -35,7 +35,7 @@ from model.files import write_text
 from train import train
 from training import data as training_data
 from training.config import make_config
-from training.loop import evaluate
+from training.evaluation import evaluate
 
 MEAN, STD = architectures.IMAGENET_MEAN, architectures.IMAGENET_STD
 

@@ -32,6 +32,7 @@ SETTINGS = (
     *("optimizer", "lr", "weight_decay", "momentum", "batch_size", "label_smoothing", "schedule", "warmup"),
     *("flip", "crop_padding", "jitter", "pretrained", "weights", "freeze", "seed"),
 )  # of config.yaml; its paths stay out of a file that is made to be published
+OFF = {"unfreeze_at": 0, "mixup": 0, "cutmix": 0, "ema": 0, "clip_grad_norm": 0, "accumulate": 1, "amp": "off"}
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,9 @@ def _training(facts: Facts) -> str:
         f"## Training\n\n{train['epochs']} epochs in {train['seconds']:,.0f} s on `{train['device']}`; the weights are "
         f"those of epoch {train['best_epoch']}, the best on val. {train['parameters']:,} parameters."
     )
-    rows = [(key, _setting(key, facts.config[key])) for key in SETTINGS if key in facts.config]
+    keys = [key for key in SETTINGS if key in facts.config]
+    keys += [key for key, off in OFF.items() if facts.config.get(key, off) != off]
+    rows = [(key, _setting(key, facts.config[key])) for key in keys]
     return f"{text}\n\n{_table(('setting', 'value'), rows)}" if rows else text
 
 

@@ -108,11 +108,16 @@ def pretrained_normalisation(arch: str) -> tuple[tuple[float, ...], tuple[float,
     return IMAGENET_MEAN, IMAGENET_STD
 
 
-def freeze_backbone(network: nn.Module) -> None:
-    """Leaves only the head trainable. With `train_mode` the BatchNorm statistics stay as they are too."""
+def freeze_backbone(network: nn.Module) -> list[nn.Parameter]:
+    """Leaves only the head trainable; returns what was trainable besides it.
+
+    With `train_mode` the BatchNorm statistics stay as they are too.
+    """
     head = set(head_names(network))
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in head)
+    backbone = [p for name, p in network.named_parameters() if name not in head and p.requires_grad]
+    for parameter in backbone:
+        parameter.requires_grad_(False)
+    return backbone
 
 
 def train_mode(network: nn.Module) -> None:
@@ -125,9 +130,14 @@ def train_mode(network: nn.Module) -> None:
 
 
 def head_names(network: nn.Module) -> list[str]:
-    """The names of the head's parameters: those of the last linear or convolution layer, whatever it is called."""
-    name, head = [(n, m) for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
-    return [f"{name}.{parameter}" for parameter, _ in head.named_parameters()]
+    """The names of the head's parameters."""
+    head = head_name(network)
+    return [f"{head}.{parameter}" for parameter, _ in network.get_submodule(head).named_parameters()]
+
+
+def head_name(network: nn.Module) -> str:
+    """The name of the head: the last linear or convolution layer, whatever it is called."""
+    return [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
 
 
 def _build(arch: str, classes: int, size: int) -> nn.Module:

@@ -31,7 +31,7 @@ class FastNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.blocks(gelu(self.whitening(images)))
-        return self.classifier(features.amax(dim=(2, 3))) * SCALE
+        return self.classifier(features.amax(dim=(2, 3)) * SCALE)
 
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:

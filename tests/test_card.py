@@ -192,6 +192,16 @@ def test_paths_of_the_machine_that_trained_stay_there(card, copy):
     assert "resnet.pt" in text
 
 
+def test_what_was_switched_on_in_training_is_named_and_the_rest_is_not(card, copy):
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    assert "cutmix" not in card()
+    (copy / "config.yaml").write_text(yaml.safe_dump(config | {"cutmix": 1.0, "accumulate": 4}))
+    text = card()
+    assert "| cutmix | 1" in text
+    assert "| accumulate | 4 |" in text
+    assert "| mixup |" not in text
+
+
 def test_of_many_labels_the_first_are_named_and_the_rest_counted(card, copy):
     labels = [f"class {i}" for i in range(1000)]
     with_labels(copy, labels)

@@ -81,9 +81,10 @@ def test_the_seed_decides_the_weights(tmp_path):
 
 def test_a_folder_trains_with_every_option(tmp_path, capsys):
     folder = make_folder(tmp_path / "colours", count=12)
-    arguments = f"""--data {folder} --out {tmp_path / "run"} --arch resnet18 --size 32 --resize 36 --freeze --epochs 3
-        --optimizer sgd --lr 0.1 --schedule step --step-size 2 --gamma 0.5 --warmup 0 --label-smoothing 0.1 --no-flip
-        --jitter 0.1 --crop-padding 2 --batch-size 7 --patience 2 --device cpu --seed 3 --val-fraction 0.2""".split()
+    arguments = f"""--data {folder} --out {tmp_path / "run"} --arch resnet18 --size 32 --resize 36 --epochs 3
+        --freeze --no-cache-features --optimizer sgd --lr 0.1 --schedule step --step-size 2 --gamma 0.5 --warmup 0
+        --label-smoothing 0.1 --no-flip --jitter 0.1 --crop-padding 2 --batch-size 7 --patience 2 --device cpu --seed 3
+        --val-fraction 0.2 --workers 3""".split()
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "colours: 3 classes" in out

@@ -256,7 +256,7 @@ def test_out_of_memory_with_two_pictures(tmp_path, capsys, monkeypatch):
 
 
 def test_evaluation_takes_smaller_batches_where_the_memory_ends(digits, monkeypatch):
-    from training.loop import evaluate
+    from training.evaluation import evaluate
 
     network = architectures.build("simplecnn", 10, 32)
     scale = torch.full((3,), 0.5), torch.full((3,), 0.25)

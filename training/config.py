@@ -36,6 +36,7 @@ class TrainConfig:
     test_fraction: float = _option(0.1, "data", "share cut for test where there is no test split")
     split_seed: int = _option(0, "data", "seed of these cuts; keep it, so that runs share their test split")
     skip_bad: bool = _option(False, "data", "leave unreadable pictures out (and list them) instead of stopping")
+    workers: int | None = _option(None, "data", "threads that decode the pictures (default: one for each core)")
 
     arch: str = _option(
         "simplecnn", "network", "simplecnn, fastnet or any torchvision classification model (--list-archs)"
@@ -47,6 +48,15 @@ class TrainConfig:
     pretrained: bool = _option(False, "network", "start from torchvision's weights, or from --weights")
     weights: str | None = _option(None, "network", "a local state_dict of the architecture to start from")
     freeze: bool = _option(False, "network", "train the head only; BatchNorm statistics stay too")
+    cache_features: bool = _option(
+        True,
+        "network",
+        "compute once what the head sees of each picture and its mirror image while --freeze holds, which is much "
+        "faster; --no-cache-features augments anew in each epoch (default: on)",
+    )
+    unfreeze_at: int = _option(
+        0, "network", "end --freeze after this many epochs; the rest then learns at a tenth of the rate; 0: never"
+    )
 
     flip: bool | None = _option(None, "augmentation", "mirror half of the pictures (default: on, but not for digits)")
     crop_padding: int | None = _option(
@@ -112,6 +122,8 @@ class TrainConfig:
             ("accumulate", 1, 100_000),
             ("clip_grad_norm", 0, 1e6),
             ("ema", 0, 0.99999),
+            ("workers", 1, 1024),
+            ("unfreeze_at", 0, 1_000_000),
             ("epochs", 1, 1_000_000),
             ("batch_size", 1, 1_000_000),
             ("weight_decay", 0, 10),
@@ -131,10 +143,26 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"--{name} {value}: must be above 0")
+        if self.unfreeze_at and not self.freeze:
+            raise ValueError(f"--unfreeze-at {self.unfreeze_at}: there is nothing to end without --freeze; pass both")
+        if self.unfreeze_at and self.optimizer == "muon":
+            raise ValueError("--unfreeze-at: muon sets the norms of all filters anew; pass --optimizer sgd or adamw")
+        if self.flips_only:
+            for name in ("crop_padding", "jitter", "mixup", "cutmix"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} {getattr(self, name)}: --freeze computes the features of each "
+                        "picture once; leave it out (or 0), or pass --no-cache-features, which is slower"
+                    )
         for option in fields(self):
             choices = option.metadata["choices"]
             if choices and getattr(self, option.name) not in choices:
                 raise ValueError(f"--{option.name} {getattr(self, option.name)}: must be one of {', '.join(choices)}")
+
+    @property
+    def flips_only(self) -> bool:
+        """Whether no epoch augments pictures, beyond mirroring them."""
+        return self.freeze and self.cache_features and not self.unfreeze_at
 
     def save(self, path: Path) -> None:
         """Writes every option, so that `train.py --config PATH --out OTHER` repeats the run."""

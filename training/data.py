@@ -102,12 +102,14 @@ def load(
     skip_bad: bool = False,
     download_dir: str = "data",
     scratch: Path | None = None,
+    workers: int | None = None,
     progress: bool = False,
 ) -> Data:
     """Reads and decodes every picture. The pixels of the test split are only looked at by the final evaluation.
 
     Args:
         scratch: folder for a temporary file, used where the pictures would fill the memory.
+        workers: threads that decode; by default one for each core.
 
     Raises:
         DataError: as `open_source`; a picture cannot be read (unless `skip_bad`); a class has too few pictures.
@@ -123,7 +125,7 @@ def load(
             kept[place] = _as_file(picture)
 
     rows = {place: place for place in range(len(splits))}
-    bad = decode_all(source, rows, crops, size, resize, progress=progress, seen=keep)
+    bad = decode_all(source, rows, crops, size, resize, workers=workers, progress=progress, seen=keep)
     skipped = [f"{source.entries[place].name}: {reason}" for place, reason in sorted(bad.items())]
     if skipped and not skip_bad:
         raise DataError(_unreadable(data, skipped, len(splits)))
@@ -137,12 +139,14 @@ def decode_all(
     size: int,
     resize: int,
     *,
+    workers: int | None = None,
     progress: bool = False,
     seen: Callable[[int, Picture], None] = lambda place, picture: None,
 ) -> dict[int, str]:
-    """Decodes the pictures whose places stand in `rows` into those rows of `crops`, with a thread for each core.
+    """Decodes the pictures whose places stand in `rows` into those rows of `crops`.
 
     Args:
+        workers: threads; by default one for each core.
         seen: called with each picture that could be decoded.
 
     Returns:
@@ -161,7 +165,7 @@ def decode_all(
 
     wanted = (item for item in source.read() if item[0] in rows)
     bar = tqdm(total=len(rows), desc="reading", unit="pictures", disable=not progress, leave=False)
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with bar, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for batch in _batches(wanted, 256):
             for place, picture, reason in pool.map(decode_one, batch):
                 if reason:

@@ -1,4 +1,4 @@
-"""Scoring a finished run on pictures that it may never have seen."""
+"""Logits of pictures that are only looked at; scoring a finished run on pictures that it may never have seen."""
 
 from __future__ import annotations
 
@@ -7,16 +7,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from model import load_run
+from model.preprocessing import normalise
+from training import distributed
 from training.config import TrainConfig, read_config
 from training.data import Split, allocate, cut_splits, decode_all
-from training.loop import evaluate
 from training.metrics import calibrated_score
 from training.sources import DataError, Source, open_source
 
 SPLITS = ("train", "val", "test", "all")
-OPTIONS = ("data", "out", "download_dir", "val_fraction", "test_fraction", "split_seed", "skip_bad", "device")
+OPTIONS = (
+    "data",
+    "out",
+    "download_dir",
+    "val_fraction",
+    "test_fraction",
+    "split_seed",
+    "skip_bad",
+    "workers",
+    "device",
+)
+BATCH = 256  # pictures; fewer where the GPU has no room for them
+
+
+def evaluate(
+    network: nn.Module,
+    split: Split,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    mirrored: bool = False,
+    shown: str = "",
+    batch: int = BATCH,
+) -> Tensor:
+    """Logits of every picture, in order: float32 (N, C), on the CPU. Each process looks at its share of them.
+
+    Args:
+        mirrored: look at the mirror images.
+        shown: name of a progress bar; none without it.
+    """
+    network.eval()
+    share = distributed.share(len(split))
+    hidden = not shown or distributed.rank() > 0 or not sys.stderr.isatty()
+    starts = tqdm(range(share.start, share.stop, batch), desc=shown, unit="batches", leave=False, disable=hidden)
+    logits = []
+    try:
+        with torch.inference_mode():
+            for start in starts:
+                crops = split.crops(slice(start, min(start + batch, share.stop))).to(mean.device)
+                if mirrored:
+                    crops = crops.flip(2)
+                logits.append(network(normalise(crops, mean, std)).cpu())
+    except torch.OutOfMemoryError:
+        if batch == 1:
+            raise
+        logits = []
+    else:
+        return torch.cat([part for parts in distributed.gather(logits) for part in parts])
+    return evaluate(network, split, mean, std, mirrored=mirrored, shown=shown, batch=batch // 2)
 
 
 def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -69,7 +120,7 @@ def read_pictures(
     wanted = [place for place, own in enumerate(splits) if own == split]
     rows = {place: row for row, place in enumerate(wanted)}
     pixels = allocate(len(wanted), size, None)
-    bad = decode_all(source, rows, pixels, size, resize, progress=sys.stderr.isatty())
+    bad = decode_all(source, rows, pixels, size, resize, workers=config.workers, progress=sys.stderr.isatty())
     for place, reason in sorted(bad.items()):
         if not config.skip_bad:
             raise DataError(

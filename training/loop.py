@@ -1,4 +1,4 @@
-"""Epoch after epoch: train, evaluate, write down; and one pass over pictures that are only looked at."""
+"""Epoch after epoch: train, evaluate, write down."""
 
 from __future__ import annotations
 
@@ -15,15 +15,11 @@ from tqdm import tqdm
 
 from model import checkpoint
 from model.files import write_text
-from model.preprocessing import normalise
 from training import distributed
 from training.config import TrainConfig
-from training.data import Split
 from training.metrics import score
 from training.tensorboard import Board
 from training.trainer import Diverged, OutOfMemory, Trainer
-
-EVALUATION_BATCH = 256
 
 
 def fit(trainer: Trainer, out: Path) -> None:
@@ -45,8 +41,7 @@ def fit(trainer: Trainer, out: Path) -> None:
         if history and (trainer.schedule.interrupted or not train["steps"]):
             break
         distributed.copy_buffers(trainer.averaged)
-        data = trainer.data
-        val = score(evaluate(trainer.averaged, data.val, *trainer.scale), data.val.targets, data.labels)
+        val = score(trainer.evaluate(), trainer.data.val.targets, trainer.data.labels)
         row = {
             "epoch": len(history) + 1,
             "lr": trainer.schedule.lr,
@@ -96,25 +91,6 @@ def is_over(trainer: Trainer) -> bool:
         print(f"no better val accuracy for {config.patience} epochs: stopping early")
         return True
     return trainer.schedule.is_over(epoch)
-
-
-def evaluate(network: nn.Module, split: Split, mean: Tensor, std: Tensor, batch: int = EVALUATION_BATCH) -> Tensor:
-    """Logits of every picture, in order: float32 (N, C), on the CPU. Each process looks at its share of them."""
-    network.eval()
-    share = distributed.share(len(split))
-    logits = []
-    try:
-        with torch.inference_mode():
-            for start in range(share.start, share.stop, batch):
-                crops = split.crops(slice(start, min(start + batch, share.stop))).to(mean.device)
-                logits.append(network(normalise(crops, mean, std)).cpu())
-    except torch.OutOfMemoryError:
-        if batch == 1:
-            raise
-        logits = []
-    else:
-        return torch.cat([part for parts in distributed.gather(logits) for part in parts])
-    return evaluate(network, split, mean, std, batch // 2)
 
 
 def snapshot(network: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from training.config import TrainConfig, read_config
 
-RESUMABLE = ("data", "download_dir", "epochs", "minutes", "device")
+RESUMABLE = ("data", "download_dir", "workers", "epochs", "minutes", "device")
 
 
 def resumed_config(run: Path, file: str | None, options: dict[str, Any]) -> TrainConfig:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from model import checkpoint
+from model import architectures, checkpoint
 from model.architectures import train_mode
 from model.checkpoint import CheckpointError
 from model.preprocessing import normalise
@@ -22,10 +23,13 @@ from training.augmentation import Draws, Mix, draw_mix, flip_and_shift, jitter
 from training.config import TrainConfig
 from training.data import Data
 from training.ema import Ema
+from training.evaluation import evaluate
+from training.features import Features, compute_features
 from training.muon import Muon
 from training.schedule import Schedule
 
 STATE_VERSION = 1  # of last.ckpt
+BACKBONE_RATE = 0.1  # of the learning rate, where the backbone was frozen at first
 STEPS_A_LOOK = 50  # between two looks at the loss: reading it waits for the device
 
 
@@ -43,16 +47,24 @@ def default_lr(config: TrainConfig) -> float:
     return {"adam": 3e-3, "adamw": 3e-3, "sgd": 0.05, "muon": 0.24}[config.optimizer] * (0.1 if fine_tuned else 1.0)
 
 
-def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer over what is trainable; weight decay on matrices only, not on biases and norms."""
+def make_optimizer(
+    network: nn.Module, config: TrainConfig, backbone: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The optimizer over what is trainable; weight decay on matrices only, not on biases and norms.
+
+    Args:
+        backbone: parameters that are frozen now and will learn later, at BACKBONE_RATE.
+    """
+    lr = config.lr or default_lr(config)
     trainable = [p for p in network.parameters() if p.requires_grad]
     if config.optimizer == "muon":
-        return Muon(trainable, config.lr or default_lr(config), config.momentum, config.weight_decay)
+        return Muon(trainable, lr, config.momentum, config.weight_decay)
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in some if (p.ndim > 1) == matrices], "lr": rate, "weight_decay": decay}
+        for some, rate in ((trainable, lr), (backbone, BACKBONE_RATE * lr))
+        for matrices, decay in ((True, config.weight_decay), (False, 0.0))
     ]
-    lr = config.lr or default_lr(config)
+    groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
@@ -85,6 +97,7 @@ class Trainer:
     """A network, its data, and what changes while it learns; `state` and `restore` carry all of that over a kill.
 
     network: the weights that are trained; `averaged` is what is evaluated and kept: their EMA if there is one.
+    features: what the head sees of the pictures, while that is all that learns; else None.
     history: a row for each completed epoch, as in history.csv.
     best: the best epoch so far: its number, val accuracy and state_dict.
     """
@@ -114,18 +127,16 @@ class Trainer:
         self._dtype = amp_dtype(config.amp, self.device)
         if config.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._frozen = architectures.freeze_backbone(network) if config.freeze else []
+        self.features: Features | None = None
+        self._cache_wanted = config.cache_features
         self.ema = Ema(network, config.ema) if config.ema else None
-        self.optimizer = make_optimizer(network, config)
+        self.optimizer = make_optimizer(network, config, self._frozen if config.unfreeze_at else ())
         self.schedule = Schedule(self.optimizer, config, interrupted)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype is torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # of the order and the augmentation
-        self._ddp: DistributedDataParallel | None = None
-        if distributed.world() > 1:
-            self._ddp = DistributedDataParallel(network, [self.device.index] if self.device.index is not None else None)
-        # What a batch goes through in training: the same weights as self.network.
-        self._learner: Callable[[Tensor], Tensor] = self._ddp or network
-        if config.compile:
-            self._learner = torch.compile(self._learner)
+        self._learner: Callable[[Tensor], Tensor] = network
+        self._learn(network, config.compile)
 
     @property
     def averaged(self) -> nn.Module:
@@ -143,6 +154,7 @@ class Trainer:
         Raises:
             Diverged: the loss became infinite or no number.
         """
+        self._freeze_or_thaw()
         train_mode(self.network)
         batches = self._batches()
         losses = torch.zeros(len(batches), device=self.device)  # of this process's share of each batch
@@ -179,19 +191,16 @@ class Trainer:
         share = distributed.share(batch)
         rows = torch.arange(share.start - 1, share.stop) % batch  # one more in front: the first one's neighbour
         draws = Draws(self.generator, batch, rows)
-        crops = self.data.train.crops(places[rows]).to(self.device, non_blocking=True)
+        inputs, mix = self._inputs(places[rows], draws)
         targets = self.data.train.targets[places[rows]].to(self.device, non_blocking=True)
-        crops = flip_and_shift(crops, bool(config.flip), config.crop_padding or 0, draws)
-        crops = jitter(crops, config.jitter, draws)
-        mix = draw_mix(config.mixup, config.cutmix, crops.shape[1], self.generator)
         losses = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         for i in range(config.accumulate):
-            part = distributed.cut(len(crops) - 1, i, config.accumulate)
+            part = distributed.cut(len(inputs) - 1, i, config.accumulate)
             part = slice(part.start, part.stop + 1)  # with the neighbour in front
             waits = self._ddp is not None and i < config.accumulate - 1  # only the last part sums over the processes
             with self._ddp.no_sync() if self._ddp and waits else contextlib.nullcontext():
-                loss, right = self._forward(crops[part], targets[part], mix)
+                loss, right = self._forward(inputs[part], targets[part], mix)
                 loss = loss / batch
                 # DistributedDataParallel takes the mean of the gradients, where the sum is wanted.
                 self.scaler.scale(loss * distributed.world()).backward()
@@ -206,6 +215,13 @@ class Trainer:
         if self.ema:
             self.ema.update(self.network)
         return losses, correct
+
+    def evaluate(self) -> Tensor:
+        """Logits of the val split: float32 (M, C), on the CPU."""
+        if not self.features:
+            return evaluate(self.averaged, self.data.val, *self.scale)
+        with torch.inference_mode():
+            return _head(self.averaged)(self.features.val.to(self.device)).cpu()
 
     def state(self) -> dict[str, Any]:
         """What last.ckpt holds: with it and the same data, `restore` goes on as if nothing had happened.
@@ -257,7 +273,8 @@ class Trainer:
 
     def part_that_fits(self) -> int:
         """How many pictures at a time the memory has room for, by trying ever smaller parts; 0 for not even 2."""
-        self._learner, part = self.network, self._largest_part()  # without the other processes, which may wait
+        # without the other processes, which may wait
+        self._learner, self.features, part = self.network, None, self._largest_part()
         while part > 3:
             part //= 2
             try:
@@ -285,16 +302,59 @@ class Trainer:
             f"--accumulate {cuts}, which learns the same, or --batch-size {fits * distributed.world()}"
         )
 
-    def _forward(self, crops: Tensor, targets: Tensor, mix: Mix | None) -> tuple[Tensor, Tensor]:
+    def _learn(self, module: nn.Module, compiled: bool = False) -> None:
+        """From now on a batch goes through `module`, which is self.network or its head."""
+        self._ddp = None
+        if distributed.world() > 1:
+            gpus = [self.device.index] if self.device.index is not None else None
+            self._ddp = DistributedDataParallel(module, gpus)
+        self._learner = self._ddp or module
+        if compiled:
+            self._learner = torch.compile(self._learner)
+
+    def _freeze_or_thaw(self) -> None:
+        """Sees to it, before an epoch, that a frozen backbone's features are there, or that it learns again."""
+        config = self.config
+        if self._frozen and config.unfreeze_at and len(self.history) >= config.unfreeze_at:
+            print(f"the backbone learns too from here, at {BACKBONE_RATE:g} times the learning rate", flush=True)
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
+            self._frozen, self.features = [], None
+            self._learn(self.network, config.compile)
+        elif self._frozen and self._cache_wanted:
+            self._cache_wanted, started = False, time.perf_counter()
+            found = compute_features(self.network, self.data, self.scale, bool(config.flip))
+            if isinstance(found, str):
+                print(f"the backbone sees all pictures in each epoch: {found}", flush=True)
+                return
+            self.features = found
+            views = "pictures and mirror images" if config.flip else "pictures"
+            print(f"features of the {views} computed in {time.perf_counter() - started:.1f} s", flush=True)
+            self._learn(_head(self.network))
+
+    def _inputs(self, places: Tensor, draws: Draws) -> tuple[Tensor, Mix | None]:
+        """What `_forward` takes: the pictures at `places`, augmented, uint8 (n, S, S, 3), and how to mix them; or
+        their features, float32 (n, D)."""
+        config = self.config
+        if self.features:
+            return self.features.choose(places, draws).to(self.device, non_blocking=True), None
+        crops = self.data.train.crops(places).to(self.device, non_blocking=True)
+        crops = flip_and_shift(crops, bool(config.flip), config.crop_padding or 0, draws)
+        crops = jitter(crops, config.jitter, draws)
+        return crops, draw_mix(config.mixup, config.cutmix, crops.shape[1], self.generator)
+
+    def _forward(self, inputs: Tensor, targets: Tensor, mix: Mix | None) -> tuple[Tensor, Tensor]:
         """Summed loss and right answers of n pictures, given n + 1: the first is only the second's neighbour."""
-        images, wanted = normalise(crops[1:], *self.scale), [(1.0, targets[1:])]
+        own, wanted = inputs[1:], [(1.0, targets[1:])]
+        if not self.features:
+            own = normalise(own, *self.scale)
         if mix:
-            images = mix(images, normalise(crops[:-1], *self.scale))
+            own = mix(own, normalise(inputs[:-1], *self.scale))
             wanted = [(mix.kept, targets[1:]), (1 - mix.kept, targets[:-1])]
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        if self.config.channels_last and not self.features:
+            own = own.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
-            logits = self._learner(images)
+            logits = self._learner(own)
         answers = logits.detach().argmax(dim=1)
         loss, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for weight, labels in wanted:
@@ -344,6 +404,10 @@ class Trainer:
     def _fingerprint(self) -> str:
         names = "\n".join((*self.data.train.names, "", *self.data.val.names))
         return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
+
+def _head(network: nn.Module) -> nn.Module:
+    return network.get_submodule(architectures.head_name(network))
 
 
 def _random_states(device: torch.device) -> dict[str, Any]:

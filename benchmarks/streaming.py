@@ -1,0 +1,113 @@
+"""How much memory a training run takes whose pictures do not fit, and what it costs in speed.
+
+    python -m benchmarks.streaming
+
+Makes JPEG files of 500×375 px, SOME different ones; the rest are further names of theirs. Trains on them with
+`python train.py` as a user would, and watches the resident memory of the process. At 224 px 100,000 of them are 15 GB
+decoded, which has to be over half of the machine's free memory. simplecnn is so quick that its rate is that of the
+pictures' way to it; ResNet-18 is what would be trained. Writes benchmarks/results/streaming.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from PIL import Image
+
+from benchmarks.machine import describe
+from model.files import write_text
+
+PROJECT = Path(__file__).resolve().parent.parent
+SOME = 1000
+IN_MEMORY = 10_000  # pictures of the run that it is compared with
+CUTS = ["--val-fraction", "0.01", "--test-fraction", "0.01", "--size", "224"]
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    """`count` files in two classes: cuts of scikit-learn's two photographs, enlarged."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = [Image.fromarray(image) for image in load_sample_images().images]
+    chance = np.random.default_rng(0)
+    files: list[Path] = []
+    for place in range(count):
+        path = folder / f"class-{place % 2}" / f"{place:06}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if place >= SOME:
+            os.link(files[place % SOME], path)
+            continue
+        width = int(chance.integers(200, 500))
+        height = width * 3 // 4
+        x, y = int(chance.integers(0, 640 - width + 1)), int(chance.integers(0, 427 - height + 1))
+        cut = photographs[place % 2].crop((x, y, x + width, y + height)).resize((500, 375), Image.Resampling.BICUBIC)
+        cut.save(path, "JPEG", quality=85)
+        files.append(path)
+
+
+def watch(arguments: Sequence[str]) -> dict[str, Any]:
+    """Runs train.py; its summary, the resident memory at its highest, and what it said about streaming."""
+    command = [sys.executable, "train.py", "--json", *arguments]
+    with tempfile.TemporaryFile("w+") as said:
+        child = psutil.Popen(command, cwd=PROJECT, stdout=said)
+        peak = 0
+        while child.poll() is None:
+            try:
+                peak = max(peak, child.memory_info().rss)
+            except psutil.Error:
+                break
+            time.sleep(0.02)
+        if child.wait():
+            raise subprocess.CalledProcessError(child.returncode, command)
+        said.seek(0)
+        lines = said.read().splitlines()
+    trained = json.loads(lines[-1])["train"]
+    streams = next((line for line in lines if "stream" in line), "")
+    return {"mebibytes": peak / 2**20, "streams": streams, **trained}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=100_000, help="(100,000)")
+    parser.add_argument("--minutes", type=float, default=2, help="training of ResNet-18 (2)")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/streaming.json"))
+    options = parser.parse_args(arguments)
+    results: dict[str, dict[str, Any]] = {}
+    minutes = options.minutes
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_pictures(folder / "all", options.pictures)
+        make_pictures(folder / "some", IN_MEMORY)
+        runs = {
+            "simplecnn, in memory": ["--data", str(folder / "some"), "--arch", "simplecnn", "--epochs", "1"],
+            "simplecnn, streamed": ["--data", str(folder / "all"), "--arch", "simplecnn", "--epochs", "1"],
+            "resnet18, streamed": ["--data", str(folder / "all"), "--arch", "resnet18", "--minutes", f"{minutes:g}"],
+        }
+        for name, given in runs.items():
+            row = watch([*given, *CUTS, "--out", str(folder / "run")])
+            row["reading_per_second"] = row["pictures"] / row["data_seconds"]
+            if "--epochs" in given:
+                row["training_per_second"] = row["pictures"] / row["seconds"]
+            results[name] = row
+            print(f"{name}: {json.dumps(row)}", flush=True)
+    machine = describe("torch", "torchvision", "pillow")
+    write_text(options.json, json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    print(json.dumps(machine))
+    for name, row in results.items():
+        rate = f", {row['training_per_second']:.0f}/s trained" if "training_per_second" in row else ""
+        print(f"{name:22} {row['mebibytes']:6.0f} MiB resident; {row['reading_per_second']:.0f}/s read{rate}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

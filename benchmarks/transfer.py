@@ -1,0 +1,117 @@
+"""What a backbone that was trained on eight classes is worth for two others, of which there are few pictures.
+
+    python -m benchmarks.transfer --data ../shared/data/cifar10-jpeg.tar.xz
+
+The fast recipe trains on the other eight classes of the data for --minutes. Then each way of RUNS gets the same 100
+pictures of each of the two classes (others for each seed), of which a tenth are for validation, and is scored on the
+whole test split of the two. Seconds are those of training. Writes benchmarks/results/transfer.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe
+from model.files import write_text
+from train import train
+from training.config import make_config
+from training.data import read_split
+
+ARCH = "fastnet_small"
+PICTURES = 100  # of each of the two classes
+
+WEIGHTS = {"weights": "backbone/model.pt"}
+RUNS: dict[str, dict[str, Any]] = {
+    "from scratch": {"epochs": 100},
+    "from scratch, fast recipe": {"recipe": "fast", "val_fraction": 0.1, "batch_size": 64, "epochs": 100},
+    "all of it, from the weights": {**WEIGHTS, "epochs": 30},
+    "head, pictures augmented anew": {**WEIGHTS, "freeze": True, "cache_features": False, "epochs": 30},
+    "head, features cached": {**WEIGHTS, "freeze": True, "epochs": 30},
+    "head, unfrozen after 10 of 30": {**WEIGHTS, "freeze": True, "unfreeze_at": 10, "epochs": 30},
+}
+
+
+def write_pictures(pictures: Iterable[tuple[str, bytes]], folder: Path) -> None:
+    """`pictures`: label and file."""
+    for number, (label, body) in enumerate(pictures):
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        (folder / label / f"{number:05}.jpg").write_bytes(body)
+
+
+def run(options: dict[str, Any]) -> tuple[float, float]:
+    """Test accuracy and seconds of `train.py` with these options; `recipe` is one of them."""
+    options = dict(options)
+    recipe = options.pop("recipe", None)
+    with contextlib.redirect_stdout(io.StringIO()):
+        metrics = train(make_config(None, options, recipe))
+    return metrics["test"]["accuracy"], metrics["train"]["seconds"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="cifar10", help="32 px pictures, as train.py's --data (cifar10)")
+    parser.add_argument("--classes", default="automobile,truck", help="the two (automobile,truck)")
+    parser.add_argument("--minutes", type=float, default=3, help="training of the backbone (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="seeds, each with other pictures (3)")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/transfer.json"))
+    options = parser.parse_args(arguments)
+    two = options.classes.split(",")
+    results: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        few: dict[str, list[bytes]] = defaultdict(list)  # by class
+        for split in ("train", "test"):
+            found = [(label, body) for _, label, body in read_split(options.data, split, val_fraction=0.001)]
+            write_pictures((item for item in found if item[0] not in two), folder / "eight" / split)
+            if split == "test":
+                write_pictures((item for item in found if item[0] in two), folder / "two" / split)
+                continue
+            for label, body in found:
+                if label in two:
+                    few[label].append(body)
+        recipe = {"recipe": "fast", "arch": ARCH, "minutes": options.minutes}
+        backbone = run({"data": str(folder / "eight"), "out": str(folder / "backbone"), **recipe})
+        print(f"{ARCH} on eight classes: {backbone[0]:.2%}, {backbone[1]:.0f} s", flush=True)
+        for seed in range(options.rounds):
+            data = folder / f"seed{seed}"
+            chosen = ((label, b) for label, all_ in few.items() for b in random.Random(seed).sample(all_, PICTURES))
+            write_pictures(chosen, data / "train")
+            (data / "test").symlink_to(folder / "two" / "test")
+            for name, given in RUNS.items():
+                given = {"data": str(data), "out": str(folder / "run"), "arch": ARCH, "seed": seed, **given}
+                if "weights" in given:
+                    given["weights"] = str(folder / given["weights"])
+                results[name].append(run(given))
+                print(f"seed {seed}  {name:30} {results[name][-1][0]:.2%}, {results[name][-1][1]:.1f} s", flush=True)
+    rows = {
+        name: {
+            "test_accuracy": statistics.median(a for a, _ in found),
+            "seconds": statistics.median(s for _, s in found),
+        }
+        | {"runs": found}
+        for name, found in results.items()
+    }
+    earlier = json.loads(options.json.read_text()) if options.json.exists() else {}
+    machine = describe("torch", "torchvision", "pillow")
+    kept = earlier.get("results", {}) if earlier.get("machine") == machine else {}
+    kept[options.classes] = {"arch": ARCH, "backbone": backbone, "pictures_of_each": PICTURES, "ways": rows}
+    write_text(options.json, json.dumps({"machine": machine, "results": kept}, indent=2) + "\n")
+    print(json.dumps(machine))
+    for name, row in rows.items():
+        print(f"{name:30} test top-1 {row['test_accuracy']:.2%}, {row['seconds']:.1f} s (medians of {options.rounds})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""A frozen backbone: what its head sees is computed once, and the backbone can learn later."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import resume as kills
+from model import architectures, checkpoint
+from tests.folders import make_folder
+from tests.test_distributed import torchrun
+from train import main
+from training import data as training_data
+from training import features as features_module
+from training import loop
+from training.config import TrainConfig
+from training.features import Features, compute_features, headless
+from training.trainer import BACKBONE_RATE, Trainer
+
+SCALE = torch.full((3,), 0.5), torch.full((3,), 0.25)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return training_data.load("digits", size=32, resize=32)
+
+
+def make(data, arch="fastnet_small", **options):
+    torch.manual_seed(0)
+    defaults = {"size": 32, "crop_padding": 0, "batch_size": 64, "optimizer": "sgd", "flip": True, "freeze": True}
+    network = architectures.build(arch, 10, 32)
+    return Trainer(network, data, TrainConfig(data="digits", arch=arch, out="x", **defaults | options), SCALE)
+
+
+def tensors(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def changed(network, before):
+    return {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3, "ema": 0.9, "label_smoothing": 0.1}], ids=str)
+def test_a_head_learns_from_features_what_it_learns_from_pictures(digits, options):
+    """The same order and the same mirror images, so the same steps; only the backbone runs once instead of thrice."""
+    cached, anew = make(digits, **options), make(digits, cache_features=False, **options)
+    start = tensors(cached.network)
+    for _ in range(3):
+        rows = [trainer.train_one_epoch() for trainer in (cached, anew)]
+        assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+    assert isinstance(cached.features, Features)
+    assert anew.features is None
+    assert changed(cached.network, start) == {"classifier.weight"}
+    assert torch.allclose(cached.network.classifier.weight, anew.network.classifier.weight, atol=1e-5)
+    assert torch.allclose(cached.evaluate(), anew.evaluate(), atol=1e-5)
+
+
+def test_the_backbone_sees_each_picture_once(digits, monkeypatch):
+    trainer, seen = make(digits), []
+    trainer.network.whitening.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    for _ in range(3):
+        trainer.train_one_epoch()
+        trainer.evaluate()
+    assert sum(seen) == 2 * len(digits.train) + len(digits.val) + 2 * 2  # twice two pictures for a look at the layers
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_features_are_those_of_the_pictures(digits, flip):
+    network = architectures.build("simplecnn", 10, 32)
+    found = compute_features(network, digits, SCALE, flip)
+    assert (found.train.shape, found.val.shape) == ((1 + flip, len(digits.train), 84), (len(digits.val), 84))
+    crops = digits.train.crops(torch.tensor([3, 900])).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        for view, images in zip(found.train, (crops, crops.flip(3)), strict=False):
+            logits = network((images - 0.5) / 0.25)
+            assert torch.allclose(network.classifier[-1](view[[3, 900]]), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "vit_b_16", "densenet121", "googlenet", "swin_t"])
+def test_the_last_layer_of_torchvisions_networks_is_the_head(arch, digits):
+    network = architectures.build(arch, 10, 64 if arch == "googlenet" else 32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        logits = network(images)
+        with headless(network):
+            seen = network(images)
+        assert torch.allclose(network.get_submodule(architectures.head_name(network))(seen), logits, atol=1e-5)
+
+
+def test_a_network_that_goes_on_after_its_last_layer_trains_all_the_same(digits, capsys):
+    trainer = make(digits, "squeezenet1_0")
+    trainer.data = training_data.Data(
+        **{**vars(digits), "train": training_data.Split(
+            digits.train.pixels, digits.train.rows[:130], digits.train.targets[:130], digits.train.names[:130]
+        )}
+    )  # fmt: skip
+    start = tensors(trainer.network)
+    trainer.train_one_epoch()
+    assert trainer.features is None
+    assert "sees all pictures in each epoch: the network goes on after its last layer" in capsys.readouterr().out
+    assert changed(trainer.network, start) == {"classifier.1.weight", "classifier.1.bias"}
+
+
+def test_features_that_do_not_fit_are_not_kept(digits, monkeypatch, capsys):
+    monkeypatch.setattr(features_module, "free_memory", lambda: 1_000_000)
+    trainer = make(digits)
+    trainer.train_one_epoch()
+    assert trainer.features is None
+    assert "they would take 0.0 GB, over half of the free memory" in capsys.readouterr().out
+
+
+def test_the_backbone_learns_from_the_epoch_on_that_was_named(digits, capsys):
+    trainer = make(digits, unfreeze_at=2, crop_padding=4, momentum=0.0, weight_decay=0.0)
+    start = tensors(trainer.network)
+    for epoch in range(3):
+        trainer.train_one_epoch()
+        trainer.history.append({})
+        assert bool(trainer.features) == (epoch < 2)
+        assert ("blocks.1.conv2.weight" in changed(trainer.network, start)) == (epoch == 2)
+        assert ("blocks.1.norm2.running_mean" in changed(trainer.network, start)) == (epoch == 2)
+    kept = set(start) - changed(trainer.network, start)
+    assert kept == {"whitening.weight"}  # which is never trained
+    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    assert max(rates) == pytest.approx(min(rates) / BACKBONE_RATE)
+    assert "the backbone learns too from here, at 0.1 times the learning rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_run_that_ends_before_or_after_the_thaw_goes_on_with_the_same_bits(tmp_path, monkeypatch, epoch):
+    options = ["--data", "digits", "--arch", "fastnet_small", "--freeze", "--unfreeze-at", "2", "--epochs", "4"]
+    assert main([*options, "--out", str(tmp_path / "whole")]) == 0
+    real = loop.write_history
+
+    def killed(history, out):
+        real(history, out)
+        if len(history) == epoch:
+            raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(loop, "write_history", killed)
+        main([*options, "--out", str(tmp_path / "killed")])
+    assert main(["--resume", str(tmp_path / "killed")]) == 0
+    assert kills.differences(tmp_path / "whole", tmp_path / "killed") == []
+
+
+def test_transfer_from_a_run_of_other_classes(tmp_path, capsys):
+    """The command of the README, with weights of ours: a head for other classes, trained on few pictures."""
+    data = ["--data", "digits", "--arch", "fastnet_small"]
+    assert main([*data, "--epochs", "2", "--out", str(tmp_path / "digits")]) == 0
+    weights = tmp_path / "digits" / "model.pt"
+    folder = make_folder(tmp_path / "colours", count=20)
+    capsys.readouterr()
+    options = ["--arch", "fastnet_small", "--weights", str(weights), "--freeze", "--lr", "0.1", "--epochs", "20"]
+    assert main(["--data", str(folder), *options, "--out", str(tmp_path / "colours-run")]) == 0
+    said = capsys.readouterr().out
+    assert "features of the pictures and mirror images computed in" in said
+    assert "shift 0 px" in said
+    before, after = checkpoint.load_state_dict(weights), checkpoint.load_state_dict(tmp_path / "colours-run/model.pt")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"classifier.weight"}
+    assert "test: 100.00%" in said
+
+
+def test_two_processes_train_a_head_as_one_does(tmp_path):
+    options = ["--data", "digits", "--arch", "fastnet_small", "--optimizer", "sgd", "--freeze", "--unfreeze-at", "2"]
+    options += ["--batch-size", "60", "--epochs", "3", "--flip", "--crop-padding", "2"]
+    assert main([*options, "--out", str(tmp_path / "one")]) == 0
+    done = torchrun(*options, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    expected, got = (checkpoint.load(tmp_path / name / "last.ckpt")["history"] for name in ("one", "two"))
+    for a, b in zip(expected, got, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--freeze", "--jitter", "0.1"], "--jitter 0.1: --freeze computes the features of each picture once"),
+        (["--freeze", "--crop-padding", "2"], "or pass --no-cache-features, which is slower"),
+        (["--unfreeze-at", "3"], "--unfreeze-at 3: there is nothing to end without --freeze; pass both"),
+        (["--freeze", "--unfreeze-at", "3", "--optimizer", "muon"], "pass --optimizer sgd or adamw"),
+    ],
+    ids=str,
+)
+def test_options_that_exclude_each_other(arguments, message, tmp_path, capsys):
+    assert main(["--data", "digits", "--out", str(tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_augmentation_with_a_frozen_backbone_is_possible(digits):
+    trainer = make(digits, "simplecnn", cache_features=False, jitter=0.2, crop_padding=4, mixup=0.2)
+    start = tensors(trainer.network)
+    trainer.train_one_epoch()
+    assert changed(trainer.network, start) == {"classifier.4.weight", "classifier.4.bias"}
+    assert isinstance(trainer.network.features, nn.Sequential)  # the network's own
