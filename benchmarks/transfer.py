@@ -35,10 +35,10 @@ WEIGHTS = {"weights": "backbone/model.pt"}
 RUNS: dict[str, dict[str, Any]] = {
     "from scratch": {"epochs": 100},
     "from scratch, fast recipe": {"recipe": "fast", "val_fraction": 0.1, "batch_size": 64, "epochs": 100},
-    "all of it, from the weights": {**WEIGHTS, "epochs": 30},
-    "head, pictures augmented anew": {**WEIGHTS, "freeze": True, "cache_features": False, "epochs": 30},
-    "head, features cached": {**WEIGHTS, "freeze": True, "epochs": 30},
-    "head, unfrozen after 10 of 30": {**WEIGHTS, "freeze": True, "unfreeze_at": 10, "epochs": 30},
+    "all of it, from the weights": {**WEIGHTS, "lr": 1e-3, "epochs": 30},
+    "head, pictures augmented anew": {**WEIGHTS, "freeze": True, "cache_features": False, "lr": 0.03, "epochs": 60},
+    "head, features cached": {**WEIGHTS, "freeze": True, "lr": 0.03, "epochs": 60},
+    "head, unfrozen after 10 of 30": {**WEIGHTS, "freeze": True, "unfreeze_at": 10, "lr": 0.01, "epochs": 30},
 }
 
 

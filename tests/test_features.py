@@ -194,3 +194,13 @@ def test_augmentation_with_a_frozen_backbone_is_possible(digits):
     trainer.train_one_epoch()
     assert changed(trainer.network, start) == {"classifier.4.weight", "classifier.4.bias"}
     assert isinstance(trainer.network.features, nn.Sequential)  # the network's own
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "better"), [(0.9, 9.0, True), (0.8, 0.4, True), (0.8, 0.5, False), (0.7, 0.1, False)]
+)
+def test_of_two_epochs_that_are_equally_right_the_surer_one_is_kept(accuracy, loss, better):
+    """On the few pictures that transfer learning validates on they often are."""
+    best = {"epoch": 1, "accuracy": 0.8, "loss": 0.5}
+    assert loop.is_better({"accuracy": accuracy, "loss": loss}, best) == better
+    assert loop.is_better({"accuracy": 0.0, "loss": 99.0}, {"epoch": 0, "accuracy": -1.0, "loss": 0.0})

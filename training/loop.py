@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,9 @@ def fit(trainer: Trainer, out: Path) -> None:
             f"val {row['val_accuracy']:.2%}  {row['seconds']:.0f} s",
             flush=True,
         )
-        if val["accuracy"] > trainer.best["accuracy"]:
-            trainer.best = {"epoch": row["epoch"], "accuracy": val["accuracy"], "network": snapshot(trainer.averaged)}
+        if is_better(val, trainer.best):
+            best = {"epoch": row["epoch"], "accuracy": val["accuracy"], "loss": val["loss"]}
+            trainer.best = {**best, "network": snapshot(trainer.averaged)}
         state = trainer.state()
         if board:
             checkpoint.save(state, out / "last.ckpt")
@@ -82,6 +84,11 @@ def train_one_epoch(trainer: Trainer, show: Callable[[float, int], None], out: P
     except torch.OutOfMemoryError:
         pass  # its traceback holds the batch; here it is gone, and there is room to try a smaller one
     raise OutOfMemory(trainer.out_of_memory())
+
+
+def is_better(val: dict[str, Any], best: dict[str, Any]) -> bool:
+    """By accuracy; of two that are equal, as they often are on few pictures, by the lower loss."""
+    return (val["accuracy"], -val["loss"]) > (best["accuracy"], -best["loss"])
 
 
 def is_over(trainer: Trainer) -> bool:

@@ -28,7 +28,7 @@ from training.features import Features, compute_features
 from training.muon import Muon
 from training.schedule import Schedule
 
-STATE_VERSION = 1  # of last.ckpt
+STATE_VERSION = 2  # of last.ckpt
 BACKBONE_RATE = 0.1  # of the learning rate, where the backbone was frozen at first
 STEPS_A_LOOK = 50  # between two looks at the loss: reading it waits for the device
 
@@ -99,7 +99,7 @@ class Trainer:
     network: the weights that are trained; `averaged` is what is evaluated and kept: their EMA if there is one.
     features: what the head sees of the pictures, while that is all that learns; else None.
     history: a row for each completed epoch, as in history.csv.
-    best: the best epoch so far: its number, val accuracy and state_dict.
+    best: the best epoch so far: its number, val accuracy and loss, and state_dict.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Trainer:
         self.network, self.data, self.config, self.scale = network, data, config, scale
         self.device = scale[0].device
         self.history: list[dict[str, float]] = []
-        self.best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0}
+        self.best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0, "loss": 0.0}
         self._batch = config.batch_size or 64
         self._check_parts()
         self._dtype = amp_dtype(config.amp, self.device)
