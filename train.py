@@ -175,6 +175,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         "train": {
             "seconds": round(trainer.schedule.seconds, 2),
             "data_seconds": round(data_seconds, 2),
+            "pictures_per_second": round(trainer.pictures_per_second, 1),
             "epochs": len(trainer.history),
             "best_epoch": best["epoch"],
             "pictures": len(data.train),
@@ -360,7 +361,8 @@ def summarise(out: Path, metrics: dict[str, Any]) -> None:
     test, trained = metrics["test"], metrics["train"]
     print(
         f"test: {test['accuracy']:.2%} of {test['pictures']:,} pictures (top-5 {test['top5']:.2%}, "
-        f"calibration error {test['ece']:.3f}); best epoch {trained['best_epoch']}, {trained['seconds']:.0f} s\n"
+        f"calibration error {test['ece']:.3f}); best epoch {trained['best_epoch']}, {trained['seconds']:.0f} s, "
+        f"{trained['pictures_per_second']:,.0f} pictures/s\n"
         f"report: {out / 'report' / 'index.html'}\nnext:   python -m export {out}"
     )
 

@@ -135,8 +135,14 @@ class Trainer:
         self.schedule = Schedule(self.optimizer, config, interrupted)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype is torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # of the order and the augmentation
+        self._seen, self._seconds = 0, 0.0
         self._learner: Callable[[Tensor], Tensor] = network
         self._learn(network, config.compile)
+
+    @property
+    def pictures_per_second(self) -> float:
+        """Of training alone, without evaluation; since the run began or went on."""
+        return self._seen / max(self._seconds, 1e-9)
 
     @property
     def averaged(self) -> nn.Module:
@@ -154,6 +160,7 @@ class Trainer:
         Raises:
             Diverged: the loss became infinite or no number.
         """
+        started = time.perf_counter()
         self._freeze_or_thaw()
         train_mode(self.network)
         batches = self._batches()
@@ -170,6 +177,7 @@ class Trainer:
                 on_step(self._check(losses, rates)[step], sum(map(len, batches[: step + 1])))
         values = self._check(losses, rates)
         seen = [len(places) for places in batches[: len(rates)]]
+        self._seen, self._seconds = self._seen + sum(seen), self._seconds + time.perf_counter() - started
         return {
             "loss": sum(value * count for value, count in zip(values, seen, strict=True)) / max(sum(seen), 1),
             "accuracy": float(distributed.total(correct)) / max(sum(seen), 1),
