@@ -31,6 +31,7 @@ OPTIONS = (
     "device",
 )
 BATCH = 256  # pictures; fewer where the GPU has no room for them
+CPU_PIXELS = 1 << 20  # of a batch on the CPU, where larger ones take memory and gain nothing
 
 
 def evaluate(
@@ -41,15 +42,18 @@ def evaluate(
     *,
     mirrored: bool = False,
     shown: str = "",
-    batch: int = BATCH,
+    batch: int | None = None,
 ) -> Tensor:
     """Logits of every picture, in order: float32 (N, C), on the CPU. Each process looks at its share of them.
 
     Args:
         mirrored: look at the mirror images.
         shown: name of a progress bar; none without it.
+        batch: pictures at a time; by default as many as suit the device.
     """
     network.eval()
+    if batch is None:
+        batch = min(BATCH, max(1, CPU_PIXELS // split.pixels.shape[1] ** 2)) if mean.device.type == "cpu" else BATCH
     share = distributed.share(len(split))
     hidden = not shown or distributed.rank() > 0 or not sys.stderr.isatty()
     starts = tqdm(range(share.start, share.stop, batch), desc=shown, unit="batches", leave=False, disable=hidden)
