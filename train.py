@@ -44,10 +44,11 @@ from training.evaluation import SPLITS, evaluate, evaluate_run
 from training.loop import fit
 from training.memory import keep_freed
 from training.metrics import calibrated_score
+from training.optimizer import default_lr
 from training.report import write_report
 from training.resume import RESUMABLE, resumed_config
 from training.sources import BUILT_IN
-from training.trainer import Diverged, OutOfMemory, Trainer, default_lr
+from training.trainer import Diverged, OutOfMemory, Trainer
 
 WHITENED_BY = 5000  # pictures, at most
 SWITCHES = (
@@ -139,8 +140,6 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """
     out, started = Path(config.out), time.perf_counter()
     device = pick_device(config.device)
-    if device.type == "cpu":
-        keep_freed()
     config = resolve_size(config)
 
     # Data
@@ -150,6 +149,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     announce(config, data, device, data_seconds)
 
     # Network
+    if device.type == "cpu":
+        keep_freed()
     torch.manual_seed(config.seed)
     network, mean, std = make_network(config, data)
     network.to(device)
@@ -332,7 +333,7 @@ def resolve_defaults(config: TrainConfig, data: Data) -> TrainConfig:
         config,
         flip=data.flips if config.flip is None else config.flip,
         lr=config.lr or default_lr(config),
-        batch_size=config.batch_size or (32 if len(data.train) < 10_000 else 64),
+        batch_size=config.batch_size or (64 if len(data.train) >= 10_000 and (config.size or 0) < 128 else 32),
     )
 
 

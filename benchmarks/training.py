@@ -98,7 +98,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "resnet18 10 minutes": {"arch": "resnet18", "minutes": 10.0},
 }
 
-# One change each, of the recipe for 3 minutes.
+# One change each, of the recipe for minutes.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "AdamW instead of Muon": {"optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.01, "warmup": 0.05},
@@ -134,12 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default="cifar10", help="32 px pictures, as train.py's --data (cifar10)")
     parser.add_argument("--rounds", type=int, default=3, help="seeds; all take turns in each (3)")
     parser.add_argument("--only", help=f"of {', '.join(('classic', *RUNS))}; separated by commas")
-    parser.add_argument("--ablate", action="store_true", help="what each part of the recipe is worth, 3 minutes each")
+    parser.add_argument("--ablate", action="store_true", help="what each part of the recipe is worth")
+    parser.add_argument("--minutes", type=float, default=3, help="of each of these (3)")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/training.json"))
     options = parser.parse_args(arguments)
     runs = RUNS
     if options.ablate:
-        runs = {name: RUNS["fast 3 minutes"] | change for name, change in ABLATIONS.items()}
+        recipe = RUNS["fast 3 minutes"] | {"minutes": options.minutes}
+        runs = {name: recipe | change for name, change in ABLATIONS.items()}
     wanted = options.only.split(",") if options.only else [*runs] if options.ablate else ["classic", *runs]
     if unknown := sorted(set(wanted) - {"classic", *runs}):
         parser.error(f"--only: nothing is called {unknown[0]!r}; there are {', '.join(('classic', *runs))}")

@@ -1,12 +1,16 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from model import checkpoint
 from model.pictures import crop
 from tests.folders import as_zip, make_folder
+from train import main
 from training import data as training_data
-from training.data import cut_splits, load, read_split
+from training.data import FilePixels, cut_splits, load, read_split
 from training.sources import DataError, Entry
 
 
@@ -106,3 +110,31 @@ def test_what_does_not_fit_in_memory_is_kept_in_a_file(tmp_path, monkeypatch, ca
     got = load(str(folder), size=16, resize=16, scratch=tmp_path)
     assert "temporary file" in capsys.readouterr().out
     assert torch.equal(got.train.crops(slice(None)), expected.train.crops(slice(None)))
+
+
+def test_a_run_that_streams_ends_with_the_bits_of_one_that_does_not(tmp_path, monkeypatch):
+    """Each batch but the first of an epoch was asked for while the one before it was trained on."""
+    train = ["--data", "digits", "--epochs", "2", "--mixup", "0.2", "--flip", "--jitter", "0.1"]
+    assert main([*train, "--out", str(tmp_path / "whole")]) == 0
+    waited, read = [], FilePixels._read
+
+    def noted(self, places):
+        waited.append(threading.current_thread() is threading.main_thread())
+        return read(self, places)
+
+    monkeypatch.setattr(FilePixels, "_read", noted)
+    monkeypatch.setattr(training_data, "free_memory", lambda: 1000)
+    assert main([*train, "--out", str(tmp_path / "streamed")]) == 0
+    weights = [checkpoint.load_state_dict(tmp_path / name / "model.pt") for name in ("whole", "streamed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    batches = -(-1295 // 32)
+    assert waited.count(False) == 2 * (batches - 1)  # in two epochs
+
+
+def test_a_temporary_file_that_was_cut_is_an_error(tmp_path):
+    pixels = FilePixels(4, 8, tmp_path)
+    pixels[3] = torch.full((8, 8, 3), 7, dtype=torch.uint8)
+    assert int(pixels[torch.tensor([3])].sum()) == 7 * 8 * 8 * 3
+    pixels._file.truncate(100)
+    with pytest.raises(OSError, match="cut short; is the disk full"):
+        pixels[torch.tensor([3])]

@@ -14,7 +14,8 @@ from training import features as features_module
 from training import loop
 from training.config import TrainConfig
 from training.features import Features, compute_features, headless
-from training.trainer import BACKBONE_RATE, Trainer
+from training.optimizer import BACKBONE_RATE
+from training.trainer import Trainer
 
 SCALE = torch.full((3,), 0.5), torch.full((3,), 0.25)
 

@@ -13,10 +13,11 @@ from model.files import sha256
 from train import main
 from training import data as training_data
 from training import trainer as trainer_module
+from training.amp import amp_dtype
 from training.config import TrainConfig
 from training.ema import Ema
 from training.tensorboard import Board
-from training.trainer import Trainer, amp_dtype
+from training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_amp_auto_is_bf16_where_the_device_computes_in_it(monkeypatch):
     for has in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, has=has: has)
         assert amp_dtype("auto", gpu) is (torch.bfloat16 if has else None)
-        monkeypatch.setattr("training.trainer.cpu_computes_bf16", lambda has=has: has)
+        monkeypatch.setattr("training.amp.cpu_computes_bf16", lambda has=has: has)
         assert amp_dtype("auto", cpu) is (torch.bfloat16 if has else None)
         assert amp_dtype("fp16", gpu) is torch.float16
     with pytest.raises(ValueError, match="--amp bf16: this GPU has no bfloat16; pass --amp fp16 or off"):

@@ -72,7 +72,7 @@ class TrainConfig:
     batch_size: int | None = _option(
         None,
         "optimisation",
-        "pictures per step, of all processes and parts together (default: 32 below 10,000 training pictures, else 64)",
+        "pictures per step, of all processes and parts together (default: 32; 64 for 10,000 and more of below 128 px)",
     )
     accumulate: int = _option(1, "optimisation", "parts that each batch goes through the network in, to save memory")
     optimizer: str = _option("adamw", "optimisation", "optimizer", ("adam", "adamw", "sgd", "muon"))

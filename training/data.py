@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,11 +43,23 @@ class FilePixels:
         self._row, self.shape = size * size * 3, (count, size, size, 3)
         self._file.truncate(count * self._row)
         self._readers = ThreadPoolExecutor(READERS)
+        self._ahead = ThreadPoolExecutor(1)
+        self._coming: tuple[Tensor, Future[Tensor]] | None = None
 
     def __setitem__(self, place: int, crop: Tensor) -> None:
         os.pwrite(self._file.fileno(), crop.contiguous().numpy().data, place * self._row)
 
     def __getitem__(self, places: Tensor) -> Tensor:
+        coming, self._coming = self._coming, None
+        if coming and torch.equal(coming[0], places):
+            return coming[1].result()
+        return self._read(places)
+
+    def read_ahead(self, places: Tensor) -> None:
+        """Begins to read what is likely to be asked for next."""
+        self._coming = places, self._ahead.submit(self._read, places)
+
+    def _read(self, places: Tensor) -> Tensor:
         rows = torch.empty((len(places), *self.shape[1:]), dtype=torch.uint8)
         views = rows.numpy()
 
@@ -74,6 +86,11 @@ class Split:
     def crops(self, chosen: Tensor | slice) -> Tensor:
         """uint8 (n, S, S, 3) of the chosen pictures."""
         return self.pixels[self.rows[chosen]]
+
+    def read_ahead(self, chosen: Tensor) -> None:
+        """Says that these are wanted next: where pictures stream from a file, they are read meanwhile."""
+        if isinstance(self.pixels, FilePixels):
+            self.pixels.read_ahead(self.rows[chosen])
 
     def __len__(self) -> int:
         return len(self.names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,17 @@ from model.architectures import train_mode
 from model.checkpoint import CheckpointError
 from model.preprocessing import normalise
 from training import distributed
+from training.amp import amp_dtype
 from training.augmentation import Draws, Mix, draw_mix, flip_and_shift, jitter
 from training.config import TrainConfig
 from training.data import Data
 from training.ema import Ema
 from training.evaluation import evaluate
 from training.features import Features, compute_features
-from training.muon import Muon
+from training.optimizer import BACKBONE_RATE, make_optimizer
 from training.schedule import Schedule
 
 STATE_VERSION = 2  # of last.ckpt
-BACKBONE_RATE = 0.1  # of the learning rate, where the backbone was frozen at first
 STEPS_A_LOOK = 50  # between two looks at the loss: reading it waits for the device
 
 
@@ -39,58 +39,6 @@ class Diverged(RuntimeError):
 
 class OutOfMemory(RuntimeError):
     """The GPU's memory is too small. The message has the batch size and one that fits."""
-
-
-def default_lr(config: TrainConfig) -> float:
-    """The peak learning rate where none is given: a tenth for trained weights that are not frozen."""
-    fine_tuned = (config.pretrained or config.weights) and not config.freeze
-    return {"adam": 3e-3, "adamw": 3e-3, "sgd": 0.05, "muon": 0.24}[config.optimizer] * (0.1 if fine_tuned else 1.0)
-
-
-def make_optimizer(
-    network: nn.Module, config: TrainConfig, backbone: Sequence[nn.Parameter] = ()
-) -> torch.optim.Optimizer:
-    """The optimizer over what is trainable; weight decay on matrices only, not on biases and norms.
-
-    Args:
-        backbone: parameters that are frozen now and will learn later, at BACKBONE_RATE.
-    """
-    lr = config.lr or default_lr(config)
-    trainable = [p for p in network.parameters() if p.requires_grad]
-    if config.optimizer == "muon":
-        return Muon(trainable, lr, config.momentum, config.weight_decay)
-    groups = [
-        {"params": [p for p in some if (p.ndim > 1) == matrices], "lr": rate, "weight_decay": decay}
-        for some, rate in ((trainable, lr), (backbone, BACKBONE_RATE * lr))
-        for matrices, decay in ((True, config.weight_decay), (False, 0.0))
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0)
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=lr)
-
-
-def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type that autocast computes in; None for float32 throughout.
-
-    Raises:
-        ValueError: the GPU has no bfloat16.
-    """
-    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if amp == "bf16" and not has_bf16:
-        raise ValueError("--amp bf16: this GPU has no bfloat16; pass --amp fp16 or off")
-    if amp == "auto":
-        is_fast = has_bf16 if device.type == "cuda" else device.type == "cpu" and cpu_computes_bf16()
-        amp = "bf16" if is_fast else "off"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-
-
-def cpu_computes_bf16() -> bool:
-    """Whether the processor multiplies in bfloat16; others convert, which is slower than float32."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)  # the last one is ARM's
 
 
 class Trainer:
@@ -170,7 +118,7 @@ class Trainer:
         for step, places in enumerate(batches):
             if not self.schedule.before_step(len(self.history), step / len(batches)):
                 break
-            losses[step], right = self.step(places)
+            losses[step], right = self.step(places, batches[step + 1] if step + 1 < len(batches) else None)
             correct += right
             rates.append(self.schedule.lr)
             if step % STEPS_A_LOOK == 0:
@@ -184,22 +132,24 @@ class Trainer:
             "steps": len(rates),
         }
 
-    def step(self, places: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, places: Tensor, coming: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One step of the optimizer on a batch; this process takes its share of it, in `accumulate` parts.
 
         The gradient is that of the mean loss over the whole batch, however it is cut.
 
         Args:
             places: int64 (B,), of the pictures in the train split; the same in every process.
+            coming: those of the next step, which can be read meanwhile.
 
         Returns:
             Loss and right answers of the share; the losses of all shares add up to the batch's mean loss.
         """
         config, batch = self.config, len(places)
-        share = distributed.share(batch)
-        rows = torch.arange(share.start - 1, share.stop) % batch  # one more in front: the first one's neighbour
+        rows = _own_rows(batch)
         draws = Draws(self.generator, batch, rows)
         inputs, mix = self._inputs(places[rows], draws)
+        if coming is not None and not self.features:
+            self.data.train.read_ahead(coming[_own_rows(len(coming))])
         targets = self.data.train.targets[places[rows]].to(self.device, non_blocking=True)
         losses = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
@@ -412,6 +362,12 @@ class Trainer:
     def _fingerprint(self) -> str:
         names = "\n".join((*self.data.train.names, "", *self.data.val.names))
         return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
+
+def _own_rows(batch: int) -> Tensor:
+    """This process's places in a batch, int64, and one more in front: the first one's neighbour."""
+    share = distributed.share(batch)
+    return torch.arange(share.start - 1, share.stop) % batch
 
 
 def _head(network: nn.Module) -> nn.Module:
