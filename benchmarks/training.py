@@ -106,7 +106,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "float32 instead of bfloat16": {"amp": "off"},
     "channels first": {"channels_last": False},
     "no label smoothing": {"label_smoothing": 0.0},
-    "batches of 128": {"batch_size": 128, "lr": 0.12},
+    "batches of 256": {"batch_size": 256, "lr": 0.085},
     "shifts of 4 px": {"crop_padding": 4},
     "cosine schedule": {"schedule": "cosine"},
     "EMA of 0.99": {"ema": 0.99},

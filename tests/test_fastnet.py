@@ -3,7 +3,9 @@ import torch
 
 from model import architectures
 from model.fastnet import FastNet
-from training.muon import Muon, orthogonal
+from training.config import TrainConfig
+from training.muon import HEAD, SHIFTS, VECTORS, Muon, orthogonal
+from training.optimizer import make_optimizer
 
 
 def correlated(count: int = 500) -> torch.Tensor:
@@ -67,6 +69,21 @@ def test_muon_trains_parameters_of_every_shape():
         p.grad = torch.ones_like(p)
     Muon(parameters, lr=0.1).step()
     assert all((p != 1).all() for p in parameters)
+
+
+def test_the_shifts_of_norms_without_a_scale_learn_faster_than_other_vectors():
+    def rates(arch):
+        network = architectures.build(arch, 10, 32)
+        optimizer = make_optimizer(network, TrainConfig(data="x", out="x", optimizer="muon", lr=0.1))
+        by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        return {name: by_id[id(p)] for name, p in network.named_parameters() if p.requires_grad}
+
+    fastnet = rates("fastnet_small")
+    assert {rate for name, rate in fastnet.items() if "norm" in name} == {SHIFTS * 0.1}
+    assert fastnet["whitening.bias"] == VECTORS * 0.1
+    assert fastnet["classifier.weight"] == HEAD * 0.1
+    assert fastnet["blocks.0.conv1.weight"] == 0.1
+    assert max(rates("resnet18").values()) == HEAD * 0.1
 
 
 def test_muon_keeps_the_norm_of_filters_and_moves_the_rest_as_nesterov_sgd_does():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from model.fastnet import ShiftNorm
 from training.config import TrainConfig
 from training.muon import Muon
 
@@ -30,7 +31,8 @@ def make_optimizer(
     lr = config.lr or default_lr(config)
     trainable = [p for p in network.parameters() if p.requires_grad]
     if config.optimizer == "muon":
-        return Muon(trainable, lr, config.momentum, config.weight_decay)
+        shifts = [module.bias for module in network.modules() if isinstance(module, ShiftNorm)]
+        return Muon(trainable, lr, config.momentum, config.weight_decay, shifts)
     groups = [
         {"params": [p for p in some if (p.ndim > 1) == matrices], "lr": rate, "weight_decay": decay}
         for some, rate in ((trainable, lr), (backbone, BACKBONE_RATE * lr))
