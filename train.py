@@ -149,7 +149,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     announce(config, data, device, data_seconds)
 
     # Network
-    if device.type == "cpu":
+    if device.type == "cpu" and (config.size or 0) < 128:
         keep_freed()
     torch.manual_seed(config.seed)
     network, mean, std = make_network(config, data)

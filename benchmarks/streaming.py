@@ -34,6 +34,14 @@ IN_MEMORY = 10_000  # pictures of the run that it is compared with
 CUTS = ["--val-fraction", "0.01", "--test-fraction", "0.01", "--size", "224"]
 
 
+RUNS = {
+    "simplecnn, in memory": ("some", "simplecnn"),
+    "simplecnn, streamed": ("all", "simplecnn"),
+    "resnet18, in memory": ("some", "resnet18"),
+    "resnet18, streamed": ("all", "resnet18"),
+}
+
+
 def make_pictures(folder: Path, count: int) -> None:
     """`count` files in two classes: cuts of scikit-learn's two photographs, enlarged."""
     from sklearn.datasets import load_sample_images
@@ -80,26 +88,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=100_000, help="(100,000)")
     parser.add_argument("--minutes", type=float, default=1, help="of each training (1)")
+    parser.add_argument("--only", help=f"one of: {'; '.join(RUNS)}")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/streaming.json"))
     options = parser.parse_args(arguments)
+    wanted = [options.only] if options.only else [*RUNS]
+    if options.only and options.only not in RUNS:
+        parser.error(f"--only: nothing is called {options.only!r}; there are {'; '.join(RUNS)}")
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_pictures(folder / "all", options.pictures)
         make_pictures(folder / "some", IN_MEMORY)
-        for name, data, arch in (
-            ("simplecnn, in memory", "some", "simplecnn"),
-            ("simplecnn, streamed", "all", "simplecnn"),
-            ("resnet18, in memory", "some", "resnet18"),
-            ("resnet18, streamed", "all", "resnet18"),
-        ):
+        for name in wanted:
+            data, arch = RUNS[name]
             given = ["--data", str(folder / data), "--arch", arch, "--minutes", f"{options.minutes:g}"]
             row = watch([*given, *CUTS, "--out", str(folder / "run")])
             row["reading_per_second"] = row["pictures"] / row["data_seconds"]
             results[name] = row
             print(f"{name}: {json.dumps(row)}", flush=True)
     machine = describe("torch", "torchvision", "pillow")
-    write_text(options.json, json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    earlier = json.loads(options.json.read_text()) if options.json.exists() else {}
+    kept = earlier.get("results", {}) if earlier.get("machine") == machine else {}
+    write_text(options.json, json.dumps({"machine": machine, "results": kept | results}, indent=2) + "\n")
     print(json.dumps(machine))
     for name, row in results.items():
         rates = f"{row['reading_per_second']:.0f}/s read, {row['pictures_per_second']:.0f}/s trained"
