@@ -51,6 +51,7 @@ from training.sources import BUILT_IN
 from training.trainer import Diverged, OutOfMemory, Trainer
 
 WHITENED_BY = 5000  # pictures, at most
+LARGE = 128  # px: from here on memory is dear, and a step long
 SWITCHES = (
     "mixup",
     "cutmix",
@@ -149,7 +150,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     announce(config, data, device, data_seconds)
 
     # Network
-    if device.type == "cpu" and (config.size or 0) < 128:
+    if device.type == "cpu" and (config.size or 0) < LARGE:
         keep_freed()
     torch.manual_seed(config.seed)
     network, mean, std = make_network(config, data)
@@ -333,7 +334,7 @@ def resolve_defaults(config: TrainConfig, data: Data) -> TrainConfig:
         config,
         flip=data.flips if config.flip is None else config.flip,
         lr=config.lr or default_lr(config),
-        batch_size=config.batch_size or (64 if len(data.train) >= 10_000 and (config.size or 0) < 128 else 32),
+        batch_size=config.batch_size or (64 if len(data.train) >= 10_000 and (config.size or 0) < LARGE else 32),
     )
 
 

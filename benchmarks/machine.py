@@ -1,11 +1,16 @@
-"""What a figure was measured on."""
+"""What a figure was measured on, and where it is kept."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from model.files import write_text
 
 
 def describe(*packages: str) -> dict[str, str]:
@@ -19,6 +24,15 @@ def describe(*packages: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
+
+
+def keep(path: Path, machine: Mapping[str, str], key: str, rows: Mapping[str, Any]) -> None:
+    """Puts the rows beside those that the file holds already, if these are of the same machine and versions."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if earlier.get("machine") != machine:
+        earlier = {}
+    found = {"machine": machine, **earlier, key: {**earlier.get(key, {}), **rows}}
+    write_text(path, json.dumps(found, indent=2) + "\n")
 
 
 def _processor() -> str:

@@ -25,8 +25,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.machine import describe
-from model.files import write_text
+from benchmarks.machine import describe, keep
 
 PROJECT = Path(__file__).resolve().parent.parent
 SOME = 1000
@@ -64,7 +63,7 @@ def make_pictures(folder: Path, count: int) -> None:
 
 
 def watch(arguments: Sequence[str]) -> dict[str, Any]:
-    """Runs train.py; its summary, the resident memory at its highest, and what it said about streaming."""
+    """Runs train.py; its summary, the resident memory at its highest, and whether it said that the pictures stream."""
     command = [sys.executable, "train.py", "--json", *arguments]
     with tempfile.TemporaryFile("w+") as said:
         child = psutil.Popen(command, cwd=PROJECT, stdout=said)
@@ -80,8 +79,7 @@ def watch(arguments: Sequence[str]) -> dict[str, Any]:
         said.seek(0)
         lines = said.read().splitlines()
     trained = json.loads(lines[-1])["train"]
-    streams = next((line for line in lines if "stream" in line), "")
-    return {"mebibytes": peak / 2**20, "streams": streams, **trained}
+    return {"mebibytes": peak / 2**20, "streams": any("they stream from" in line for line in lines), **trained}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = [options.only] if options.only else [*RUNS]
     if options.only and options.only not in RUNS:
         parser.error(f"--only: nothing is called {options.only!r}; there are {'; '.join(RUNS)}")
+    machine = describe("torch", "torchvision", "pillow")
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -105,11 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row = watch([*given, *CUTS, "--out", str(folder / "run")])
             row["reading_per_second"] = row["pictures"] / row["data_seconds"]
             results[name] = row
+            keep(options.json, machine, "results", results)
             print(f"{name}: {json.dumps(row)}", flush=True)
-    machine = describe("torch", "torchvision", "pillow")
-    earlier = json.loads(options.json.read_text()) if options.json.exists() else {}
-    kept = earlier.get("results", {}) if earlier.get("machine") == machine else {}
-    write_text(options.json, json.dumps({"machine": machine, "results": kept | results}, indent=2) + "\n")
     print(json.dumps(machine))
     for name, row in results.items():
         rates = f"{row['reading_per_second']:.0f}/s read, {row['pictures_per_second']:.0f}/s trained"

@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, keep
 from model import architectures
-from model.files import write_text
 from train import train
 from training import data as training_data
 from training.config import make_config
@@ -83,11 +82,17 @@ def classic(data: training_data.Data | None, seed: int, epochs: int) -> tuple[fl
 
 
 def ours(source: str, seed: int, options: dict[str, Any]) -> tuple[float, float]:
+    """As `run`, into a folder that is thrown away."""
+    with tempfile.TemporaryDirectory() as out:
+        return run({"data": source, "out": out, "seed": seed, **options})
+
+
+def run(options: dict[str, Any]) -> tuple[float, float]:
     """Test accuracy and seconds of `train.py`, with its defaults but for `options`; `recipe` is one of them."""
     options = dict(options)
     recipe = options.pop("recipe", None)
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        metrics = train(make_config(None, {"data": source, "out": out, "seed": seed, **options}, recipe))
+    with contextlib.redirect_stdout(io.StringIO()):
+        metrics = train(make_config(None, options, recipe))
     return metrics["test"]["accuracy"], metrics["train"]["seconds"]
 
 
@@ -120,15 +125,6 @@ def medians(runs: list[tuple[float, float]]) -> dict[str, Any]:
     return {"test_accuracy": accuracy, "seconds": seconds, "runs": runs}
 
 
-def write(path: Path, machine: dict[str, str], key: str, rows: dict[str, Any]) -> None:
-    """Puts the rows beside those that the file holds already, if these are of the same machine and versions."""
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    if earlier.get("machine") != machine:
-        earlier = {}
-    earlier = {"machine": machine, **earlier, key: {**earlier.get(key, {}), **rows}}
-    write_text(path, json.dumps(earlier, indent=2) + "\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="32 px pictures, as train.py's --data (cifar10)")
@@ -154,9 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results[name].append(found)
             print(f"seed {seed}  {name:28} {found[0]:.2%}, {found[1]:.0f} s", flush=True)
             rows = {name: medians(found) for name, found in results.items() if found}
-            write(
-                options.json, machine, "ablations" if options.ablate else "results", rows
-            )  # at once: a run takes hours
+            keep(options.json, machine, "ablations" if options.ablate else "results", rows)  # now: all takes hours
     print(json.dumps(machine))
     for name, shown in rows.items():
         accuracy, seconds = shown["test_accuracy"], shown["seconds"]

@@ -10,11 +10,8 @@ whole test split of the two. Seconds are those of training. Writes benchmarks/re
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import random
-import statistics
 import sys
 import tempfile
 from collections import defaultdict
@@ -22,10 +19,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
-from model.files import write_text
-from train import train
-from training.config import make_config
+from benchmarks.machine import describe, keep
+from benchmarks.training import medians, run
 from training.data import read_split
 
 ARCH = "fastnet_small"
@@ -47,15 +42,6 @@ def write_pictures(pictures: Iterable[tuple[str, bytes]], folder: Path) -> None:
     for number, (label, body) in enumerate(pictures):
         (folder / label).mkdir(parents=True, exist_ok=True)
         (folder / label / f"{number:05}.jpg").write_bytes(body)
-
-
-def run(options: dict[str, Any]) -> tuple[float, float]:
-    """Test accuracy and seconds of `train.py` with these options; `recipe` is one of them."""
-    options = dict(options)
-    recipe = options.pop("recipe", None)
-    with contextlib.redirect_stdout(io.StringIO()):
-        metrics = train(make_config(None, options, recipe))
-    return metrics["test"]["accuracy"], metrics["train"]["seconds"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,19 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     given["weights"] = str(folder / given["weights"])
                 results[name].append(run(given))
                 print(f"seed {seed}  {name:30} {results[name][-1][0]:.2%}, {results[name][-1][1]:.1f} s", flush=True)
-    rows = {
-        name: {
-            "test_accuracy": statistics.median(a for a, _ in found),
-            "seconds": statistics.median(s for _, s in found),
-        }
-        | {"runs": found}
-        for name, found in results.items()
-    }
-    earlier = json.loads(options.json.read_text()) if options.json.exists() else {}
+    rows = {name: medians(found) for name, found in results.items()}
     machine = describe("torch", "torchvision", "pillow")
-    kept = earlier.get("results", {}) if earlier.get("machine") == machine else {}
-    kept[options.classes] = {"arch": ARCH, "backbone": backbone, "pictures_of_each": PICTURES, "ways": rows}
-    write_text(options.json, json.dumps({"machine": machine, "results": kept}, indent=2) + "\n")
+    summary = {"arch": ARCH, "backbone": backbone, "pictures_of_each": PICTURES, "ways": rows}
+    keep(options.json, machine, "results", {options.classes: summary})
     print(json.dumps(machine))
     for name, row in rows.items():
         print(f"{name:30} test top-1 {row['test_accuracy']:.2%}, {row['seconds']:.1f} s (medians of {options.rounds})")

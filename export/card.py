@@ -32,6 +32,7 @@ SETTINGS = (
     *("optimizer", "lr", "weight_decay", "momentum", "batch_size", "label_smoothing", "schedule", "warmup"),
     *("flip", "crop_padding", "jitter", "pretrained", "weights", "freeze", "seed"),
 )  # of config.yaml; its paths stay out of a file that is made to be published
+# Named where they are not this.
 OFF = {"unfreeze_at": 0, "mixup": 0, "cutmix": 0, "ema": 0, "clip_grad_norm": 0, "accumulate": 1, "amp": "off"}
 
 

@@ -1,5 +1,7 @@
 """A frozen backbone: what its head sees is computed once, and the backbone can learn later."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -55,7 +57,7 @@ def test_a_head_learns_from_features_what_it_learns_from_pictures(digits, option
     assert torch.allclose(cached.evaluate(), anew.evaluate(), atol=1e-5)
 
 
-def test_the_backbone_sees_each_picture_once(digits, monkeypatch):
+def test_the_backbone_sees_each_picture_once(digits):
     trainer, seen = make(digits), []
     trainer.network.whitening.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     for _ in range(3):
@@ -77,7 +79,7 @@ def test_features_are_those_of_the_pictures(digits, flip):
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "vit_b_16", "densenet121", "googlenet", "swin_t"])
-def test_the_last_layer_of_torchvisions_networks_is_the_head(arch, digits):
+def test_the_last_layer_of_torchvisions_networks_is_the_head(arch):
     network = architectures.build(arch, 10, 64 if arch == "googlenet" else 32).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -89,11 +91,8 @@ def test_the_last_layer_of_torchvisions_networks_is_the_head(arch, digits):
 
 def test_a_network_that_goes_on_after_its_last_layer_trains_all_the_same(digits, capsys):
     trainer = make(digits, "squeezenet1_0")
-    trainer.data = training_data.Data(
-        **{**vars(digits), "train": training_data.Split(
-            digits.train.pixels, digits.train.rows[:130], digits.train.targets[:130], digits.train.names[:130]
-        )}
-    )  # fmt: skip
+    few = replace(digits.train, **{name: getattr(digits.train, name)[:130] for name in ("rows", "targets", "names")})
+    trainer.data = replace(digits, train=few)
     start = tensors(trainer.network)
     trainer.train_one_epoch()
     assert trainer.features is None
@@ -107,6 +106,12 @@ def test_features_that_do_not_fit_are_not_kept(digits, monkeypatch, capsys):
     trainer.train_one_epoch()
     assert trainer.features is None
     assert "they would take 0.0 GB, over half of the free memory" in capsys.readouterr().out
+
+
+def test_the_first_process_decides_for_all_whether_features_fit(digits, monkeypatch):
+    """Each would wait for ever for the others, if some computed features and some did not."""
+    monkeypatch.setattr(features_module.distributed, "from_first", lambda *_: [1_000_000.0])  # another machine's
+    assert compute_features(make(digits).network, digits, SCALE, True).startswith("they would take")
 
 
 def test_the_backbone_learns_from_the_epoch_on_that_was_named(digits, capsys):

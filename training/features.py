@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.architectures import head_name
 from model.preprocessing import normalise
+from training import distributed
 from training.augmentation import Draws
 from training.data import Data, free_memory
 from training.evaluation import evaluate
@@ -74,6 +75,7 @@ def _obstacle(network: nn.Module, data: Data, scale: tuple[Tensor, Tensor], view
     ):
         return "the network goes on after its last layer"
     needed = 4 * seen.shape[1] * (views * len(data.train) + len(data.val))
-    if needed > free_memory() // 2:
+    (free,) = distributed.from_first(free_memory())  # one answer for all processes, which compute the features together
+    if needed > free / 2:
         return f"they would take {needed / 1e9:.1f} GB, over half of the free memory"
     return ""

@@ -50,6 +50,9 @@ class Trainer:
     best: the best epoch so far: its number, val accuracy and loss, and state_dict.
     """
 
+    _learner: Callable[[Tensor], Tensor]  # what a batch goes through in training
+    _ddp: DistributedDataParallel | None
+
     def __init__(
         self,
         network: nn.Module,
@@ -84,7 +87,6 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype is torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # of the order and the augmentation
         self._seen, self._seconds = 0, 0.0
-        self._learner: Callable[[Tensor], Tensor] = network
         self._learn(network, config.compile)
 
     @property
