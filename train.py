@@ -56,6 +56,7 @@ SWITCHES = (
     "mixup",
     "cutmix",
     "ema",
+    "low_res",
     "clip_grad_norm",
     "accumulate",
     "amp",

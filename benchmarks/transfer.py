@@ -2,7 +2,7 @@
 
     python -m benchmarks.transfer --data ../shared/data/cifar10-jpeg.tar.xz
 
-The fast recipe trains on the other eight classes of the data for --minutes. Then each way of RUNS gets the same 100
+The quick recipe trains on the other eight classes of the data for --minutes. Then each way of RUNS gets the same 100
 pictures of each of the two classes (others for each seed), of which a tenth are for validation, and is scored on the
 whole test split of the two. Seconds are those of training. Writes benchmarks/results/transfer.json.
 """
@@ -29,7 +29,7 @@ PICTURES = 100  # of each of the two classes
 WEIGHTS = {"weights": "backbone/model.pt"}
 RUNS: dict[str, dict[str, Any]] = {
     "from scratch": {"epochs": 100},
-    "from scratch, fast recipe": {"recipe": "fast", "val_fraction": 0.1, "batch_size": 64, "epochs": 100},
+    "from scratch, quick recipe": {"recipe": "quick", "val_fraction": 0.1, "batch_size": 64, "epochs": 100},
     "all of it, from the weights": {**WEIGHTS, "lr": 1e-3, "epochs": 30},
     "head, pictures augmented anew": {**WEIGHTS, "freeze": True, "cache_features": False, "lr": 0.03, "epochs": 60},
     "head, features cached": {**WEIGHTS, "freeze": True, "lr": 0.03, "epochs": 60},
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for label, body in found:
                 if label in two:
                     few[label].append(body)
-        recipe = {"recipe": "fast", "arch": ARCH, "minutes": options.minutes}
+        recipe = {"recipe": "quick", "arch": ARCH, "minutes": options.minutes}
         backbone = run({"data": str(folder / "eight"), "out": str(folder / "backbone"), **recipe})
         print(f"{ARCH} on eight classes: {backbone[0]:.2%}, {backbone[1]:.0f} s", flush=True)
         for seed in range(options.rounds):

@@ -33,7 +33,10 @@ SETTINGS = (
     *("flip", "crop_padding", "jitter", "pretrained", "weights", "freeze", "seed"),
 )  # of config.yaml; its paths stay out of a file that is made to be published
 # Named where they are not this.
-OFF = {"unfreeze_at": 0, "mixup": 0, "cutmix": 0, "ema": 0, "clip_grad_norm": 0, "accumulate": 1, "amp": "off"}
+OFF = {
+    **{"unfreeze_at": 0, "mixup": 0, "cutmix": 0, "ema": 0, "low_res": 0, "clip_grad_norm": 0, "accumulate": 1},
+    "amp": "off",
+}
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ def digits():
 
 def make(data, **options):
     torch.manual_seed(0)
-    defaults = {"size": 32, "crop_padding": 4, "batch_size": 64, "optimizer": "sgd"}
+    defaults = {"size": 32, "crop_padding": 4, "batch_size": 64, "optimizer": "sgd", "device": "cpu"}
     config = TrainConfig(data="digits", out="x", **defaults | options)
-    network = architectures.build("simplecnn", 10, 32)
-    return Trainer(network, data, config, (torch.full((3,), 0.5), torch.full((3,), 0.25)))
+    network = architectures.build(config.arch, 10, 32).to(config.device)
+    scale = torch.full((3,), 0.5, device=config.device), torch.full((3,), 0.25, device=config.device)
+    return Trainer(network, data, config, scale)
 
 
 def weights(network):
@@ -70,6 +71,19 @@ def test_a_step_is_that_of_the_mean_loss(digits):
     assert (weights(network) - weights(trainer.network)).abs().max() < 1e-6
 
 
+def test_pictures_too_many_for_the_gpu_stay_where_they_are(digits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (digits.train.pixels.nbytes * 4 - 4, 0))
+    assert training_data.on_device(digits, torch.device("cuda")) is digits
+    assert training_data.on_device(digits, torch.device("cpu")) is digits
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_the_pictures_lie_there_and_the_steps_are_the_same(digits):
+    trainer = make(digits, device="cuda")
+    assert trainer.data.train.pixels.is_cuda
+    assert (after(3, trainer).cpu() - after(3, make(digits))).abs().max() < 1e-4
+
+
 def test_the_gradients_norm_is_limited(digits):
     trainer = make(digits, clip_grad_norm=0.01, momentum=0.0, lr=1.0, weight_decay=0.0)
     before = weights(trainer.network)
@@ -86,6 +100,24 @@ def test_mixup_counts_both_labels(digits, monkeypatch):
     logits, targets = network((images + images.roll(1, 0)) / 2), digits.train.targets[places]
     losses = [nn.functional.cross_entropy(logits, labels).item() for labels in (targets, targets.roll(1))]
     assert float(loss) == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_the_first_part_of_a_run_sees_smaller_pictures(digits):
+    trainer = make(digits, arch="fastnet_small", epochs=4, low_res=0.375)
+    sides = []
+    trainer.network.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
+    for _ in range(3):
+        trainer.train_one_epoch()
+        trainer.history.append({})
+    steps = len(trainer._batches())
+    small = -(-steps * 3 // 2)
+    assert sides == [24] * small + [32] * (3 * steps - small)
+
+
+def test_a_network_for_one_size_cannot_begin_with_smaller_pictures(tmp_path, capsys):
+    assert main(["--data", "digits", "--low-res", "0.5", "--out", str(tmp_path / "run")]) == 2
+    assert "--low-res 0.5: simplecnn takes pictures of 32 px only, not 24; pass --low-res 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_average_follows_the_weights():

@@ -97,6 +97,11 @@ class TrainConfig:
         "optimisation",
         "decay of a moving average of the weights, such as 0.999, which is evaluated and kept; 0: off",
     )
+    low_res: float = _option(
+        0.0,
+        "optimisation",
+        "share of the run, from its beginning, that sees the pictures at three quarters of --size, which is faster",
+    )
     patience: int = _option(0, "optimisation", "stop after this many epochs without a better val accuracy; 0: never")
 
     device: str = _option("auto", "machine", "auto, cpu, cuda, cuda:N or mps")
@@ -122,6 +127,7 @@ class TrainConfig:
             ("accumulate", 1, 100_000),
             ("clip_grad_norm", 0, 1e6),
             ("ema", 0, 0.99999),
+            ("low_res", 0, 1),
             ("workers", 1, 1024),
             ("unfreeze_at", 0, 1_000_000),
             ("epochs", 1, 1_000_000),
@@ -148,7 +154,7 @@ class TrainConfig:
         if self.unfreeze_at and self.optimizer == "muon":
             raise ValueError("--unfreeze-at: muon sets the norms of all filters anew; pass --optimizer sgd or adamw")
         if self.flips_only:
-            for name in ("crop_padding", "jitter", "mixup", "cutmix"):
+            for name in ("crop_padding", "jitter", "mixup", "cutmix", "low_res"):
                 if getattr(self, name):
                     raise ValueError(
                         f"--{name.replace('_', '-')} {getattr(self, name)}: --freeze computes the features of each "

@@ -10,7 +10,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -258,6 +258,18 @@ def allocate(count: int, size: int, scratch: Path | None) -> Tensor | FilePixels
         f"they stream from a temporary file in {where}"
     )
     return FilePixels(count, size, scratch)
+
+
+def on_device(data: Data, device: torch.device) -> Data:
+    """`data` with its pictures on the GPU, so that no batch is copied there, if a quarter of its memory holds them."""
+    pixels = data.train.pixels
+    if device.type != "cuda" or isinstance(pixels, FilePixels):
+        return data
+    if pixels.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
+        return data
+    copied = pixels.to(device)
+    train, val, test = (replace(split, pixels=copied) for split in (data.train, data.val, data.test))
+    return replace(data, train=train, val=val, test=test)
 
 
 def free_memory() -> int:

@@ -15,6 +15,7 @@ from training.config import TrainConfig
 class Schedule:
     """Sets the learning rate before each step; a run ends after `config.epochs`, or after `config.minutes`.
 
+    progress: how much of the run is done, 0..1, in steps or in time, as of the last step.
     interrupted: whether the run was (Ctrl-C), as all processes know it since the last step or `is_over`.
     """
 
@@ -22,7 +23,7 @@ class Schedule:
         self._optimizer, self._config, self._interrupted = optimizer, config, interrupted
         self._peaks = [group["lr"] for group in optimizer.param_groups]
         self._started = time.perf_counter()
-        self.interrupted = False
+        self.progress, self.interrupted = 0.0, False
 
     @property
     def seconds(self) -> float:
@@ -44,7 +45,8 @@ class Schedule:
     def before_step(self, epoch: int, done: float) -> bool:
         """Sets the learning rate for a step at the share `done` of an epoch; False if the run is over."""
         progress = self._look(epoch + done)
-        factor = lr_factor(self._config, min(progress, 1), epoch)
+        self.progress = min(progress, 1)
+        factor = lr_factor(self._config, self.progress, epoch)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         return progress < 1 and not self.interrupted

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 from torch.nn.parallel import DistributedDataParallel
 
 from model import architectures, checkpoint
@@ -22,7 +22,7 @@ from training import distributed
 from training.amp import amp_dtype
 from training.augmentation import Draws, Mix, draw_mix, flip_and_shift, jitter
 from training.config import TrainConfig
-from training.data import Data
+from training.data import Data, on_device
 from training.ema import Ema
 from training.evaluation import evaluate
 from training.features import Features, compute_features
@@ -30,6 +30,7 @@ from training.optimizer import BACKBONE_RATE, make_optimizer
 from training.schedule import Schedule
 
 STATE_VERSION = 2  # of last.ckpt
+LOW_RES = 0.75  # of the side, in the part of a run that --low-res asks for
 STEPS_A_LOOK = 50  # between two looks at the loss: reading it waits for the device
 
 
@@ -69,12 +70,14 @@ class Trainer:
         Raises:
             ValueError: the device or the number of pictures does not suit the options.
         """
-        self.network, self.data, self.config, self.scale = network, data, config, scale
+        self.network, self.config, self.scale = network, config, scale
         self.device = scale[0].device
+        self.data = on_device(data, self.device)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0, "loss": 0.0}
         self._batch = config.batch_size or 64
         self._check_parts()
+        self._check_low_res()
         self._dtype = amp_dtype(config.amp, self.device)
         if config.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -311,6 +314,8 @@ class Trainer:
         if mix:
             own = mix(own, normalise(inputs[:-1], *self.scale))
             wanted = [(mix.kept, targets[1:]), (1 - mix.kept, targets[:-1])]
+        if not self.features and self.schedule.progress < self.config.low_res:
+            own = interpolate(own, size=_low(own.shape[-1]), mode="bilinear", antialias=True)
         if self.config.channels_last and not self.features:
             own = own.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
@@ -361,9 +366,26 @@ class Trainer:
                 f"{distributed.world()} processes × {self.config.accumulate} --accumulate"
             )
 
+    @torch.no_grad()
+    def _check_low_res(self) -> None:
+        if not self.config.low_res:
+            return
+        size = self.data.train.pixels.shape[1]
+        try:
+            self.network.eval()(torch.zeros(1, 3, _low(size), _low(size), device=self.device))
+        except (RuntimeError, AssertionError):
+            raise ValueError(
+                f"--low-res {self.config.low_res}: {self.config.arch} takes pictures of {size} px only, not "
+                f"{_low(size)}; pass --low-res 0"
+            ) from None
+
     def _fingerprint(self) -> str:
         names = "\n".join((*self.data.train.names, "", *self.data.val.names))
         return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
+
+def _low(size: int) -> int:
+    return round(LOW_RES * size)
 
 
 def _own_rows(batch: int) -> Tensor:
