@@ -37,6 +37,7 @@ from model.preprocessing import normalise
 from model.spec import ModelSpec
 from training import data as training_data
 from training import distributed
+from training.augmentation import shrunk
 from training.calibration import fit_temperature
 from training.config import RECIPES, TrainConfig, add_options, make_config
 from training.data import Data
@@ -50,7 +51,7 @@ from training.resume import RESUMABLE, resumed_config
 from training.sources import BUILT_IN
 from training.trainer import Diverged, OutOfMemory, Trainer
 
-WHITENED_BY = 5000  # pictures, at most
+WHITENED_BY = 5000  # pictures of up to 32 px; fewer of larger ones
 LARGE = 128  # px: from here on memory is dear, and a step long
 SWITCHES = (
     "mixup",
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             summary = run(command, options)
             if command.json:
                 print(json.dumps(summary, ensure_ascii=False))
-    except (ValueError, Diverged, OutOfMemory) as error:  # what the user can mend: data, flags, files
+    except (ValueError, OSError, Diverged, OutOfMemory) as error:  # what the user can mend: data, flags, files
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0
@@ -110,7 +111,8 @@ def run(command: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     if command.split:
         raise ValueError("--split: belongs to --evaluate RUN; --val-fraction and --test-fraction cut the data")
     if command.resume:
-        config = resumed_config(command.resume, command.config or command.recipe, options)
+        file = "config" if command.config else "recipe" if command.recipe else None
+        config = resumed_config(command.resume, file, options)
     else:
         config = make_config(command.config, options, command.recipe)
     return {"run": config.out, **train(config, resume=bool(command.resume))}
@@ -141,6 +143,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         OutOfMemory: of the GPU.
     """
     out, started = Path(config.out), time.perf_counter()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; name a folder")
     device = pick_device(config.device)
     config = resolve_size(config)
 
@@ -165,7 +169,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         trainer = Trainer(network, data, config, scale, interrupted)
         begin(trainer, out, resume)
         fit(trainer, out)
-    best = trainer.best
+    best, seconds = trainer.best, trainer.schedule.seconds + trainer.features_seconds
 
     # Results
     network.load_state_dict(best["network"])
@@ -176,7 +180,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         "test": calibrated_score(test, data.test.targets, data.labels, temperature),
         "val": calibrated_score(val, data.val.targets, data.labels, temperature),
         "train": {
-            "seconds": round(trainer.schedule.seconds, 2),
+            "seconds": round(seconds, 2),
             "data_seconds": round(data_seconds, 2),
             "pictures_per_second": round(trainer.pictures_per_second, 1),
             "epochs": len(trainer.history),
@@ -212,12 +216,17 @@ def begin(trainer: Trainer, out: Path, resume: bool) -> None:
 
 def read_data(config: TrainConfig) -> Data:
     """The pictures, decoded; see training.data.load. A size that the network cannot take is found before."""
-    architectures.build(config.arch, 2, config.size or 0)
+    size = config.size or 0
+    network = architectures.build(config.arch, 2, size)
+    if config.low_res and not architectures.takes(network, 2, shrunk(size)):
+        raise ValueError(
+            f"--low-res {config.low_res}: {config.arch} of {size} px cannot take {shrunk(size)} px; pass --low-res 0"
+        )
     out = Path(config.out).absolute()
     with distributed.first_alone() if config.data in BUILT_IN else nullcontext():  # it may be downloaded
         return training_data.load(
             config.data,
-            size=config.size or 0,
+            size=size,
             resize=config.resize or 0,
             val_fraction=config.val_fraction,
             test_fraction=config.test_fraction,
@@ -241,7 +250,8 @@ def make_network(config: TrainConfig, data: Data) -> tuple[nn.Module, tuple[floa
         fresh = architectures.load_pretrained(network, config.arch, weights)
         print(f"weights: {weights or 'torchvision'}; from scratch: {', '.join(fresh) or 'nothing'}")
     elif isinstance(network, FastNet):
-        some = data.train.crops(slice(None, None, -(-len(data.train) // WHITENED_BY)))  # of every class
+        wanted = max(100, WHITENED_BY * 32**2 // max(32, config.size or 0) ** 2)  # each has a patch for each pixel
+        some = data.train.crops(slice(None, None, -(-len(data.train) // wanted)))  # of every class
         network.whiten(normalise(some, torch.tensor(mean), torch.tensor(std)))
     return network, mean, std
 

@@ -80,6 +80,15 @@ def default_size(arch: str) -> tuple[int, int]:
     return preset.crop_size[0], preset.resize_size[0]
 
 
+def takes(network: nn.Module, classes: int, size: int) -> bool:
+    """Whether the network gives logits for pictures of `size` px, which may not be those that it was built for."""
+    try:
+        _check_shapes(network, classes, size)
+    except (RuntimeError, ValueError, AssertionError):
+        return False
+    return True
+
+
 def load_pretrained(network: nn.Module, arch: str, weights: Path | None = None) -> list[str]:
     """Puts trained weights into all but the head, which keeps its random ones; returns the names that were left.
 

@@ -131,6 +131,12 @@ def test_a_run_that_streams_ends_with_the_bits_of_one_that_does_not(tmp_path, mo
     assert waited.count(False) == 2 * (batches - 1)  # in two epochs
 
 
+def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
+    alone = training_data.free_memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100")
+    assert training_data.free_memory() < alone / 50
+
+
 def test_a_temporary_file_that_was_cut_is_an_error(tmp_path):
     pixels = FilePixels(4, 8, tmp_path)
     pixels[3] = torch.full((8, 8, 3), 7, dtype=torch.uint8)

@@ -50,7 +50,8 @@ def test_a_head_learns_from_features_what_it_learns_from_pictures(digits, option
     start = tensors(cached.network)
     for _ in range(3):
         rows = [trainer.train_one_epoch() for trainer in (cached, anew)]
-        assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+        assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
+        assert rows[0]["accuracy"] == pytest.approx(rows[1]["accuracy"], abs=0.005)
     assert isinstance(cached.features, Features)
     assert anew.features is None
     assert changed(cached.network, start) == {"classifier.weight"}

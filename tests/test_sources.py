@@ -80,6 +80,7 @@ def test_a_linked_folder_is_followed_once(tmp_path):
     [
         (lambda f: [p.unlink() for p in f.rglob("*.jpg")], "no pictures found"),
         (lambda f: (f / "yellow").mkdir(), "class 'yellow' has no training pictures"),
+        (lambda f: (f / "red").rename(f / "r\u200bd"), "holds what cannot be printed"),
         (lambda f: (f / "Red").mkdir(), "'Red' and 'red' are two spellings"),
         (lambda f: picture((0, 0, 0), 0).save(f / "lost.png"), "lie in no class folder, such as lost.png"),
         (
@@ -98,6 +99,22 @@ def test_a_broken_layout_is_named(tmp_path, change, words):
     with pytest.raises(DataError, match=words) as caught:
         open_source(str(folder))
     assert str(folder) in str(caught.value)
+
+
+def test_a_zip_whose_list_is_damaged_is_named(tmp_path):
+    path = as_zip(make_folder(tmp_path / "a", count=1), tmp_path / "a.zip", wrapped=False)
+    body = bytearray(path.read_bytes())
+    body[body.rindex(b"PK\x01\x02")] = 0
+    path.write_bytes(body)
+    with pytest.raises(DataError, match=r"a\.zip: damaged"):
+        open_source(str(path))
+
+
+def test_a_link_to_nowhere_is_an_unreadable_picture(tmp_path):
+    folder = make_folder(tmp_path, count=2)
+    (folder / "red" / "gone.jpg").symlink_to("nowhere")
+    source = open_source(str(folder))
+    assert {source.entries[i].name for i, body in source.read() if not body} == {"red/gone.jpg"}
 
 
 def test_two_spellings_are_found_across_separators_and_splits(tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.conftest import PROJECT
 from tests.folders import make_folder
 from train import main, train
 from training.config import TrainConfig
+from training.loop import is_over
 from training.trainer import Diverged
 
 
@@ -93,7 +95,7 @@ def test_a_folder_trains_with_every_option(tmp_path, capsys):
     assert (spec.labels, spec.size, spec.resize, spec.arch) == (("blue", "green", "red"), 32, 36, "resnet18")
 
 
-def test_training_starts_from_local_weights(tmp_path, run, capsys):
+def test_training_starts_from_local_weights(tmp_path, run):
     arguments = [
         "--data",
         "digits",
@@ -105,7 +107,7 @@ def test_training_starts_from_local_weights(tmp_path, run, capsys):
         str(run / "model.pt"),
     ]
     assert main(arguments) == 0
-    assert "val 9" in capsys.readouterr().out  # over 90% after one epoch: it did start from them
+    assert checkpoint.load(tmp_path / "run" / "last.ckpt")["best"]["accuracy"] > 0.9  # after one epoch
 
 
 def test_minutes_end_the_run_in_time(tmp_path):
@@ -120,6 +122,37 @@ def test_patience_stops_early(tmp_path, capsys):
     train(TrainConfig(data="digits", out=str(tmp_path / "run"), epochs=50, lr=1e-9, patience=2))
     assert "stopping early" in capsys.readouterr().out
     assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) < 10
+
+
+@pytest.mark.parametrize(
+    ("options", "progress", "accuracies", "over"),
+    [
+        ({}, 0.5, [0.5, 0.5, 0.5], True),  # a lower loss is no gain
+        ({}, 0.5, [0.5, 0.6, 0.6], False),
+        ({"low_res": 0.6}, 0.5, [0.5, 0.5, 0.5], False),
+        ({"low_res": 0.6}, 0.7, [0.5, 0.5, 0.5], True),
+        ({"freeze": True, "unfreeze_at": 2}, 0.5, [0.5, 0.5, 0.5], False),
+        ({"freeze": True, "unfreeze_at": 2}, 0.5, [0.5, 0.5, 0.5, 0.5], True),
+    ],
+)
+def test_patience_counts_from_the_last_gain_and_what_is_yet_to_come(options, progress, accuracies, over):
+    config = TrainConfig(data="digits", out="x", patience=2, **options)
+    history = [{"val_accuracy": value} for value in accuracies]
+    schedule = SimpleNamespace(progress=progress, is_over=lambda epoch: False)
+    assert is_over(SimpleNamespace(config=config, history=history, schedule=schedule)) is over
+
+
+def test_a_run_without_time_for_a_step_says_so(tmp_path, capsys):
+    assert main(["--data", "digits", "--minutes", "1e-9", "--out", str(tmp_path / "run")]) == 2
+    assert "--minutes 1e-09: over before the first step" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
+def test_out_that_is_a_file_is_refused_before_the_data_is_read(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main(["--data", "nothing", "--out", str(tmp_path / "file")]) == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_its_place(tmp_path):

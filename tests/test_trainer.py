@@ -78,7 +78,8 @@ def test_pictures_too_many_for_the_gpu_stay_where_they_are(digits, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu_the_pictures_lie_there_and_the_steps_are_the_same(digits):
+def test_on_a_gpu_the_pictures_lie_there_and_the_steps_are_the_same(digits, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     trainer = make(digits, device="cuda")
     assert trainer.data.train.pixels.is_cuda
     assert (after(3, trainer).cpu() - after(3, make(digits))).abs().max() < 1e-4
@@ -116,7 +117,7 @@ def test_the_first_part_of_a_run_sees_smaller_pictures(digits):
 
 def test_a_network_for_one_size_cannot_begin_with_smaller_pictures(tmp_path, capsys):
     assert main(["--data", "digits", "--low-res", "0.5", "--out", str(tmp_path / "run")]) == 2
-    assert "--low-res 0.5: simplecnn takes pictures of 32 px only, not 24; pass --low-res 0" in capsys.readouterr().err
+    assert "--low-res 0.5: simplecnn of 32 px cannot take 24 px; pass --low-res 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -268,6 +269,14 @@ def limit_memory(monkeypatch, pictures):
         return real(self, images)
 
     monkeypatch.setattr(nn.Conv2d, "forward", forward)
+
+
+def test_the_part_that_fits_is_one_of_full_sized_pictures(digits):
+    trainer = make(digits, arch="fastnet_small", low_res=1.0)
+    sides = []
+    trainer.network.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
+    assert trainer.part_that_fits() == 32
+    assert sides == [32]
 
 
 def test_out_of_memory_names_a_batch_that_fits_and_it_does(tmp_path, capsys, monkeypatch):

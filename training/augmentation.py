@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import interpolate
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,16 @@ def jitter(crops: Tensor, strength: float, draws: Draws) -> Tensor:
         factor = 1 + strength * (2 * draws.uniform(crops.device) - 1)
         pixels = (anchor + (pixels - anchor) * factor[:, None, None, None]).clamp(0, 255)
     return pixels.round().to(torch.uint8)
+
+
+def shrink(images: Tensor) -> Tensor:
+    """float (N, 3, S, S) at three quarters of the side, antialiased."""
+    return interpolate(images, size=shrunk(images.shape[-1]), mode="bilinear", antialias=True)
+
+
+def shrunk(size: int) -> int:
+    """The side that `shrink` gives, px."""
+    return round(0.75 * size)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class TrainConfig:
         True,
         "network",
         "compute once what the head sees of each picture and its mirror image while --freeze holds, which is much "
-        "faster; --no-cache-features augments anew in each epoch (default: on)",
+        "faster; --no-cache-features augments, and drops out, anew in each epoch (default: on)",
     )
     unfreeze_at: int = _option(
         0, "network", "end --freeze after this many epochs; the rest then learns at a tenth of the rate; 0: never"
@@ -82,8 +82,10 @@ class TrainConfig:
         "peak learning rate (default: adam and adamw 3e-3, sgd 0.05, muon 0.24; a tenth for trained weights that are "
         "not frozen)",
     )
-    weight_decay: float = _option(0.01, "optimisation", "decay of the weights; biases and norms have none")
-    momentum: float = _option(0.9, "optimisation", "of sgd and muon, Nesterov's")
+    weight_decay: float = _option(
+        0.01, "optimisation", "of the weights; biases and norms have none, nor have muon's filters"
+    )
+    momentum: float = _option(0.9, "optimisation", "of sgd, and of muon's filters; Nesterov's")
     label_smoothing: float = _option(0.0, "optimisation", "of the cross-entropy, 0 to below 1")
     schedule: str = _option(
         "cosine", "optimisation", "learning rate over time", ("cosine", "linear", "step", "constant")

@@ -47,7 +47,8 @@ class FilePixels:
         self._coming: tuple[Tensor, Future[Tensor]] | None = None
 
     def __setitem__(self, place: int, crop: Tensor) -> None:
-        os.pwrite(self._file.fileno(), crop.contiguous().numpy().data, place * self._row)
+        if os.pwrite(self._file.fileno(), crop.contiguous().numpy().data, place * self._row) != self._row:
+            raise OSError("no space is left for the temporary file of the pictures; choose another disk for --out")
 
     def __getitem__(self, places: Tensor) -> Tensor:
         coming, self._coming = self._coming, None
@@ -273,13 +274,14 @@ def on_device(data: Data, device: torch.device) -> Data:
 
 
 def free_memory() -> int:
-    """Bytes: the machine's, or the container's where that has a limit of its own."""
+    """Bytes: the machine's, or the container's where that has a limit of its own; under torchrun a process's share."""
     free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):  # no cgroups of version 2, or no limit ("max")
-        return free
-    return min(free, limit - used)
+        return free // sharing
+    return min(free, limit - used) // sharing
 
 
 def _assemble(

@@ -29,6 +29,7 @@ def fit(trainer: Trainer, out: Path) -> None:
     Ctrl-C leaves the epoch that it cut short out, unless it is the first.
 
     Raises:
+        ValueError: there was no time for a single step.
         Diverged: the loss is no number any more. The message names the last good checkpoint.
         OutOfMemory: of the GPU. The message names a batch size that fits.
     """
@@ -41,6 +42,8 @@ def fit(trainer: Trainer, out: Path) -> None:
             train = train_one_epoch(trainer, show, out)
         if history and (trainer.schedule.interrupted or not train["steps"]):
             break
+        if not train["steps"] and not trainer.schedule.interrupted:
+            raise ValueError(f"--minutes {config.minutes}: over before the first step; give it more")
         distributed.copy_buffers(trainer.averaged)
         val = score(trainer.evaluate(), trainer.data.val.targets, trainer.data.labels)
         row = {
@@ -94,10 +97,16 @@ def is_better(val: dict[str, Any], best: dict[str, Any]) -> bool:
 def is_over(trainer: Trainer) -> bool:
     """Whether the run ends with the epochs that it has."""
     epoch, config = len(trainer.history), trainer.config
-    if config.patience and epoch - trainer.best["epoch"] >= config.patience:
-        print(f"no better val accuracy for {config.patience} epochs: stopping early")
+    if trainer.schedule.is_over(epoch):
         return True
-    return trainer.schedule.is_over(epoch)
+    if not config.patience or trainer.schedule.progress < config.low_res:
+        return False
+    accuracies = [row["val_accuracy"] for row in trainer.history]
+    gain = accuracies.index(max(accuracies)) + 1  # the last epoch with one
+    if epoch - max(gain, config.unfreeze_at) < config.patience:
+        return False
+    print(f"no better val accuracy for {config.patience} epochs: stopping early")
+    return True
 
 
 def snapshot(network: nn.Module) -> dict[str, Tensor]:

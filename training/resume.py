@@ -10,17 +10,20 @@ from training.config import TrainConfig, read_config
 RESUMABLE = ("data", "download_dir", "workers", "epochs", "minutes", "device")
 
 
-def resumed_config(run: Path, file: str | None, options: dict[str, Any]) -> TrainConfig:
+def resumed_config(run: Path, source: str | None, options: dict[str, Any]) -> TrainConfig:
     """The options in the run's config.yaml, with what may be given anew.
 
     `--epochs` or `--minutes` may be changed: the learning rate goes on where a run of that length would be. `--data` is
     for data that was moved; its classes must be the same, which `Trainer.restore` checks.
 
+    Args:
+        source: "config" or "recipe" where that flag gives options too.
+
     Raises:
         ValueError: the run has no config.yaml, or an option was given that cannot change.
     """
-    if file or (fixed := sorted(set(options) - {*RESUMABLE})):
-        name = "config" if file else fixed[0].replace("_", "-")
+    if source or (fixed := sorted(set(options) - {*RESUMABLE})):
+        name = source or fixed[0].replace("_", "-")
         raise ValueError(f"--resume {run}: goes on with the run's own options; leave --{name} out, or start a new run")
     if not (run / "config.yaml").is_file():
         raise ValueError(f"--resume {run}: has no config.yaml; give a folder that train.py began, or start a new run")

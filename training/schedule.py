@@ -15,7 +15,7 @@ from training.config import TrainConfig
 class Schedule:
     """Sets the learning rate before each step; a run ends after `config.epochs`, or after `config.minutes`.
 
-    progress: how much of the run is done, 0..1, in steps or in time, as of the last step.
+    progress: how much of the run is done, 0..1, in steps or in time, as of the last step or `is_over`.
     interrupted: whether the run was (Ctrl-C), as all processes know it since the last step or `is_over`.
     """
 
@@ -45,7 +45,6 @@ class Schedule:
     def before_step(self, epoch: int, done: float) -> bool:
         """Sets the learning rate for a step at the share `done` of an epoch; False if the run is over."""
         progress = self._look(epoch + done)
-        self.progress = min(progress, 1)
         factor = lr_factor(self._config, self.progress, epoch)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
@@ -55,7 +54,7 @@ class Schedule:
         """How much of the run is done, 0 to 1 or above, and whether it was interrupted: the same in all processes."""
         spent = self.seconds / (60 * self._config.minutes) if self._config.minutes else epochs / self._config.epochs
         progress, interrupted = distributed.from_first(spent, self._interrupted())
-        self.interrupted = bool(interrupted)
+        self.progress, self.interrupted = min(progress, 1), bool(interrupted)
         return progress
 
 

@@ -150,7 +150,8 @@ class FolderSource:
     def read(self) -> Iterator[tuple[int, Picture]]:
         for i, entry in enumerate(self.entries):
             path = self._path / entry.name
-            yield i, _read(path, path.stat().st_size, Path.read_bytes)
+            size = path.stat().st_size if path.is_file() else 0  # a link may lead nowhere
+            yield i, _read(path, size, Path.read_bytes)
 
 
 class ZipSource:
@@ -160,8 +161,11 @@ class ZipSource:
 
     def __init__(self, path: Path) -> None:
         self.name, self._path = path.name.split(".")[0], path
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{path}: damaged ({error}); make or fetch it anew") from None
         if any(member.flag_bits & 1 for member in members):
             raise DataError(f"{path}: is encrypted; unpack it and give the folder")
         files = [m.filename for m in members if not m.is_dir()]
@@ -264,6 +268,8 @@ def _layout(
 def _check_classes(place: str, labels: list[str], everywhere: set[str]) -> None:
     spellings: dict[str, str] = {}
     for name in sorted(everywhere):
+        if not name.isprintable() or not name.strip():
+            raise DataError(f"{place}: class {name!r} holds what cannot be printed; rename its folder")
         plain = " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
         if plain in spellings:
             raise DataError(f"{place}: '{spellings[plain]}' and '{name}' are two spellings of a class; rename one")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from model import architectures, checkpoint
@@ -20,7 +20,7 @@ from model.checkpoint import CheckpointError
 from model.preprocessing import normalise
 from training import distributed
 from training.amp import amp_dtype
-from training.augmentation import Draws, Mix, draw_mix, flip_and_shift, jitter
+from training.augmentation import Draws, Mix, draw_mix, flip_and_shift, jitter, shrink
 from training.config import TrainConfig
 from training.data import Data, on_device
 from training.ema import Ema
@@ -30,7 +30,6 @@ from training.optimizer import BACKBONE_RATE, make_optimizer
 from training.schedule import Schedule
 
 STATE_VERSION = 2  # of last.ckpt
-LOW_RES = 0.75  # of the side, in the part of a run that --low-res asks for
 STEPS_A_LOOK = 50  # between two looks at the loss: reading it waits for the device
 
 
@@ -46,7 +45,8 @@ class Trainer:
     """A network, its data, and what changes while it learns; `state` and `restore` carry all of that over a kill.
 
     network: the weights that are trained; `averaged` is what is evaluated and kept: their EMA if there is one.
-    features: what the head sees of the pictures, while that is all that learns; else None.
+    features: what the head sees of the pictures, while that is all that learns; else None. The time that they took
+        is no part of the schedule's.
     history: a row for each completed epoch, as in history.csv.
     best: the best epoch so far: its number, val accuracy and loss, and state_dict.
     """
@@ -77,12 +77,12 @@ class Trainer:
         self.best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0, "loss": 0.0}
         self._batch = config.batch_size or 64
         self._check_parts()
-        self._check_low_res()
         self._dtype = amp_dtype(config.amp, self.device)
         if config.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._frozen = architectures.freeze_backbone(network) if config.freeze else []
         self.features: Features | None = None
+        self.features_seconds = 0.0
         self._cache_wanted = config.cache_features
         self.ema = Ema(network, config.ema) if config.ema else None
         self.optimizer = make_optimizer(network, config, self._frozen if config.unfreeze_at else ())
@@ -113,8 +113,8 @@ class Trainer:
         Raises:
             Diverged: the loss became infinite or no number.
         """
-        started = time.perf_counter()
         self._freeze_or_thaw()
+        started = time.perf_counter()
         train_mode(self.network)
         batches = self._batches()
         losses = torch.zeros(len(batches), device=self.device)  # of this process's share of each batch
@@ -155,7 +155,7 @@ class Trainer:
         inputs, mix = self._inputs(places[rows], draws)
         if coming is not None and not self.features:
             self.data.train.read_ahead(coming[_own_rows(len(coming))])
-        targets = self.data.train.targets[places[rows]].to(self.device, non_blocking=True)
+        targets = self.data.train.targets[places[rows]].to(self.device)
         losses = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         for i in range(config.accumulate):
@@ -238,6 +238,7 @@ class Trainer:
         """How many pictures at a time the memory has room for, by trying ever smaller parts; 0 for not even 2."""
         # without the other processes, which may wait
         self._learner, self.features, part = self.network, None, self._largest_part()
+        self.schedule.progress = 1.0  # with pictures of their full size
         while part > 3:
             part //= 2
             try:
@@ -290,9 +291,10 @@ class Trainer:
             if isinstance(found, str):
                 print(f"the backbone sees all pictures in each epoch: {found}", flush=True)
                 return
-            self.features = found
+            self.features, self.features_seconds = found, time.perf_counter() - started
+            self.schedule.go_on_from(self.schedule.seconds - self.features_seconds)
             views = "pictures and mirror images" if config.flip else "pictures"
-            print(f"features of the {views} computed in {time.perf_counter() - started:.1f} s", flush=True)
+            print(f"features of the {views} computed in {self.features_seconds:.1f} s", flush=True)
             self._learn(_head(self.network))
 
     def _inputs(self, places: Tensor, draws: Draws) -> tuple[Tensor, Mix | None]:
@@ -300,8 +302,8 @@ class Trainer:
         their features, float32 (n, D)."""
         config = self.config
         if self.features:
-            return self.features.choose(places, draws).to(self.device, non_blocking=True), None
-        crops = self.data.train.crops(places).to(self.device, non_blocking=True)
+            return self.features.choose(places, draws).to(self.device), None
+        crops = self.data.train.crops(places).to(self.device)
         crops = flip_and_shift(crops, bool(config.flip), config.crop_padding or 0, draws)
         crops = jitter(crops, config.jitter, draws)
         return crops, draw_mix(config.mixup, config.cutmix, crops.shape[1], self.generator)
@@ -315,7 +317,7 @@ class Trainer:
             own = mix(own, normalise(inputs[:-1], *self.scale))
             wanted = [(mix.kept, targets[1:]), (1 - mix.kept, targets[:-1])]
         if not self.features and self.schedule.progress < self.config.low_res:
-            own = interpolate(own, size=_low(own.shape[-1]), mode="bilinear", antialias=True)
+            own = shrink(own)
         if self.config.channels_last and not self.features:
             own = own.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
@@ -366,26 +368,9 @@ class Trainer:
                 f"{distributed.world()} processes × {self.config.accumulate} --accumulate"
             )
 
-    @torch.no_grad()
-    def _check_low_res(self) -> None:
-        if not self.config.low_res:
-            return
-        size = self.data.train.pixels.shape[1]
-        try:
-            self.network.eval()(torch.zeros(1, 3, _low(size), _low(size), device=self.device))
-        except (RuntimeError, AssertionError):
-            raise ValueError(
-                f"--low-res {self.config.low_res}: {self.config.arch} takes pictures of {size} px only, not "
-                f"{_low(size)}; pass --low-res 0"
-            ) from None
-
     def _fingerprint(self) -> str:
         names = "\n".join((*self.data.train.names, "", *self.data.val.names))
         return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-
-
-def _low(size: int) -> int:
-    return round(LOW_RES * size)
 
 
 def _own_rows(batch: int) -> Tensor:
