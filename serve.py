@@ -57,7 +57,7 @@ class Ports:
     @classmethod
     def of_config(cls, properties: dict[str, str]) -> Ports:
         def port(name: str, default: int) -> int:
-            found = re.search(r"(\d+)$", properties.get(name, ""))
+            found = re.search(r"(?:^|:)(\d+)$", properties.get(name, ""))
             return int(found[1]) if found else default
 
         return cls(
@@ -156,7 +156,7 @@ def serving(
     properties |= settings or {}
     properties |= _addresses(ports, properties)
     (folder / "config.properties").write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
-    log = folder / "logs" / "console.log"
+    log, logged = folder / "logs" / "console.log", len(_workers_log(folder))
     with log.open("wb") as output:
         process = subprocess.Popen(
             _command(archives, folder, logging),
@@ -169,7 +169,7 @@ def serving(
         )
     server = Server(process, folder, ports, properties)
     try:
-        _wait_until_ready(server, [archive.stem for archive in archives], ready_seconds)
+        _wait_until_ready(server, [archive.stem for archive in archives], ready_seconds, logged)
         _warm_up(server, archives[0].stem)
         yield server
     finally:
@@ -190,6 +190,20 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         except ProcessLookupError:
             process.wait()
             return
+
+
+def archives_of(folder: Path) -> list[Path]:
+    """The .mar files that a server starts with; not those that a rollout keeps as NAME-VERSION.mar, to go back to."""
+
+    def is_kept(archive: Path) -> bool:
+        try:
+            with zipfile.ZipFile(archive) as files:
+                model = json.loads(files.read("MAR-INF/MANIFEST.json"))["model"]
+                return archive.stem == f"{model['modelName']}-{model['modelVersion']}"
+        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
+            return False  # damaged, which its use will say
+
+    return [archive for archive in sorted(folder.glob("*.mar")) if not is_kept(archive)]
 
 
 def check_freshness(archive: Path, run: Path) -> None:
@@ -291,47 +305,52 @@ def _command(archives: Sequence[Path], folder: Path, logging: Path | None) -> li
     ]
 
 
-def _wait_until_ready(server: Server, models: list[str], seconds: float) -> None:
+def _wait_until_ready(server: Server, models: list[str], seconds: float, logged: int) -> None:
+    """`logged`: bytes of the workers' log that are of an earlier start."""
     deadline, waiting = time.monotonic() + seconds, list(models)
-    log = server.folder / "logs" / "model_log.log"
     while waiting:
         if _is_ready(server, waiting[0]):
             waiting.pop(0)
             continue
         if server.process.poll() is not None:
             raise ServerError(f"TorchServe ended with {server.process.returncode}: {_tail(server.folder)}")
-        if log.exists() and "Backend worker process died" in log.read_text(errors="replace"):
+        if b"Backend worker process died" in _workers_log(server.folder)[logged:]:
             raise ServerError(f"the worker of {waiting[0]} died while loading: {_tail(server.folder)}")
         if time.monotonic() > deadline:
             raise ServerError(f"{waiting[0]} was not ready after {seconds:g} s: {_tail(server.folder)}")
         time.sleep(0.1)
 
 
+def _workers_log(folder: Path) -> bytes:
+    path = folder / "logs" / "model_log.log"
+    return path.read_bytes() if path.exists() else b""
+
+
 def _warm_up(server: Server, model: str) -> None:
     """Java loads its classes when they are first used: the first client would wait four times as long as the 100th."""
     deadline = time.monotonic() + WARM_UP_SECONDS
-    with requests.Session() as session, suppress(requests.RequestException), _own():  # it serves all the same
-        session.headers["Authorization"] = f"Bearer {server.key()}"
+    with suppress(requests.RequestException), _own(server.key()) as session:  # it serves all the same
         for _ in range(WARM_UP):
-            session.post(f"{server.url}/predictions/{model}", data=PICTURE, timeout=WARM_UP_SECONDS, verify=False)
+            session.post(f"{server.url}/predictions/{model}", data=PICTURE, timeout=WARM_UP_SECONDS)
             if time.monotonic() > deadline:
                 return
 
 
 @contextmanager
-def _own() -> Iterator[None]:
-    """For requests to our own server, over loopback: its certificate has the name that clients call it by."""
-    with warnings.catch_warnings():
+def _own(key: str) -> Iterator[requests.Session]:
+    """For requests to our own server, over loopback: past any proxy, which must not see the key, and whatever name its
+    certificate has."""
+    with requests.Session() as session, warnings.catch_warnings():
         warnings.simplefilter("ignore", InsecureRequestWarning)
-        yield
+        session.trust_env = session.verify = False
+        session.headers["Authorization"] = f"Bearer {key}"
+        yield session
 
 
 def _is_ready(server: Server, model: str) -> bool:
     try:
-        headers = {"Authorization": f"Bearer {server.key('management')}"}
-        with _own():
-            url = f"{server.management_url}/models/{model}"
-            (state,) = requests.get(url, headers=headers, timeout=5, verify=False).json()  # noqa: S501
+        with _own(server.key("management")) as session:
+            (state,) = session.get(f"{server.management_url}/models/{model}", timeout=5).json()
         workers: list[dict[str, Any]] = state["workers"]
     except (OSError, ValueError, KeyError, TypeError):  # not listening, or its key is not written, or it says an error
         return False
@@ -359,7 +378,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.config.is_file():
         print(f"serve.py: --config {options.config}: no such file", file=sys.stderr)
         return 2
-    archives = sorted((options.run / "export").glob("*.mar"))
+    if options.port is not None and not 1 <= options.port <= 65531:
+        print(f"serve.py: --port {options.port}: must be from 1 to 65531, as five ports are taken", file=sys.stderr)
+        return 2
+    archives = archives_of(options.run / "export")
     if not archives:
         print(f"serve.py: {options.run}: nothing exported; run `python -m export {options.run}`", file=sys.stderr)
         return 2
@@ -382,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return server.process.wait()
     except KeyboardInterrupt:
         return 0
-    except ServerError as error:
+    except (ServerError, OSError) as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 2
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.healthcheck import READY, WORK
-from serve import CONFIG, Ports, ServerError, read_properties, serving
+from serve import CONFIG, Ports, ServerError, archives_of, read_properties, serving
 
 
 def everywhere(ports: Ports) -> dict[str, str]:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--loopback", action="store_true", help="listen on loopback only")
     parser.add_argument("--port", type=int, help="first of five ports (default: those of config.properties)")
     options = parser.parse_args(arguments)
-    archives = sorted(options.models.glob("*.mar"))
+    archives = archives_of(options.models)
     if not archives:
         print(f"entrypoint.py: {options.models}: no .mar in it; mount or copy an exported archive", file=sys.stderr)
         return 2
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with serving(archives, options.work, ports=ports, settings=settings, console=sys.stdout.fileno()) as server:
             ready.touch()
             return server.process.wait()
-    except ServerError as error:
+    except (ServerError, OSError) as error:
         print(f"entrypoint.py: {error}", file=sys.stderr)
         return 2
     finally:

@@ -22,7 +22,7 @@ goes back. For the time of a rollout both versions have their workers, and the s
 that name the old version (/predictions/NAME/OLD) get 404 when it has been dropped; --keep-old keeps it.
 
 Ends with 0 if the new version serves, 1 if it was rolled back (the last line says why), 2 if nothing was tried because
-of a mistake, and 130 after Ctrl-C.
+of a mistake, 3 if the new version serves but step 6 could not be done, and 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ class Mistake(ValueError):
 
 class Failed(RuntimeError):
     """The new version does not serve. The message says why, and what serves now."""
+
+
+class Unfinished(RuntimeError):
+    """The new version serves, and step 6 could not be done."""
 
 
 @dataclass(frozen=True)
@@ -299,13 +303,18 @@ def rollout(
                 raise
             raise Failed(_reason(error)) from error
         start = store / f"{name}.mar"
-        if start.exists() and not (kept := store / f"{name}-{old}.mar").exists():
-            _copy(start, kept)
-        _copy(file, start)
-        say(f"{start} is {new} now, for the next start")
-        if not keep_old:
-            _drop(server, name, old)
-            say(f"{old} is dropped")
+        try:
+            kept = store / f"{name}-{old}.mar"
+            if not kept.exists() and _is_version(start, old):  # an export may have written the new one there
+                _copy(start, kept)
+            _copy(file, start)
+            say(f"{start} is {new} now, for the next start")
+            if not keep_old:
+                _drop(server, name, old)
+                say(f"{old} is dropped")
+        except (OSError, Failed, KeyError) as error:  # a version that somebody else has dropped is a KeyError
+            reason = f"{old} is gone" if isinstance(error, KeyError) else _reason(error)
+            raise Unfinished(f"{name} {new} serves, but the rest was not done: {reason}") from error
         say(f"{name} {new} serves")
 
 
@@ -457,10 +466,20 @@ def _alone(store: Path) -> Iterator[None]:
         os.close(folder)
 
 
+def _is_version(path: Path, version: str) -> bool:
+    try:
+        return float(Archive.read(path).version) == float(version)
+    except Mistake:  # it is not there, or not whole
+        return False
+
+
 def _copy(source: Path, target: Path) -> None:
     """Whole or not at all; nobody reads half of an archive."""
-    shutil.copyfile(source, _part(target))
-    _part(target).replace(target)
+    try:
+        shutil.copyfile(source, _part(target))
+        _part(target).replace(target)
+    finally:
+        _part(target).unlink(missing_ok=True)
 
 
 def _part(path: Path) -> Path:
@@ -590,6 +609,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Failed as error:
         print(f"rollout: {error}", file=sys.stderr)
         return 1
+    except Unfinished as error:
+        print(f"rollout: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("rollout: interrupted", file=sys.stderr)
         return 130

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except parity.ParityError as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
     return 1 if any(row.failed for row in rows) else 0
@@ -95,6 +95,10 @@ def export_run(
     name = name or run.resolve().name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(f"--name {name}: must be letters, digits, '_', '-' and '.', as TorchServe's URLs need")
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", version):
+        raise ValueError(f"--version {version}: must be a number such as 1.0 or 2, as TorchServe orders by it")
+    if not any((run / "samples").glob("*")):
+        raise ValueError(f"{run / 'samples'}: no pictures for the golden answers; re-run train.py, or put some there")
     if wanted == "onnx-int8" and not int8:
         raise ValueError("--backend onnx-int8: add --int8, which writes its file")
     shown = pictures.of_test_split(run, data) if everywhere else pictures.of_samples(run / "samples")

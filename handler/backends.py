@@ -69,6 +69,7 @@ def load(backend: str, folder: Path, name: str, *, threads: int = 1, gpu: int | 
 
     torch.set_num_threads(threads)
     if gpu is not None:
+        torch.cuda.set_device(gpu)  # else a CUDA graph takes memory on the first GPU too
         return surviving(_on_gpu(_torchscript(path, f"cuda:{gpu}"), f"cuda:{gpu}"))
     return _on_cpu(_torchscript(path, "cpu").classify_crops if backend == "torchscript" else _program(path))
 
@@ -118,10 +119,16 @@ def _on_gpu(module: Any, device: str) -> Classify:
     probe = torch.randint(0, 256, (4, size, size, 3), dtype=torch.uint8, device=device)
     with torch.inference_mode():
         expected = module.classify_crops(probe)
-        classify = in_half(module)
-        difference = float((classify(probe) - expected).abs().max())
-        if not difference <= HALF_TOLERANCE:
-            logging.warning("half precision is %.3f of a probability off; this worker runs full precision", difference)
+        reason = ""
+        try:
+            classify = in_half(module)
+            difference = float((classify(probe) - expected).abs().max())
+            if not difference <= HALF_TOLERANCE:
+                reason = f"it is {difference:.3f} of a probability off"
+        except RuntimeError as error:  # a trace may hold constants in full precision
+            reason = str(error).strip().splitlines()[-1]
+        if reason:
+            logging.warning("no half precision (%s); this worker runs in full precision", reason)
             classify = module.classify_crops
         try:
             classify = _Recorded(classify, size, device)
@@ -149,7 +156,7 @@ def surviving(classify: Classify) -> Classify:
             return classify(crops)
         except RuntimeError as error:  # TorchScript makes one of whatever is raised within it
             text = str(error)
-            if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in text:
+            if is_out_of_memory(error):
                 torch.cuda.empty_cache()
                 if len(crops) == 1:
                     raise MemoryError("the GPU has no memory for one picture") from None  # TorchServe answers 507
@@ -163,6 +170,11 @@ def surviving(classify: Classify) -> Classify:
         return np.concatenate([run(crops[:half]), run(crops[half:])])
 
     return run
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU had no memory; TorchScript makes a plain RuntimeError of PyTorch's own."""
+    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error)
 
 
 def in_half(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:

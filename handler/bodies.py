@@ -37,6 +37,7 @@ STATUSES = {
 Picture = bytes | np.ndarray | PictureError
 Answer = dict[str, Any]
 
+MAX_NAME = 1000  # characters of an id or a field's name, which the answer repeats
 SHAPES = 'send {"b64": "…"} or {"instances": [{"b64": "…"}, …]}, with base64 as text'
 
 
@@ -46,6 +47,8 @@ def parse(request: Mapping[str, Any]) -> tuple[str, dict[str, Picture]]:
     Args:
         request: field name to what TorchServe made of the field: bytes, or for JSON and text bodies the value or text.
     """
+    if any(len(name) > MAX_NAME for name in request):
+        return "one", {"": PictureError("bad_json", f"a field's name has more than {MAX_NAME:,} characters")}
     if len(request) > 1:
         return "fields", {name: _picture(value) for name, value in request.items()}
     value = next(iter(request.values()), b"")
@@ -115,7 +118,10 @@ def _several(shape: str, pictures: list[Picture], field: str) -> tuple[str, dict
 
 def _inputs(value: Answer) -> tuple[str, dict[str, Picture]]:
     """KServe v2 (the Open Inference Protocol): one input, BYTES [N] as base64 or UINT8 [N, H, W, 3], RGB."""
-    shape = f"inputs:{value.get('id', '')}"
+    request_id = str(value.get("id", ""))
+    if len(request_id) > MAX_NAME:
+        return "inputs:", {"": PictureError("bad_json", f"'id' has more than {MAX_NAME:,} characters")}
+    shape = f"inputs:{request_id}"
     wrong = PictureError(
         "bad_json",
         "'inputs' must be one of BYTES, shape [N], with base64 texts as 'data', or one of UINT8, shape [N, H, W, 3]",
@@ -124,7 +130,7 @@ def _inputs(value: Answer) -> tuple[str, dict[str, Picture]]:
         case [{"datatype": "BYTES", "data": [*texts]}] if all(isinstance(text, str) for text in texts):
             return _several(shape, [_from_base64(text) for text in texts], "inputs")
         case [{"datatype": "UINT8", "shape": [int(n), int(h), int(w), 3], "data": [*data]}] if min(n, h, w) > 0:
-            pixels = _pixels(data, (n, h, w, 3))
+            pixels = _pixels(data, (int(n), int(h), int(w), 3))  # JSON's true is an int too
             return (shape, {"": wrong}) if pixels is None else _several(shape, list(pixels), "inputs")
     return shape, {"": wrong}
 

@@ -84,7 +84,7 @@ class ClassifierHandler:
             threads=_setting(settings, "threads", 1),
             gpu=gpu,
         )
-        self.explainer = explanations.Explainer(folder / model["serializedFile"], gpu)
+        self.explainer = explanations.Explainer(folder / model["serializedFile"], gpu, _setting(settings, "threads", 1))
         self.measures = Measures(context.metrics, self.model, self.version)
         self.measures.begin(bodies.STATUSES, self.spec["labels"], STAGES)
         self._warm_up(system.get("batch_size") or 1)
@@ -179,6 +179,8 @@ class ClassifierHandler:
             return read(picture, self.size, self.resize, self.max_pixels)
         except PictureError as error:
             return error
+        except MemoryError:  # also where a side is too long for Pillow
+            return PictureError("too_many_pixels", "there is no memory for this picture; send a smaller one")
 
     def _infer(self, crops):
         """Crops uint8 (N, S, S, 3) to N dicts of the best labels and their probabilities."""
@@ -203,6 +205,10 @@ class ClassifierHandler:
             attributions = self.explainer.attributions(pixels, self.spec["labels"].index(label), until)
         except PictureError as error:
             return error
+        except RuntimeError as error:
+            if not backends.is_out_of_memory(error):
+                raise
+            return PictureError("no_time", "there is no memory for an explanation now; ask again")
         return {"label": label, "probability": probability, "png": explanations.overlay(pixels, attributions)}
 
     def _answer(self, kind, shape, outcomes, context, i):

@@ -29,8 +29,8 @@ FOR, AGAINST = (220, 30, 30), (30, 90, 220)  # RGB
 class Explainer:
     """The network of NAME.pt, loaded when it is first asked."""
 
-    def __init__(self, path: Path, gpu: int | None) -> None:
-        self._path, self._device = path, "cpu" if gpu is None else f"cuda:{gpu}"
+    def __init__(self, path: Path, gpu: int | None, threads: int = 1) -> None:
+        self._path, self._device, self._threads = path, "cpu" if gpu is None else f"cuda:{gpu}", threads
         self._module: Any = None
 
     def attributions(self, crop: np.ndarray, place: int, until: float) -> np.ndarray:
@@ -66,6 +66,7 @@ class Explainer:
         if self._module is None:
             import torch
 
+            torch.set_num_threads(self._threads)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=r".*torch\.jit\..*", category=DeprecationWarning)
                 self._module = torch.jit.load(str(self._path), map_location=self._device).eval()

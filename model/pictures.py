@@ -21,10 +21,12 @@ except ImportError:  # everything works without it, small JPEG files more slowly
 KINDS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-MAX_PIXELS = 50_000_000  # 150 MB as RGB: more than a camera's 48 megapixels, and too few to exhaust a worker
+MAX_PIXELS = 50_000_000  # 200 MB in Pillow: more than a camera's 48 megapixels, and too few to exhaust a worker
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns up to twice its value; `decode` has a strict one
 
 SMALL = 128 * 128  # pixels, up to which the work of Pillow around its decoder, 40 µs a file, is worth avoiding
+
+STRIP = 1 << 20  # pixels
 
 # A JPEG file may hold a scan after the other, of a hundred bytes each, and each goes over all pixels: 25 ms for 50
 # megapixels. An encoder writes about ten.
@@ -57,7 +59,8 @@ _FOREIGN_STARTS = (
 class PictureError(ValueError):
     """Bytes that are not a picture we can use.
 
-    `cause` is one of: empty, not_a_picture, unsupported_kind, truncated, too_many_pixels.
+    `cause` is one of: empty, not_a_picture, unsupported_kind, truncated, too_many_pixels; and in a handler bad_json,
+    bad_base64, too_many_pictures, no_time.
     """
 
     def __init__(self, cause: str, message: str) -> None:
@@ -183,6 +186,17 @@ def _upright(picture: Image.Image) -> Image.Image:
     return picture
 
 
+def _on_white(picture: Image.Image) -> Image.Image:
+    """RGB, a strip of rows after the other: the whole would be there four times over."""
+    opaque = Image.new("RGB", picture.size)
+    rows = max(1, STRIP // picture.width)
+    for top in range(0, picture.height, rows):
+        strip = picture.crop((0, top, picture.width, min(top + rows, picture.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        opaque.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return opaque
+
+
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
@@ -193,9 +207,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         raise PictureError("unsupported_kind", "32-bit grey has no agreed white; send 8-bit or 16-bit grey, or RGB")
     try:
         if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            return Image.alpha_composite(white, picture).convert("RGB")
+            return _on_white(picture)
         return picture.convert("RGB")
     except ValueError as error:  # a mode with no way to RGB, such as LAB
         raise PictureError("unsupported_kind", f"pixels of mode {picture.mode} are not supported ({error})") from None

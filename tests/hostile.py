@@ -142,6 +142,7 @@ def bombs() -> Iterator[tuple[str, bytes, str]]:
         yield f"png {width}×{height}", png(ihdr(width, height), idat(), END), "bad"
         yield f"tiff {width}×{height}", grey_tiff(width, height, bytes(9)), "bad"
         yield f"bmp {width}×{height}", bmp(width, height, data=bytes(9)), "bad"
+    yield "png with a side that Pillow cannot hold", png(ihdr(40_000_000, 1, 16, 6), idat(), END), "bad"
     for side in (8_000, 16_383, 65_535):
         yield f"gif canvas of {side}", FILES["gif"][:6] + struct.pack("<HH", side, side) + FILES["gif"][10:], "bad"
         yield f"jpeg {side}", sized_jpeg(side, side), "bad"
@@ -351,6 +352,7 @@ def kserve() -> Iterator[tuple[str, bytes, str, dict[str, str]]]:
                   [2**31, 2**31, 2**31, 3], [10**30, 1, 1, 3], ["1", 2, 2, 3], [[1], 2, 2, 3],
                   [1.0, 2, 2, 3]):  # fmt: skip
         yield f"v2 pixels of shape {shape!r}", v2("UINT8", shape, [1] * 12), "bad", JSON
+    yield "v2 pixels of shape [true, 2, 2, 3]", v2("UINT8", [True, 2, 2, 3], [1] * 12), "any", JSON
     wide = ["a" * 500_000, *[1] * 11]
     for name, data in {
         "none": None, "empty": [], "text": "x", "texts": ["1"] * 12, "fractions": [0.5] * 12, "negative": [-1] * 12,

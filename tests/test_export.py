@@ -215,6 +215,7 @@ def test_the_pixel_graph_applies_the_temperature_and_the_specs_pixel_rule(run, s
         (["no/such"], "no such file"),
         (["RUN", "--name", "a b"], "--name a b"),
         (["RUN", "--name", "../x"], "--name ../x"),
+        (["RUN", "--version", "v2"], "--version v2: must be a number"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(run, capsys, arguments, words):

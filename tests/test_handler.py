@@ -233,11 +233,34 @@ def test_json_with_base64_one_or_many(ask, sample):
         ({"b64": "data:image/png;base64,AAAA"}, "bad_base64"),
         ({"b64": 7}, "bad_json"),
         ({"url": "http://127.0.0.1/x.png"}, "bad_json"),
+        ({"id": "x" * 2000, "inputs": []}, "bad_json"),
     ],
 )
 def test_bad_json_has_its_cause(ask, value, cause):
     ((status, answer, _),) = ask({"body": value})
     assert (status, answer["type"]) == (400 if cause != "not_a_picture" else 415, cause)
+
+
+def test_what_an_answer_would_repeat_is_bounded(ask, sample):
+    long = "x" * 2000
+    for request in ({long: sample}, {long: sample, "b": sample}, {"body": v2("BYTES", [1], ["AAAA"], id=[1] * 1000)}):
+        ((status, answer, _),) = ask(request)
+        assert (status, answer["type"]) == (400, "bad_json")
+        assert "more than 1,000 characters" in answer["message"]
+
+
+def test_a_picture_without_memory_costs_its_neighbours_nothing(ask, sample, monkeypatch):
+    read = ask.handler._decode.__globals__["read"]
+
+    def full(body, *arguments):
+        if body == b"large":
+            raise MemoryError
+        return read(body, *arguments)
+
+    monkeypatch.setitem(ask.handler._decode.__globals__, "read", full)
+    large, good = ask({"body": b"large"}, {"body": sample})
+    assert (large[0], large[1]["type"]) == (413, "too_many_pixels")
+    assert (good[0], next(iter(good[1]))) == (200, "7")
 
 
 def test_halves_of_utf_16_pairs_in_json_cost_nobody_an_answer(ask, sample):
@@ -392,6 +415,15 @@ def test_explanations_that_take_too_long_are_put_off(ask, sample, monkeypatch):
     import explanations
 
     monkeypatch.setattr(explanations, "SECONDS", -1)
+    ((status, answer, _),) = ask({"body": sample}, headers={"explain": "True"})
+    assert (status, answer["type"]) == (503, "no_time")
+
+
+def test_an_explanation_without_memory_costs_its_neighbours_nothing(ask, sample, monkeypatch):
+    def full(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(ask.handler.explainer, "attributions", full)
     ((status, answer, _),) = ask({"body": sample}, headers={"explain": "True"})
     assert (status, answer["type"]) == (503, "no_time")
 

@@ -56,6 +56,18 @@ def test_damage_never_raises_anything_else(noise, name, place):
         assert str(error)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparency_is_the_same_on_white_in_strips_as_at_once(monkeypatch, mode):
+    colours = np.random.default_rng(0).integers(0, 256, (37, 23, 4), dtype=np.uint8)
+    picture = Image.fromarray(colours).convert(mode)
+    if mode == "P":
+        picture.info["transparency"] = 3
+    whole = picture.convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+    monkeypatch.setattr(pictures, "STRIP", 100)
+    np.testing.assert_array_equal(np.asarray(pictures._to_rgb(picture)), np.asarray(expected))
+
+
 def test_a_bomb_is_refused_from_its_header_before_it_is_decoded(monkeypatch):
     body = save(Image.new("1", (20_000, 20_000)), "PNG")
     assert len(body) < 100_000

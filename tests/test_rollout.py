@@ -296,6 +296,29 @@ def test_the_old_version_can_be_kept_for_requests_that_name_it(site):
     site.server.unregister("digits", old)
 
 
+def test_a_new_version_that_an_export_wrote_over_the_old_one_is_not_kept_as_the_old_one(site):
+    old, path = site.server.default("digits"), site.archive()
+    (site.store / f"digits-{old}.mar").unlink(missing_ok=True)
+    (site.store / "digits.mar").write_bytes(path.read_bytes())
+    site.roll(path)
+    assert not (site.store / f"digits-{old}.mar").exists()
+
+
+def test_what_could_not_be_done_after_the_switch_is_said(site, monkeypatch, capsys):
+    old, path = site.server.default("digits"), site.archive()
+    new = Archive.read(path).version
+
+    def lost(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_drop", lost)
+        assert command.main([*site.arguments(path), "--watch", "0"]) == 3
+    assert f"digits {new} serves, but the rest was not done: No space left on device" in capsys.readouterr().err
+    assert site.state[:2] == (new, sorted([float(old), float(new)]))
+    site.server.unregister("digits", old)
+
+
 def test_another_rollout_waits_for_nobody(site, capsys):
     folder = os.open(site.store, os.O_RDONLY)
     try:

@@ -14,7 +14,7 @@ import pytest
 import requests
 
 import serve
-from serve import Ports, ServerError, environment, java, read_properties, serving
+from serve import Ports, ServerError, archives_of, environment, java, read_properties, serving
 from tests.conftest import PROJECT, replace_in_archive
 
 
@@ -36,6 +36,7 @@ def test_ports_come_from_the_configuration_or_from_one_number():
     assert Ports.of_config(read_properties(PROJECT / "config.properties")) == Ports(8080, 8081, 8082, 7070, 7071)
     assert Ports.from_first(9000) == Ports(9000, 9001, 9002, 9003, 9004)
     assert len(set(vars(Ports.free()).values())) == 5
+    assert Ports.of_config({"inference_address": "https://127.0.0.1"}).inference == 8080
 
 
 def test_a_taken_port_is_named(exported, tmp_path):
@@ -93,6 +94,29 @@ def test_a_worker_that_cannot_load_its_model_is_said_at_once_with_its_own_words(
         pass
     assert time.monotonic() - started < 60
     assert not running_in(tmp_path)
+    shutil.copy(exported / "digits.mar", store)  # mended, and started again where the log of the failure lies
+    with serving([store / "digits.mar"], tmp_path / "server", ports=Ports.free()) as server:
+        assert server.process.poll() is None
+
+
+def test_what_a_rollout_keeps_to_go_back_to_is_not_started(exported, tmp_path):
+    for name in ("digits", "digits-1.0", "cats-1.0"):
+        shutil.copy(exported / "digits.mar", tmp_path / f"{name}.mar")
+    (tmp_path / "damaged.mar").write_bytes(b"PK")
+    assert [path.stem for path in archives_of(tmp_path)] == ["cats-1.0", "damaged", "digits"]
+
+
+def test_our_own_requests_go_past_a_proxy(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with serve._own("key") as session:
+        settings = session.merge_environment_settings("http://127.0.0.1:8080/ping", {}, None, None, None)
+        assert (dict(settings["proxies"]), settings["verify"]) == ({}, False)
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65532", "70000"])
+def test_a_port_out_of_range_is_named(run, exported, port, capsys):
+    assert serve.main([str(run), "--port", port]) == 2
+    assert capsys.readouterr().err == f"serve.py: --port {port}: must be from 1 to 65531, as five ports are taken\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
