@@ -56,6 +56,7 @@ SMALL, LARGE = "small", "large"  # names of the models
 CONNECTIONS = (1, 16, 64)  # of the comparison of the small model
 LARGE_CONNECTIONS = 16
 SEVERAL = 32  # pictures of one request
+DRAINING = 1.0  # seconds after an answer, in which the other worker too ends its batch
 WAKING = 1.0  # seconds of load before each that counts: BentoML learns from the clock how long to wait for a batch
 GROWTH = {
     "connections": (1, 2, 4, 8, 16, 32, 64, 128, 256),
@@ -244,11 +245,13 @@ def _measure(server: Running, wanted: list[Request], number: int, seconds: float
 
 
 def _drain(server: Running, request: Request) -> None:
-    """Waits for what wrk left behind: it would fill a queue of 100, and a server at rest would time out on it."""
+    """Waits for what wrk left behind: it would fill a queue of 100, and a server that rests would time out on it, and
+    spend the beginning of its next turn on a new worker."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         with contextlib.suppress(requests.RequestException):
             ask(server.url, server.key, request)
+            time.sleep(DRAINING)
             return
         time.sleep(0.2)
 
