@@ -101,7 +101,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "train.py": {},
     "quick 3 minutes": {"recipe": "quick", "minutes": 3.0},
     "fast 10 minutes": {"recipe": "fast", "minutes": 10.0},
-    "resnet18 10 minutes": {"arch": "resnet18", "minutes": 10.0},
+    "resnet18 10 minutes": {"arch": "resnet18", "size": 32, "minutes": 10.0},
 }
 
 # One change each, of the quick recipe.
