@@ -3,7 +3,7 @@
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
 # make bench [DATA=…]  training (95 minutes) and int8, whose figures stand in the README; for the others
-# make bench-serving   ours against stock TorchServe, LitServe and BentoML: 25 minutes, and nothing else on the machine
+# make bench-serving   ours against stock TorchServe, LitServe and BentoML: half an hour, and nothing else on the machine
 # make bench-reliability    load, bursts and faults: 17 minutes, and nothing else on the machine
 # make setup           only the environment; TORCH=cpu takes PyTorch's small CPU-only build
 
