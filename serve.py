@@ -70,6 +70,8 @@ class Ports:
 
     @classmethod
     def from_first(cls, first: int) -> Ports:
+        if not 1 <= first <= 65531:
+            raise ServerError(f"--port {first}: must be from 1 to 65531, as five ports are taken")
         return cls(*range(first, first + 5))
 
     @classmethod
@@ -156,8 +158,8 @@ def serving(
     properties |= settings or {}
     properties |= _addresses(ports, properties)
     (folder / "config.properties").write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
-    log, logged = folder / "logs" / "console.log", len(_workers_log(folder))
-    with log.open("wb") as output:
+    with (folder / "logs" / "console.log").open("wb") as output:
+        earlier = {path.name: path.stat().st_size for path in (folder / "logs").iterdir()}
         process = subprocess.Popen(
             _command(archives, folder, logging),
             cwd=folder,
@@ -169,7 +171,7 @@ def serving(
         )
     server = Server(process, folder, ports, properties)
     try:
-        _wait_until_ready(server, [archive.stem for archive in archives], ready_seconds, logged)
+        _wait_until_ready(server, [archive.stem for archive in archives], ready_seconds, earlier)
         _warm_up(server, archives[0].stem)
         yield server
     finally:
@@ -193,13 +195,14 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def archives_of(folder: Path) -> list[Path]:
-    """The .mar files that a server starts with; not those that a rollout keeps as NAME-VERSION.mar, to go back to."""
+    """The .mar files that a server starts with; not what a rollout keeps as NAME-VERSION.mar beside NAME.mar."""
 
     def is_kept(archive: Path) -> bool:
         try:
             with zipfile.ZipFile(archive) as files:
                 model = json.loads(files.read("MAR-INF/MANIFEST.json"))["model"]
-                return archive.stem == f"{model['modelName']}-{model['modelVersion']}"
+            is_named = archive.stem == f"{model['modelName']}-{model['modelVersion']}"
+            return is_named and archive.with_name(f"{model['modelName']}.mar").exists()
         except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
             return False  # damaged, which its use will say
 
@@ -305,25 +308,29 @@ def _command(archives: Sequence[Path], folder: Path, logging: Path | None) -> li
     ]
 
 
-def _wait_until_ready(server: Server, models: list[str], seconds: float, logged: int) -> None:
-    """`logged`: bytes of the workers' log that are of an earlier start."""
+def _wait_until_ready(server: Server, models: list[str], seconds: float, earlier: dict[str, int]) -> None:
+    """`earlier`: bytes of each log that are of an earlier start."""
     deadline, waiting = time.monotonic() + seconds, list(models)
     while waiting:
         if _is_ready(server, waiting[0]):
             waiting.pop(0)
             continue
         if server.process.poll() is not None:
-            raise ServerError(f"TorchServe ended with {server.process.returncode}: {_tail(server.folder)}")
-        if b"Backend worker process died" in _workers_log(server.folder)[logged:]:
-            raise ServerError(f"the worker of {waiting[0]} died while loading: {_tail(server.folder)}")
+            raise ServerError(f"TorchServe ended with {server.process.returncode}: {_tail(server.folder, earlier)}")
+        if "Backend worker process died" in _said(server.folder / "logs" / "model_log.log", earlier):
+            raise ServerError(f"the worker of {waiting[0]} died while loading: {_tail(server.folder, earlier)}")
         if time.monotonic() > deadline:
-            raise ServerError(f"{waiting[0]} was not ready after {seconds:g} s: {_tail(server.folder)}")
+            raise ServerError(f"{waiting[0]} was not ready after {seconds:g} s: {_tail(server.folder, earlier)}")
         time.sleep(0.1)
 
 
-def _workers_log(folder: Path) -> bytes:
-    path = folder / "logs" / "model_log.log"
-    return path.read_bytes() if path.exists() else b""
+def _said(log: Path, earlier: dict[str, int]) -> str:
+    """What stands in the log since this start."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(earlier.get(log.name, 0))
+        return file.read().decode(errors="replace")
 
 
 def _warm_up(server: Server, model: str) -> None:
@@ -357,11 +364,11 @@ def _is_ready(server: Server, model: str) -> bool:
     return len(workers) >= max(1, state["minWorkers"]) and all(worker["status"] == "READY" for worker in workers)
 
 
-def _tail(folder: Path) -> str:
-    """What the logs say last; the worker's own words where there are any."""
+def _tail(folder: Path, earlier: dict[str, int]) -> str:
+    """What the logs say last, since this start; the worker's own words where there are any."""
     for name in ("model_log.log", "ts_log.log", "console.log"):
         path = folder / "logs" / name
-        if path.exists() and (lines := path.read_text(errors="replace").strip().splitlines()):
+        if lines := _said(path, earlier).strip().splitlines():
             errors = [line for line in lines if re.search(r"\b\w*(Error|Exception)\b", line)]
             return f"{(errors or lines)[-1][-500:]} (see {path})"
     return f"see {folder / 'logs'}"
@@ -378,16 +385,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.config.is_file():
         print(f"serve.py: --config {options.config}: no such file", file=sys.stderr)
         return 2
-    if options.port is not None and not 1 <= options.port <= 65531:
-        print(f"serve.py: --port {options.port}: must be from 1 to 65531, as five ports are taken", file=sys.stderr)
-        return 2
     archives = archives_of(options.run / "export")
     if not archives:
         print(f"serve.py: {options.run}: nothing exported; run `python -m export {options.run}`", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server is stopped too
-    ports = Ports.from_first(options.port) if options.port else None
     try:
+        ports = None if options.port is None else Ports.from_first(options.port)
         for archive in archives:
             check_freshness(archive, options.run)
         with serving(

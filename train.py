@@ -111,8 +111,8 @@ def run(command: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     if command.split:
         raise ValueError("--split: belongs to --evaluate RUN; --val-fraction and --test-fraction cut the data")
     if command.resume:
-        file = "config" if command.config else "recipe" if command.recipe else None
-        config = resumed_config(command.resume, file, options)
+        source = "config" if command.config else "recipe" if command.recipe else None
+        config = resumed_config(command.resume, source, options)
     else:
         config = make_config(command.config, options, command.recipe)
     return {"run": config.out, **train(config, resume=bool(command.resume))}

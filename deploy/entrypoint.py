@@ -42,11 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"entrypoint.py: {options.models}: no .mar in it; mount or copy an exported archive", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server is stopped too
-    ports = Ports.from_first(options.port) if options.port else Ports.of_config(read_properties(CONFIG))
-    settings = {} if options.loopback else everywhere(ports)
     ready = options.work / READY
     ready.unlink(missing_ok=True)  # of a container that was killed and started again
     try:
+        ports = Ports.of_config(read_properties(CONFIG)) if options.port is None else Ports.from_first(options.port)
+        settings = {} if options.loopback else everywhere(ports)
         with serving(archives, options.work, ports=ports, settings=settings, console=sys.stdout.fileno()) as server:
             ready.touch()
             return server.process.wait()

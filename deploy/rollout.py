@@ -312,9 +312,8 @@ def rollout(
             if not keep_old:
                 _drop(server, name, old)
                 say(f"{old} is dropped")
-        except (OSError, Failed, KeyError) as error:  # a version that somebody else has dropped is a KeyError
-            reason = f"{old} is gone" if isinstance(error, KeyError) else _reason(error)
-            raise Unfinished(f"{name} {new} serves, but the rest was not done: {reason}") from error
+        except (OSError, Failed) as error:
+            raise Unfinished(f"{name} {new} serves, but the rest was not done: {_reason(error)}") from error
         say(f"{name} {new} serves")
 
 
@@ -435,16 +434,19 @@ def _undo(server: Server, name: str, old: str, new: str) -> None:
 
 
 def _drop(server: Server, name: str, version: str) -> None:
-    """Unregisters a version that is no default, when it can have no request under way.
+    """Unregisters a version that is no default, when it can have no request under way; one that is gone stays gone.
 
     TorchServe 0.12 never answers what a version has under way when it is unregistered, and does not tell what its
     workers are at. But a batch that has been taken from the queue is answered within the model's response time-out.
     """
-    state = server.versions(name)[float(version)]
-    longest = state["responseTimeout"] + state["maxBatchDelay"] / 1000  # seconds
-    deadline = time.monotonic() + longest
-    while server.versions(name)[float(version)]["jobQueueStatus"]["pendingRequests"] and time.monotonic() < deadline:
+    started = time.monotonic()
+    while state := server.versions(name).get(float(version)):
+        longest = state["responseTimeout"] + state["maxBatchDelay"] / 1000  # seconds
+        if not state["jobQueueStatus"]["pendingRequests"] or time.monotonic() - started >= longest:
+            break
         time.sleep(0.1)
+    else:
+        return
     time.sleep(longest)
     server.unregister(name, version)
 

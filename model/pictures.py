@@ -26,7 +26,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns up to twice its v
 
 SMALL = 128 * 128  # pixels, up to which the work of Pillow around its decoder, 40 µs a file, is worth avoiding
 
-STRIP = 1 << 20  # pixels
+STRIP = 1 << 20  # pixels that are put on white at a time
 
 # A JPEG file may hold a scan after the other, of a hundred bytes each, and each goes over all pixels: 25 ms for 50
 # megapixels. An encoder writes about ten.

@@ -51,7 +51,8 @@ def test_a_head_learns_from_features_what_it_learns_from_pictures(digits, option
     for _ in range(3):
         rows = [trainer.train_one_epoch() for trainer in (cached, anew)]
         assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
-        assert rows[0]["accuracy"] == pytest.approx(rows[1]["accuracy"], abs=0.005)
+        assert rows[0]["accuracy"] == pytest.approx(rows[1]["accuracy"], abs=1.5 / 1295)  # one on the edge
+        assert rows[0]["steps"] == rows[1]["steps"]
     assert isinstance(cached.features, Features)
     assert anew.features is None
     assert changed(cached.network, start) == {"classifier.weight"}

@@ -183,8 +183,7 @@ def test_the_same_seed_chooses_the_same_pictures_and_makes_the_same_file(made, r
 
 def test_what_earns_it_is_kept_and_reported(run, folder, loaded, made, use_made):
     spec, classifier = loaded
-    earned = {"max_loss": 100.0, "min_speedup": ANY_SPEED}  # whatever this processor makes of int8
-    rows = reduced.reduce_run(run, folder, "digits", spec, classifier, int8=True, fp16=True, **earned)
+    rows = reduced.reduce_run(run, folder, "digits", spec, classifier, int8=True, fp16=True, min_speedup=ANY_SPEED)
     assert [(row.precision, row.kept, row.pictures) for row in rows] == [("int8", True, 360), ("fp16", True, 360)]
     assert rows[0].accuracy_fp32 == pytest.approx(spec.metrics["accuracy"], abs=1e-3)  # as train.py measured it
     assert (rows[0].calibration_pictures, rows[0].seed) == (128, reduced.SEED)

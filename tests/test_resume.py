@@ -140,7 +140,7 @@ def test_a_minutes_run_has_the_time_that_it_had_left(tmp_path):
     last = checkpoint.load(out / "last.ckpt")
     checkpoint.save(last | {"seconds": 4.0}, out / "last.ckpt")  # of 6 s
     again = train(resumed_config(out, None, {}), resume=True)
-    assert again["train"]["seconds"] >= 6
+    assert 6 <= again["train"]["seconds"] < 10  # 10 would be as long as anew
     assert again["train"]["epochs"] > last["epoch"]
     assert [row["seconds"] for row in checkpoint.load(out / "last.ckpt")["history"][last["epoch"] :]] >= [4.0]
 

@@ -319,6 +319,12 @@ def test_what_could_not_be_done_after_the_switch_is_said(site, monkeypatch, caps
     site.server.unregister("digits", old)
 
 
+def test_a_version_that_somebody_else_has_dropped_is_nothing_to_do(site):
+    before = site.state
+    command._drop(site.server, "digits", "999.0")
+    assert site.state == before
+
+
 def test_another_rollout_waits_for_nobody(site, capsys):
     folder = os.open(site.store, os.O_RDONLY)
     try:

@@ -97,6 +97,12 @@ def test_a_worker_that_cannot_load_its_model_is_said_at_once_with_its_own_words(
     shutil.copy(exported / "digits.mar", store)  # mended, and started again where the log of the failure lies
     with serving([store / "digits.mar"], tmp_path / "server", ports=Ports.free()) as server:
         assert server.process.poll() is None
+    replace_in_archive(exported / "digits.mar", store / "digits.mar", {"model-config.yaml": "max_pictures: none\n"})
+    with (
+        pytest.raises(ServerError, match="'max_pictures' is 'none'"),  # and not what the log said of the first time
+        serving([store / "digits.mar"], tmp_path / "server", ports=Ports.free()),
+    ):
+        pass
 
 
 def test_what_a_rollout_keeps_to_go_back_to_is_not_started(exported, tmp_path):
@@ -104,6 +110,8 @@ def test_what_a_rollout_keeps_to_go_back_to_is_not_started(exported, tmp_path):
         shutil.copy(exported / "digits.mar", tmp_path / f"{name}.mar")
     (tmp_path / "damaged.mar").write_bytes(b"PK")
     assert [path.stem for path in archives_of(tmp_path)] == ["cats-1.0", "damaged", "digits"]
+    (tmp_path / "digits.mar").unlink()
+    assert "digits-1.0" in [path.stem for path in archives_of(tmp_path)]  # there is nothing else to start
 
 
 def test_our_own_requests_go_past_a_proxy(monkeypatch):

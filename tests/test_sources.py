@@ -1,3 +1,4 @@
+import os
 import socket
 
 import pytest
@@ -110,11 +111,12 @@ def test_a_zip_whose_list_is_damaged_is_named(tmp_path):
         open_source(str(path))
 
 
-def test_a_link_to_nowhere_is_an_unreadable_picture(tmp_path):
+def test_a_link_to_nowhere_and_a_pipe_are_unreadable_pictures(tmp_path):
     folder = make_folder(tmp_path, count=2)
     (folder / "red" / "gone.jpg").symlink_to("nowhere")
+    os.mkfifo(folder / "red" / "pipe.jpg")
     source = open_source(str(folder))
-    assert {source.entries[i].name for i, body in source.read() if not body} == {"red/gone.jpg"}
+    assert {source.entries[i].name for i, body in source.read() if not body} == {"red/gone.jpg", "red/pipe.jpg"}
 
 
 def test_two_spellings_are_found_across_separators_and_splits(tmp_path):

@@ -150,8 +150,8 @@ class FolderSource:
     def read(self) -> Iterator[tuple[int, Picture]]:
         for i, entry in enumerate(self.entries):
             path = self._path / entry.name
-            size = path.stat().st_size if path.is_file() else 0  # a link may lead nowhere
-            yield i, _read(path, size, Path.read_bytes)
+            # a link may lead nowhere, and a pipe holds its reader
+            yield i, _read(path, path.stat().st_size, Path.read_bytes) if path.is_file() else b""
 
 
 class ZipSource:
