@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -31,6 +32,7 @@ from torchvision import transforms
 
 from benchmarks.machine import describe, keep
 from model import architectures
+from model.fastnet import FastNet, ShiftNorm
 from train import train
 from training import data as training_data
 from training.config import make_config
@@ -89,12 +91,26 @@ def ours(source: str, seed: int, options: dict[str, Any]) -> tuple[float, float]
 
 
 def run(options: dict[str, Any]) -> tuple[float, float]:
-    """Test accuracy and seconds of `train.py`, with its defaults but for `options`; `recipe` is one of them."""
+    """Test accuracy and seconds of `train.py`, with its defaults but for `options`; `recipe` and `without` are some."""
     options = dict(options)
-    recipe = options.pop("recipe", None)
-    with contextlib.redirect_stdout(io.StringIO()):
+    recipe, without = options.pop("recipe", None), options.pop("without", None)
+    with contextlib.redirect_stdout(io.StringIO()), patch(*without) if without else contextlib.nullcontext():
         metrics = train(make_config(None, options, recipe))
     return metrics["test"]["accuracy"], metrics["train"]["seconds"]
+
+
+def learns_first_layer(network: FastNet, images: Tensor) -> None:
+    """In the place of `FastNet.whiten`: the first layer keeps its random weights, and learns."""
+    network.whitening.weight.requires_grad_(True)
+
+
+class ScaledNorm(ShiftNorm):
+    """In the place of `ShiftNorm`: it learns a scale too."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        del self.weight
+        self.weight = nn.Parameter(torch.ones(channels))
 
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -104,7 +120,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "resnet18 10 minutes": {"arch": "resnet18", "size": 32, "minutes": 10.0},
 }
 
-# One change each, of the quick recipe.
+# One change each, of the quick recipe. `without` puts something else in the place of a part that no flag takes away.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "AdamW instead of Muon": {"optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.01, "warmup": 0.05},
@@ -118,6 +134,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "cosine schedule": {"schedule": "cosine"},
     "EMA of 0.99": {"ema": 0.99},
     "the wide network": {"arch": "fastnet"},
+    "a first layer that learns": {"without": ("model.fastnet.FastNet.whiten", learns_first_layer)},
+    "PyTorch's initialisation": {"without": ("torch.nn.init.dirac_", lambda weight: weight)},
+    "BatchNorm with a scale": {"without": ("model.fastnet.ShiftNorm", ScaledNorm)},
 }
 
 
