@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import signal
 import sys
@@ -52,6 +53,7 @@ from training.sources import BUILT_IN
 from training.trainer import Diverged, OutOfMemory, Trainer
 
 WHITENED_BY = 5000  # pictures of up to 32 px; fewer of larger ones
+RESULTS = ("model.pt", "spec.json", "metrics.json", "history.csv")  # files of the run folder, but for the checkpoint
 LARGE = 128  # px: from here on memory is dear, and a step long
 SWITCHES = (
     "mixup",
@@ -98,6 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(json.dumps(summary, ensure_ascii=False))
     except (ValueError, OSError, Diverged, OutOfMemory) as error:  # what the user can mend: data, flags, files
         print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:  # not in a step, where OutOfMemory says what fits
+        print(f"train.py: {str(error).splitlines()[0]} Pass a smaller --size, or --device cpu", file=sys.stderr)
         return 2
     return 0
 
@@ -173,6 +178,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
 
     # Results
     network.load_state_dict(best["network"])
+    if distributed.rank() == 0:
+        checkpoint.save(best["network"], out / "model.pt")
     val = evaluate(network, data.val, *scale)
     test = evaluate(network, data.test, *scale)
     temperature = fit_temperature(val, data.val.targets)
@@ -191,7 +198,6 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         },
     }
     if distributed.rank() == 0:
-        checkpoint.save(best["network"], out / "model.pt")
         spec = make_spec(config, data, mean, std, temperature, metrics["test"], sha256(out / "model.pt"))
         spec.save(out / "spec.json")
         write_text(out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
@@ -202,7 +208,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
 
 
 def begin(trainer: Trainer, out: Path, resume: bool) -> None:
-    """Takes the run folder: its checkpoint, or a new beginning in which no checkpoint of an earlier run is left."""
+    """Takes the run folder: its checkpoint, or a new beginning in which no weights of an earlier run are left."""
     last = out / "last.ckpt"
     if resume and last.exists():
         trainer.restore(last)
@@ -210,7 +216,8 @@ def begin(trainer: Trainer, out: Path, resume: bool) -> None:
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not resume:
-            last.unlink(missing_ok=True)
+            for name in (*RESULTS, last.name):  # else a run that ends early would leave another one's weights behind
+                (out / name).unlink(missing_ok=True)
         trainer.config.save(out / "config.yaml")
 
 
@@ -312,7 +319,10 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and distributed.world() > 1:
+    if name.startswith("cuda") and distributed.world() > 1:
+        gpus, processes = torch.cuda.device_count(), distributed.local_world()
+        if gpus and processes > gpus:
+            raise ValueError(f"{processes} processes for {gpus} GPUs; pass --nproc-per-node {gpus}, or --device cpu")
         name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
@@ -356,9 +366,10 @@ def announce(config: TrainConfig, data: Data, device: torch.device, seconds: flo
         f"{data.name}: {len(data.labels)} classes, {len(data.train):,} train, {len(data.val):,} val, "
         f"{len(data.test):,} test pictures, read in {seconds:.1f} s"
     )
-    length = f"{config.minutes:g} minutes" if config.minutes else f"{config.epochs} epochs"
+    lengths = [f"{config.epoch_limit:g} epochs"] if math.isfinite(config.epoch_limit) else []
+    lengths += [f"{config.minutes:g} minutes"] if config.minutes else []
     print(
-        f"{config.arch} at {config.size} px for {length} on {device}; batches of {config.batch_size}, "
+        f"{config.arch} at {config.size} px for {' or '.join(lengths)} on {device}; batches of {config.batch_size}, "
         f"flip {'on' if config.flip else 'off'}, shift {config.crop_padding} px, jitter {config.jitter:g}",
         flush=True,
     )

@@ -32,7 +32,7 @@ def test_a_runs_config_repeats_the_run(tmp_path, capsys):
         ("epochs: ten", "'epochs' is 'ten'; it must be a whole number"),
         ("epochs: 1.5", "'epochs' is 1.5; it must be a whole number"),
         ("epochs: true", "'epochs' is True; it must be a whole number"),
-        ("epochs: null", "'epochs' is None; it must be a whole number"),
+        ("accumulate: null", "'accumulate' is None; it must be a whole number"),
         ("lr: fast", "'lr' is 'fast'; it must be a number"),
         ("freeze: 1", "'freeze' is 1; it must be true or false"),
         ("arch: 18", "'arch' is 18; it must be a text"),

@@ -112,6 +112,18 @@ def test_what_does_not_fit_in_memory_is_kept_in_a_file(tmp_path, monkeypatch, ca
     assert torch.equal(got.train.crops(slice(None)), expected.train.crops(slice(None)))
 
 
+def test_a_disk_without_room_for_the_file_is_an_error_before_anything_is_read(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path, count=6)
+    monkeypatch.setattr(training_data, "free_memory", lambda: 1000)
+
+    class Full:
+        free = 2000
+
+    monkeypatch.setattr(training_data.shutil, "disk_usage", lambda folder: Full)
+    with pytest.raises(DataError, match=r"has room for 0.0 GB; choose another disk \(--out\)"):
+        load(str(folder), size=16, resize=16, scratch=tmp_path)
+
+
 def test_a_run_that_streams_ends_with_the_bits_of_one_that_does_not(tmp_path, monkeypatch):
     """Each batch but the first of an epoch was asked for while the one before it was trained on."""
     train = ["--data", "digits", "--epochs", "2", "--mixup", "0.2", "--flip", "--jitter", "0.1"]

@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from benchmarks import resume as kills
 from model import checkpoint, load_run
 from tests.conftest import PROJECT
-from train import main
+from train import main, pick_device
 from training import distributed
 from training.distributed import cut
 
@@ -95,6 +96,15 @@ def test_a_mistake_names_itself_in_one_line_of_each_process(tmp_path):
 def test_a_batch_too_small_for_its_parts(tmp_path, capsys):
     assert main(["--data", "digits", "--batch-size", "5", "--accumulate", "3", "--out", str(tmp_path / "run")]) == 2
     assert "--batch-size 5: must be at least 6" in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus_are_a_mistake(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(ValueError, match="4 processes for 2 GPUs; pass --nproc-per-node 2, or --device cpu"):
+            pick_device(device)
 
 
 def test_parts_cover_everything_once():

@@ -1,7 +1,8 @@
 import pytest
+import torch
 
 from training.config import TrainConfig
-from training.schedule import lr_factor
+from training.schedule import Schedule, lr_factor
 
 
 def config(**options):
@@ -27,6 +28,27 @@ def test_step_drops_by_gamma_every_step_size_epochs():
 def test_constant_stays():
     c = config(schedule="constant", warmup=0)
     assert {lr_factor(c, i / 10, i) for i in range(11)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "seconds", "progress"),
+    [
+        ({}, 5, 9000, 0.5),  # of 10 epochs
+        ({"epochs": 20}, 5, 9000, 0.25),
+        ({"minutes": 2.0}, 500, 30, 0.25),
+        ({"minutes": 2.0, "epochs": 20}, 5, 60, 0.5),  # a slow machine: the time decides
+        ({"minutes": 2.0, "epochs": 20}, 15, 60, 0.75),  # a fast one
+        ({"minutes": 2.0, "epochs": 20}, 21, 60, 1),
+    ],
+)
+def test_a_run_ends_by_epochs_or_by_minutes_whichever_is_first(options, epochs, seconds, progress):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = Schedule(optimizer, config(**options, schedule="linear", warmup=0), lambda: False)
+    schedule.go_on_from(seconds)
+    assert schedule.is_over(epochs) == (progress == 1)
+    assert schedule.progress == pytest.approx(progress, abs=0.01)
+    schedule.before_step(epochs, 0)
+    assert schedule.lr == pytest.approx(1 - progress, abs=0.01)
 
 
 @pytest.mark.parametrize(

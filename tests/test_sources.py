@@ -4,7 +4,7 @@ import socket
 import pytest
 
 from tests.folders import COLOURS, as_tar, as_zip, make_folder, picture
-from training.sources import DataError, open_source
+from training.sources import DataError, TarSource, open_source
 
 
 def names(source):
@@ -46,6 +46,19 @@ def test_an_archive_is_read_in_place_as_its_folder_is(tmp_path, kind, wrapped, s
     bodies = sorted(body for _, body in source.read())
     assert bodies == sorted(path.read_bytes() for path in folder.rglob("*.jpg"))
     assert sorted(tmp_path.rglob("*")) == before  # nothing was unpacked
+
+
+def test_a_large_compressed_archive_is_unpacked_twice_and_a_small_one_once(tmp_path, monkeypatch):
+    folder, target = make_folder(tmp_path / "pets", count=2), tmp_path / "pets.tar.xz"
+    as_tar(folder, target, "xz", wrapped=False)
+    passes, real = [], TarSource._members
+    monkeypatch.setattr(TarSource, "_members", lambda *given: passes.append(None) or real(*given))
+    once = sorted(open_source(str(target)).read())
+    assert len(passes) == 1
+    monkeypatch.setattr("training.sources.KEPT_BYTES", 3000)
+    assert sum(len(body) for _, body in once) > 3000
+    assert sorted(open_source(str(target)).read()) == once
+    assert len(passes) == 3
 
 
 def test_a_class_may_be_called_train(tmp_path):

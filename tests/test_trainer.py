@@ -79,7 +79,7 @@ def test_pictures_too_many_for_the_gpu_stay_where_they_are(digits, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_the_pictures_lie_there_and_the_steps_are_the_same(digits, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # and not TF32
     trainer = make(digits, device="cuda")
     assert trainer.data.train.pixels.is_cuda
     assert (after(3, trainer).cpu() - after(3, make(digits))).abs().max() < 1e-4
@@ -254,6 +254,37 @@ def test_a_loss_that_is_no_number_names_the_step_the_rate_and_the_checkpoint(tmp
     assert all(value.isfinite().all() for value in last["network"].values())
 
 
+def test_no_checkpoint_holds_what_the_last_step_of_an_epoch_broke(tmp_path, capsys, monkeypatch):
+    """The loss of each step is still a number."""
+    real, calls = Trainer.step, []
+
+    def step(self, *arguments):
+        calls.append(None)
+        found = real(self, *arguments)
+        if len(calls) == 2 * 41:
+            next(self.network.parameters()).data.fill_(float("nan"))
+        return found
+
+    monkeypatch.setattr(Trainer, "step", step)
+    out = tmp_path / "run"
+    assert main(["--data", "digits", "--epochs", "3", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "the loss on val is nan after epoch 2" in error
+    assert f"the last good checkpoint is {out / 'last.ckpt'}, epoch 1" in error
+    assert all(value.isfinite().all() for value in checkpoint.load(out / "last.ckpt")["network"].values())
+
+
+def test_out_of_memory_outside_of_a_step_is_one_line_too(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nSee more")
+
+    monkeypatch.setattr("training.trainer.evaluate", full)
+    assert main(["--data", "digits", "--epochs", "1", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "Tried to allocate 9.00 GiB. Pass a smaller --size" in error
+    assert error.count("\n") == 1
+
+
 def limit_memory(monkeypatch, pictures):
     """A GPU whose memory holds so many pictures going through the network."""
     real = nn.Conv2d.forward
@@ -285,7 +316,7 @@ def test_out_of_memory_names_a_batch_that_fits_and_it_does(tmp_path, capsys, mon
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "out of memory with --batch-size 64, 64 pictures at a time; 16 fit" in error
-    assert "pass --accumulate 4, which learns the same, or --batch-size 16" in error
+    assert "pass --accumulate 4, which learns the same (but for BatchNorm), or --batch-size 16" in error
     assert error.count("\n") == 1
     assert main([*arguments, "--accumulate", "4"]) == 0
     assert main([*arguments, "--batch-size", "16"]) == 0

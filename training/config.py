@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from model.files import write_text
 
 RECIPES = Path(__file__).with_name("recipes.yaml")
+EPOCHS = 10  # of a run that is given no length
 
 
 def _option(default: Any, group: str, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -39,7 +41,7 @@ class TrainConfig:
     workers: int | None = _option(None, "data", "threads that decode the pictures (default: one for each core)")
 
     arch: str = _option(
-        "simplecnn", "network", "simplecnn, fastnet or any torchvision classification model (--list-archs)"
+        "simplecnn", "network", "simplecnn, fastnet, fastnet_small or any torchvision classifier (--list-archs)"
     )
     size: int | None = _option(None, "network", "side of the square that the network sees, px (default: its own)")
     resize: int | None = _option(
@@ -67,8 +69,12 @@ class TrainConfig:
     mixup: float = _option(0.0, "augmentation", "alpha of mixup, such as 0.2; 0 for off")
     cutmix: float = _option(0.0, "augmentation", "alpha of CutMix, such as 1; with --mixup a coin decides; 0 for off")
 
-    epochs: int = _option(10, "optimisation", "passes over the training pictures")
-    minutes: float | None = _option(None, "optimisation", "train this long instead of --epochs")
+    epochs: int | None = _option(
+        None, "optimisation", "passes over the training pictures (default: 10, or as many as --minutes has time for)"
+    )
+    minutes: float | None = _option(
+        None, "optimisation", "train this long; with --epochs too, until the first of them is over"
+    )
     batch_size: int | None = _option(
         None,
         "optimisation",
@@ -166,6 +172,11 @@ class TrainConfig:
             choices = option.metadata["choices"]
             if choices and getattr(self, option.name) not in choices:
                 raise ValueError(f"--{option.name} {getattr(self, option.name)}: must be one of {', '.join(choices)}")
+
+    @property
+    def epoch_limit(self) -> float:
+        """Epochs after which the run ends at the latest."""
+        return self.epochs or (math.inf if self.minutes else EPOCHS)
 
     @property
     def flips_only(self) -> bool:

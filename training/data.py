@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import os
 import random
+import shutil
 import tempfile
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,11 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.files import atomic_write
-from model.pictures import PictureError, crop, decode
+from model.pictures import PictureError, crop, read
+from training import distributed
 from training.sources import DataError, Entry, Picture, Source, open_source
 
 SAMPLES = 64  # pictures kept as files, for parity checks and for trying the endpoint
 SAMPLE_BYTES = 2 << 20  # of each at the most, so that a run folder stays small
+DECODED_TOGETHER = 16  # pictures that a thread decodes before it asks for more, which costs as much as a tiny one
+TOGETHER_BYTES = 1 << 20  # of their files at the most, but for the last: large ones are decoded one by one
 READERS = 8  # threads that read rows of a file
 LISTED = 50  # unreadable files named one by one before the rest is counted
 
@@ -48,7 +52,7 @@ class FilePixels:
 
     def __setitem__(self, place: int, crop: Tensor) -> None:
         if os.pwrite(self._file.fileno(), crop.contiguous().numpy().data, place * self._row) != self._row:
-            raise OSError("no space is left for the temporary file of the pictures; choose another disk for --out")
+            raise OSError("no space is left for the temporary file of the pictures")
 
     def __getitem__(self, places: Tensor) -> Tensor:
         coming, self._coming = self._coming, None
@@ -165,32 +169,38 @@ def decode_all(
 
     Args:
         workers: threads; by default one for each core.
-        seen: called with each picture that could be decoded.
+        seen: called with each picture that could be decoded, by one of the threads.
 
     Returns:
         The reason for each place whose picture cannot be read.
     """
     bad: dict[int, str] = {}
 
-    def decode_one(item: tuple[int, Picture]) -> tuple[int, Picture, str]:
-        place, picture = item
-        try:
-            image = decode(picture) if isinstance(picture, bytes) else picture
-            crops[rows[place]] = torch.from_numpy(crop(image, size, resize).copy())
-            return place, picture, ""
-        except PictureError as error:
-            return place, picture, str(error)
+    def decode_some(items: list[tuple[int, Picture]]) -> None:
+        for place, picture in items:
+            try:
+                square = read(picture, size, resize) if isinstance(picture, bytes) else crop(picture, size, resize)
+                crops[rows[place]] = torch.from_numpy(square.copy())
+                seen(place, picture)
+            except PictureError as error:
+                bad[place] = str(error)
 
     wanted = (item for item in source.read() if item[0] in rows)
+    threads, waiting = workers or os.cpu_count() or 1, deque[tuple[int, Future[None]]]()
     bar = tqdm(total=len(rows), desc="reading", unit="pictures", disable=not progress, leave=False)
-    with bar, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for batch in _batches(wanted, 256):
-            for place, picture, reason in pool.map(decode_one, batch):
-                if reason:
-                    bad[place] = reason
-                else:
-                    seen(place, picture)
-            bar.update(len(batch))
+    with bar, ThreadPoolExecutor(threads) as pool:
+
+        def finish_one() -> None:
+            count, done = waiting.popleft()
+            done.result()
+            bar.update(count)
+
+        for items in _batches(wanted):
+            waiting.append((len(items), pool.submit(decode_some, items)))
+            if len(waiting) > 2 * threads:  # enough to do while more is read, and not all in memory
+                finish_one()
+        while waiting:
+            finish_one()
     return bad
 
 
@@ -249,11 +259,22 @@ def save_samples(samples: dict[str, bytes], folder: Path) -> None:
 
 
 def allocate(count: int, size: int, scratch: Path | None) -> Tensor | FilePixels:
-    """uint8 (count, size, size, 3): in memory, or in a file where that would take over half of it."""
+    """uint8 (count, size, size, 3): in memory, or in a file where that would take over half of it.
+
+    Raises:
+        DataError: the disk has no room for that file.
+    """
     needed, free = count * size * size * 3, free_memory()
     if needed <= free // 2:
         return torch.empty((count, size, size, 3), dtype=torch.uint8)
     where = scratch or tempfile.gettempdir()
+    space = shutil.disk_usage(where).free
+    if needed > space:
+        raise DataError(
+            f"the pictures take {needed / 1e9:.1f} GB, over half of the free memory ({free / 1e9:.1f} GB), and {where} "
+            f"has room for {space / 1e9:.1f} GB; choose another disk ({'--out' if scratch else 'TMPDIR'}), or a "
+            "smaller --size"
+        )
     print(
         f"the pictures take {needed / 1e9:.1f} GB, over half of the free memory ({free / 1e9:.1f} GB): "
         f"they stream from a temporary file in {where}"
@@ -276,7 +297,7 @@ def on_device(data: Data, device: torch.device) -> Data:
 def free_memory() -> int:
     """Bytes: the machine's, or the container's where that has a limit of its own; under torchrun a process's share."""
     free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    sharing = distributed.local_world()
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
     except (OSError, ValueError):  # no cgroups of version 2, or no limit ("max")
@@ -343,7 +364,14 @@ def _unreadable(data: str, skipped: list[str], total: int) -> str:
     return f"{data}: {len(skipped)} of {total} pictures cannot be read; mend them or pass --skip-bad{names}{rest}"
 
 
-def _batches(items: Iterable[tuple[int, Picture]], count: int) -> Iterator[list[tuple[int, Picture]]]:
-    items = iter(items)
-    while batch := list(islice(items, count)):
+def _batches(items: Iterable[tuple[int, Picture]]) -> Iterator[list[tuple[int, Picture]]]:
+    batch: list[tuple[int, Picture]] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += len(item[1]) if isinstance(item[1], bytes) else 0
+        if len(batch) == DECODED_TOGETHER or size >= TOGETHER_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch

@@ -48,6 +48,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_world() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def local_rank() -> int:
     """Which of those on this machine this is, from 0: the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ def fit(trainer: Trainer, out: Path) -> None:
             raise ValueError(f"--minutes {config.minutes}: over before the first step; give it more")
         distributed.copy_buffers(trainer.averaged)
         val = score(trainer.evaluate(), trainer.data.val.targets, trainer.data.labels)
+        if not math.isfinite(val["loss"]):  # the last step's update: no checkpoint may hold it
+            raise Diverged(f"the loss on val is {val['loss']} after epoch {len(history) + 1}; {way_back(trainer, out)}")
         row = {
             "epoch": len(history) + 1,
             "lr": trainer.schedule.lr,
@@ -76,17 +79,20 @@ def train_one_epoch(trainer: Trainer, show: Callable[[float, int], None], out: P
     try:
         return trainer.train_one_epoch(show)
     except Diverged as error:
-        done = len(trainer.history)
-        kept = (
-            f"the last good checkpoint is {out / 'last.ckpt'}, epoch {done}" if done else "there is no checkpoint yet"
-        )
-        raise Diverged(f"{error}; {kept}; pass a smaller --lr, or --clip-grad-norm 1") from None
+        raise Diverged(f"{error}; {way_back(trainer, out)}") from None
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"--compile: torch.compile cannot do it ({reason}); leave --compile out") from None
     except torch.OutOfMemoryError:
         pass  # its traceback holds the batch; here it is gone, and there is room to try a smaller one
     raise OutOfMemory(trainer.out_of_memory())
+
+
+def way_back(trainer: Trainer, out: Path) -> str:
+    """What a run that diverged leaves, and what to do about it."""
+    done = len(trainer.history)
+    kept = f"the last good checkpoint is {out / 'last.ckpt'}, epoch {done}" if done else "there is no checkpoint yet"
+    return f"{kept}; pass a smaller --lr, or --clip-grad-norm 1"
 
 
 def is_better(val: dict[str, Any], best: dict[str, Any]) -> bool:
@@ -130,7 +136,7 @@ def write_history(history: list[dict[str, float]], out: Path) -> None:
 @contextmanager
 def progress_bar(epoch: int, pictures: int, config: TrainConfig) -> Iterator[Callable[[float, int], None]]:
     """A bar on a terminal and nothing elsewhere; gives a function of the loss and the pictures seen that moves it."""
-    length = "" if config.minutes else f"/{config.epochs}"
+    length = f"/{config.epoch_limit:g}" if math.isfinite(config.epoch_limit) else ""
     with tqdm(
         total=pictures,
         desc=f"epoch {epoch + 1}{length}",

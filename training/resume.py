@@ -13,8 +13,8 @@ RESUMABLE = ("data", "download_dir", "workers", "epochs", "minutes", "device")
 def resumed_config(run: Path, source: str | None, options: dict[str, Any]) -> TrainConfig:
     """The options in the run's config.yaml, with what may be given anew.
 
-    `--epochs` or `--minutes` may be changed: the learning rate goes on where a run of that length would be. `--data` is
-    for data that was moved; its classes must be the same, which `Trainer.restore` checks.
+    `--epochs` or `--minutes` may be changed, either in the place of both: the learning rate goes on where a run of that
+    length would be. `--data` is for data that was moved; its classes must be the same, which `Trainer.restore` checks.
 
     Args:
         source: "config" or "recipe" where that flag gives options too.
@@ -28,6 +28,7 @@ def resumed_config(run: Path, source: str | None, options: dict[str, Any]) -> Tr
     if not (run / "config.yaml").is_file():
         raise ValueError(f"--resume {run}: has no config.yaml; give a folder that train.py began, or start a new run")
     config = read_config(run / "config.yaml")
-    if "epochs" in options:
-        config["minutes"] = None
+    for given, other in (("epochs", "minutes"), ("minutes", "epochs")):
+        if given in options:
+            config[other] = None
     return TrainConfig(**config | options | {"out": str(run)})

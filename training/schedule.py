@@ -13,7 +13,8 @@ from training.config import TrainConfig
 
 
 class Schedule:
-    """Sets the learning rate before each step; a run ends after `config.epochs`, or after `config.minutes`.
+    """Sets the learning rate before each step; a run ends after `config.epochs` or `config.minutes`, if both are given
+    after whichever comes first: then a slow machine, too, comes to the end of its learning rate.
 
     progress: how much of the run is done, 0..1, in steps or in time, as of the last step or `is_over`.
     interrupted: whether the run was (Ctrl-C), as all processes know it since the last step or `is_over`.
@@ -52,7 +53,9 @@ class Schedule:
 
     def _look(self, epochs: float) -> float:
         """How much of the run is done, 0 to 1 or above, and whether it was interrupted: the same in all processes."""
-        spent = self.seconds / (60 * self._config.minutes) if self._config.minutes else epochs / self._config.epochs
+        spent = epochs / self._config.epoch_limit
+        if self._config.minutes:
+            spent = max(spent, self.seconds / (60 * self._config.minutes))
         progress, interrupted = distributed.from_first(spent, self._interrupted())
         self.progress, self.interrupted = min(progress, 1), bool(interrupted)
         return progress

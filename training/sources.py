@@ -24,6 +24,7 @@ from model.pictures import SUFFIXES
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
+KEPT_BYTES = 128 << 20  # of a compressed archive's pictures, which are kept while it is read
 MAX_FILE_BYTES = 256 << 20  # of one picture file: what is larger is a mistake, or a bomb
 
 # Suffixes of pictures that are not read here: listed as unreadable, not passed over in silence.
@@ -187,24 +188,36 @@ class TarSource:
         self.name, self._path = path.name.split(".")[0], path
         files: list[str] = []
         folders: list[str] = []
-        for member, _ in self._members():
+        self._kept: dict[str, bytes] = {}  # all pictures' files, if they are small: so they are unpacked only once
+        room = KEPT_BYTES
+        for member, body in self._members(lambda one: _is_picture(one.name)):
             (files if member.isreg() else folders).append(member.name)
+            if member.isreg() and _is_picture(member.name):
+                room -= member.size
+                if room < 0:
+                    self._kept.clear()
+                else:
+                    self._kept.setdefault(member.name, body)
         self.entries, self.labels = _layout(str(path), files, folders, may_be_wrapped=True)
 
     def read(self) -> Iterator[tuple[int, Picture]]:
         places = {entry.name: i for i, entry in enumerate(self.entries)}
-        for member, archive in self._members():
+        if self._kept:
+            yield from ((place, self._kept[name]) for name, place in places.items())
+            return
+        for member, body in self._members(lambda one: one.name in places):
             if member.isreg() and (place := places.pop(member.name, None)) is not None:
-                file = archive.extractfile(member)
-                yield place, b"" if file is None or member.size > MAX_FILE_BYTES else file.read()
+                yield place, body
 
-    def _members(self) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-        """Files and folders, one after the other; links and devices are passed over."""
+    def _members(self, wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+        """Files and folders, one after the other, with the bytes of those files that are wanted; links and devices are
+        passed over."""
         try:
             with tarfile.open(self._path, "r|*") as archive:
                 for member in archive:
                     if member.isreg() or member.isdir():
-                        yield member, archive
+                        file = archive.extractfile(member) if member.size <= MAX_FILE_BYTES and wanted(member) else None
+                        yield member, b"" if file is None else file.read()
         except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             kinds = ", ".join(ARCHIVES)
             raise DataError(f"{self._path}: not an archive, or damaged ({error}); give one of {kinds}") from None

@@ -29,7 +29,7 @@ from training.features import Features, compute_features
 from training.optimizer import BACKBONE_RATE, make_optimizer
 from training.schedule import Schedule
 
-STATE_VERSION = 2  # of last.ckpt
+STATE_VERSION = 3  # of last.ckpt, and of what the options mean
 STEPS_A_LOOK = 50  # between two looks at the loss: reading it waits for the device
 
 
@@ -260,10 +260,10 @@ class Trainer:
             return (
                 f"{self.device}: out of memory with --batch-size {batch}, even with 2 pictures; pass a smaller --size"
             )
-        cuts = -(-batch // (fits * distributed.world()))
+        total = fits * distributed.world()
         return (
             f"{self.device}: out of memory with --batch-size {batch}, {part} pictures at a time; {fits} fit: pass "
-            f"--accumulate {cuts}, which learns the same, or --batch-size {fits * distributed.world()}"
+            f"--accumulate {-(-batch // total)}, which learns the same (but for BatchNorm), or --batch-size {total}"
         )
 
     def _learn(self, module: nn.Module, compiled: bool = False) -> None:
