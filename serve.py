@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -39,6 +40,7 @@ FILES = {"metrics_config", "certificate_file", "private_key_file", "keystore"}  
 READY_SECONDS = 120  # a large model on a slow disk; a small one is ready in 5
 WARM_UP, WARM_UP_SECONDS = 30, 2  # requests, and when to leave it at fewer: a large model, or a patient batch
 PICTURE = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"  # of one pixel
+READ_KEY = 'import json, sys; print(json.load(open(sys.argv[1]))["inference"]["key"])'
 STOP_SECONDS = 20  # from asking TorchServe to stop to killing it
 
 
@@ -398,10 +400,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             archives, options.run / "serve", ports=ports, config=options.config, console=sys.stdout.fileno()
         ) as server:
             name, keys = archives[0].stem, server.folder / "key_file.json"
-            trust = f"--cacert {server.verify} " if isinstance(server.verify, str) else ""
-            print(
-                f"\n{name} is ready. Keys: {keys}. Try it from another terminal:\n"
-                f'  curl {trust}-H "Authorization: Bearer {server.key()}" {server.url}/predictions/{name} -T PICTURE\n'
+            trust = f"--cacert {shlex.quote(server.verify)} " if isinstance(server.verify, str) else ""
+            print(  # not the key itself, as what is printed may end in a log
+                f"\n{name} is ready. Try it from another terminal:\n"
+                f"  KEY=$(python3 -c '{READ_KEY}' {shlex.quote(str(keys.resolve()))})\n"
+                f'  curl {trust}-H "Authorization: Bearer $KEY" {server.url}/predictions/{name} -T PICTURE\n'
                 "Ctrl-C stops it.\n",
                 flush=True,
             )

@@ -1,6 +1,6 @@
 """Replaces the version of a model that TorchServe serves, without losing a request, and undoes it if it fails.
 
-    python -m deploy.rollout digits.mar --to http://127.0.0.1:8081 --key-file key_file.json --store runs/digits/export
+    python -m deploy.rollout digits.mar --to http://127.0.0.1:8081 --key-file key_file.json --store MODEL_STORE
 
   1. checks the archive and the server; nothing is changed if anything is wrong here
   2. copies the archive into the model store as NAME-VERSION.mar, and registers it next to the version that serves
@@ -266,7 +266,9 @@ def rollout(
     server.check()
     with _alone(store):
         name, new, file = archive.name, archive.version, store / archive.stored
-        old = _old_version(archive, server)
+        old, start = _old_version(archive, server), store / f"{name}.mar"
+        if archive.path.resolve() == start.resolve():
+            raise Mistake(f"{start}: the next start takes it, good or not; export elsewhere and pass --store {store}")
         if not file.exists():
             is_copy = True
         elif _same(file, archive.path):
@@ -302,7 +304,6 @@ def rollout(
             if isinstance(error, (Mistake, KeyboardInterrupt)):
                 raise
             raise Failed(_reason(error)) from error
-        start = store / f"{name}.mar"
         try:
             kept = store / f"{name}-{old}.mar"
             if not kept.exists() and _is_version(start, old):  # an export may have written the new one there

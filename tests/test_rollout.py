@@ -296,10 +296,14 @@ def test_the_old_version_can_be_kept_for_requests_that_name_it(site):
     site.server.unregister("digits", old)
 
 
-def test_a_new_version_that_an_export_wrote_over_the_old_one_is_not_kept_as_the_old_one(site):
+def test_a_new_version_that_an_export_wrote_over_the_old_one_is_not_kept_as_the_old_one(site, capsys):
     old, path = site.server.default("digits"), site.archive()
     (site.store / f"digits-{old}.mar").unlink(missing_ok=True)
     (site.store / "digits.mar").write_bytes(path.read_bytes())
+    before = site.state
+    assert command.main(site.arguments(site.store / "digits.mar")) == 2
+    assert "the next start takes it, good or not; export elsewhere" in capsys.readouterr().err
+    assert site.state == before
     site.roll(path)
     assert not (site.store / f"digits-{old}.mar").exists()
 

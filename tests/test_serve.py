@@ -1,5 +1,6 @@
 """Starting and stopping TorchServe, and what is said when it cannot start."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import requests
 
 import serve
 from serve import Ports, ServerError, archives_of, environment, java, read_properties, serving
@@ -127,6 +127,13 @@ def test_a_port_out_of_range_is_named(run, exported, port, capsys):
     assert capsys.readouterr().err == f"serve.py: --port {port}: must be from 1 to 65531, as five ports are taken\n"
 
 
+def printed(said: str) -> str:
+    """The commands that serve.py says one may try."""
+    lines = said.splitlines()
+    place = next(i for i, line in enumerate(lines) if line.strip().startswith("KEY="))
+    return "\n".join(lines[place : place + 2])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_make_serve_serves_until_it_is_stopped_and_leaves_nothing_running(run, exported, sample, number, tmp_path):
     """After a server that was killed, whose stale files lie in the run folder."""
@@ -142,12 +149,12 @@ def test_make_serve_serves_until_it_is_stopped_and_leaves_nothing_running(run, e
     ):
         try:
             wait_until_ready(child, output)
-            line = next(line for line in output.read_text().splitlines() if line.strip().startswith("curl "))
-            key = line.split("Bearer ")[1].split('"')[0]
-            url = f"http://127.0.0.1:{first}/predictions/digits"
-            assert url in line
-            reply = requests.post(url, data=sample, headers={"Authorization": f"Bearer {key}"}, timeout=30)
-            assert next(iter(reply.json())) == "7"
+            said = output.read_text()
+            assert json.loads((folder / "key_file.json").read_text())["inference"]["key"] not in said
+            (tmp_path / "PICTURE").write_bytes(sample)
+            answer = subprocess.run(["bash", "-euc", printed(said)], cwd=tmp_path, stdout=subprocess.PIPE, check=True)
+            assert next(iter(json.loads(answer.stdout))) == "7"
+            assert f"http://127.0.0.1:{first}/predictions/digits" in said
         finally:
             child.send_signal(number)
             assert child.wait(timeout=60) == 0
