@@ -7,6 +7,7 @@
 -- leaves as soon as it is free.
 
 local answers, rate = os.getenv("ANSWERS"), tonumber(os.getenv("RATE"))
+local tolerance = tonumber(os.getenv("TOLERANCE") or 1e-3)  -- of a probability
 local lines, threads, now, record, bytes = {}, {}, nil, nil, nil
 for line in io.lines(os.getenv("REQUESTS")) do lines[#lines + 1] = line end
 
@@ -73,7 +74,7 @@ function response(status, headers, body)
   local count = 0
   if status == 200 then
     for label, value in body:gmatch('{%s*"([^"]+)":%s*([%d.e-]+)') do
-      if label ~= labels[count + 1] or math.abs(tonumber(value) - values[count + 1]) > 1e-3 then break end
+      if label ~= labels[count + 1] or math.abs(tonumber(value) - values[count + 1]) > tolerance then break end
       count = count + 1
     end
   end

@@ -57,10 +57,17 @@ def ask(url: str, key: str, request: Request) -> tuple[tuple[str, float], ...]:
     return best_of(reply.content)
 
 
-def load(url: str, key: str, wanted: Sequence[Request], connections: int, seconds: float) -> Result:
-    """As many requests as `connections` clients can make, each waiting for its answer before it asks again."""
-    run = _wrk if shutil.which("wrk") else _threads
-    return run(url, key, wanted, connections, seconds)
+def load(
+    url: str, key: str, wanted: Sequence[Request], connections: int, seconds: float, tolerance: float = TOLERANCE
+) -> Result:
+    """As many requests as `connections` clients can make, each waiting for its answer before it asks again.
+
+    Args:
+        tolerance: of a probability.
+    """
+    if shutil.which("wrk"):
+        return _wrk(url, key, wanted, connections, seconds, variables={"TOLERANCE": str(tolerance)})
+    return _threads(url, key, wanted, connections, seconds, tolerance)
 
 
 def timed(
@@ -119,7 +126,9 @@ def _wrk(
     return Result(int(right) / float(duration), float(p50), float(p99), int(wrong), int(failed), said)
 
 
-def _threads(url: str, key: str, wanted: Sequence[Request], connections: int, seconds: float) -> Result:
+def _threads(
+    url: str, key: str, wanted: Sequence[Request], connections: int, seconds: float, tolerance: float = TOLERANCE
+) -> Result:
     times: list[float] = []
     wrong: list[str] = []
     failed: list[str] = []
@@ -136,7 +145,7 @@ def _threads(url: str, key: str, wanted: Sequence[Request], connections: int, se
                     continue
                 got = best_of(reply.content)
                 right = len(got) == len(request.best) and all(
-                    label == expected and abs(value - known) <= TOLERANCE
+                    label == expected and abs(value - known) <= tolerance
                     for (label, value), (expected, known) in zip(got, request.best, strict=True)
                 )
                 if reply.ok and right:

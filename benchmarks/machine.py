@@ -14,13 +14,16 @@ from model.files import write_text
 
 
 def describe(*packages: str) -> dict[str, str]:
-    """Processor, cores, memory, Python, and the versions of `packages`."""
+    """Processor, cores, memory, the GPU if there is one, Python, and the versions of `packages`."""
     import psutil
+    import torch
 
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        **gpu,
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }

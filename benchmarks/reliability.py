@@ -95,7 +95,7 @@ class Pictures:
         bodies, kept = digits(count=1797), list[int]()
         rows = process.classify(bodies)
         for i, row in enumerate(rows):
-            if all(np.abs(row - rows[j]).max() > 4 * TOLERANCE for j in kept):
+            if not kept or np.abs(rows[kept] - row).max(axis=1).min() > 4 * TOLERANCE:
                 kept.append(i)
         labels = process.spec["labels"]
         answers = [dict(zip(labels, rows[i].tolist(), strict=True)) for i in kept]

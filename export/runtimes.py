@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # in TF32, the default of cuDNN and TensorRT, factors have 10 bits
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it reports to its maker by default since 1.29: read at import
 
 import numpy as np
@@ -133,7 +134,8 @@ def run_browser(folder: Path, name: str, graph: str, batches: list[Batch]) -> An
 def run_torchscript_cuda(folder: Path, name: str, graph: str, batches: list[Batch]) -> Answers:
     if not torch.cuda.is_available():
         raise Missing("on a machine with a GPU: benchmarks/gpu.sh")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     return run_torchscript(folder, name, graph, batches, "cuda")
 
 

@@ -115,6 +115,7 @@ def _on_gpu(module: Any, device: str) -> Classify:
     """Half precision where it agrees with full precision on this GPU, and CUDA graphs where they can be recorded."""
     import torch
 
+    torch._C._jit_set_texpr_fuser_enabled(False)  # it compiles for each batch size, for seconds
     size = module.size
     probe = torch.randint(0, 256, (4, size, size, 3), dtype=torch.uint8, device=device)
     with torch.inference_mode():

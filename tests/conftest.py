@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
+
+import train as trainer
+
+# A GPU that happens to be there rounds otherwise. The tests of GPUs: CUDA_VISIBLE_DEVICES=0 pytest -k "gpu or cuda"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from clients.python.classify import Client
 from export import parity, pictures
@@ -18,8 +25,8 @@ from export.__main__ import export_run
 from export.archive import BESIDE_HANDLER
 from model import Classifier, load_run
 from serve import Ports, Server, serving
-from train import train
 from training.config import TrainConfig
+from training.report import write_report
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -27,12 +34,26 @@ settings.register_profile("tests", deadline=None, print_blob=True)  # this machi
 settings.load_profile("tests")
 
 
+@contextlib.contextmanager
+def reports(write: Callable[..., None]) -> Iterator[None]:
+    """What `train` writes its reports with, for the time of the block."""
+    with patch.object(trainer, "write_report", write):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_reports() -> Iterator[None]:
+    """Drawing one takes longer than most trainings here: only some are drawn, in `reports(write_report)`."""
+    with reports(lambda folder, *_: folder.mkdir(exist_ok=True)):
+        yield
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder: simplecnn on digits, as the README trains it."""
     out = tmp_path_factory.mktemp("runs") / "digits"
-    with contextlib.redirect_stdout(io.StringIO()):
-        train(TrainConfig(data="digits", arch="simplecnn", out=str(out)))
+    with contextlib.redirect_stdout(io.StringIO()), reports(write_report):
+        trainer.train(TrainConfig(data="digits", arch="simplecnn", out=str(out)))
     return out
 
 
