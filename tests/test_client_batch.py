@@ -21,7 +21,7 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("needs Ray: pip install 'ray[data]'", allow_module_level=True)
 parquet = pytest.importorskip("pyarrow.parquet")
 
-PICTURES = 3000
+PICTURES = 2000
 SCRIPT = PROJECT / "clients" / "batch" / "classify.py"
 
 

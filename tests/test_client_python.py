@@ -605,7 +605,7 @@ def test_a_torchserve_that_is_killed_and_started_anew_costs_no_picture(exported,
     for i in range(300):
         (pictures / f"{i:03}.png").write_bytes(b"no picture" if i % 50 == 7 else samples[i % len(samples)])
     archive, folder, ports = tmp_path / "digits.mar", tmp_path / "server", Ports.free()
-    slow = "batchSize: 32\nmaxBatchDelay: 60\nminWorkers: 1\nmaxWorkers: 1\n"  # so that it is killed in the middle
+    slow = "batchSize: 32\nmaxBatchDelay: 30\nminWorkers: 1\nmaxWorkers: 1\n"  # so that it is killed in the middle
     replace_in_archive(exported / "digits.mar", archive, {"model-config.yaml": slow})
     out, part = tmp_path / "out.csv", tmp_path / "out.csv.part"
 

@@ -4,8 +4,10 @@ import shutil
 import pytest
 
 from model import ModelSpec
+from tests.conftest import reports
 from tests.folders import make_folder
 from train import main
+from training.report import write_report
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +15,9 @@ def colours(tmp_path_factory):
     """A folder of pictures without splits, and a run that was trained on it."""
     folder = tmp_path_factory.mktemp("colours")
     make_folder(folder / "pictures", count=12)
-    assert main(["--data", str(folder / "pictures"), "--epochs", "60", "--out", str(folder / "run")]) == 0
+    with reports(write_report):
+        assert main(["--data", str(folder / "pictures"), "--epochs", "60", "--out", str(folder / "run")]) == 0
+    assert (folder / "run" / "report" / "index.html").exists()  # where there may be no mistakes
     return folder / "pictures", folder / "run"
 
 

@@ -125,7 +125,7 @@ def test_one_changed_weight_in_any_artifact_fails_parity(exported, run, spec, tm
         values[0, 0, 0, 0] += 1
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
         onnx.save(model, path)
-    rows = parity.verify(classifier, spec, pictures.of_samples(run / "samples"), folder, "digits")
+    rows = parity.verify(classifier, spec, pictures.of_samples(run / "samples")[::8], folder, "digits")
     failed = {(row.graph, row.runtime) for row in rows if not row.passed}
     if changed == "script":
         graphs = ("network", "crops", "pixels")

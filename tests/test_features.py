@@ -133,10 +133,18 @@ def test_the_backbone_learns_from_the_epoch_on_that_was_named(digits, capsys):
     assert "the backbone learns too from here, at 0.1 times the learning rate" in capsys.readouterr().out
 
 
+THAWED = ["--data", "digits", "--arch", "fastnet_small", "--freeze", "--unfreeze-at", "2", "--epochs", "4"]
+
+
+@pytest.fixture(scope="module")
+def thawed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "thawed"
+    assert main([*THAWED, "--out", str(out)]) == 0
+    return out
+
+
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_a_run_that_ends_before_or_after_the_thaw_goes_on_with_the_same_bits(tmp_path, monkeypatch, epoch):
-    options = ["--data", "digits", "--arch", "fastnet_small", "--freeze", "--unfreeze-at", "2", "--epochs", "4"]
-    assert main([*options, "--out", str(tmp_path / "whole")]) == 0
+def test_a_run_that_ends_before_or_after_the_thaw_goes_on_with_the_same_bits(thawed, tmp_path, monkeypatch, epoch):
     real = loop.write_history
 
     def killed(history, out):
@@ -146,9 +154,9 @@ def test_a_run_that_ends_before_or_after_the_thaw_goes_on_with_the_same_bits(tmp
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(loop, "write_history", killed)
-        main([*options, "--out", str(tmp_path / "killed")])
+        main([*THAWED, "--out", str(tmp_path / "killed")])
     assert main(["--resume", str(tmp_path / "killed")]) == 0
-    assert kills.differences(tmp_path / "whole", tmp_path / "killed") == []
+    assert kills.differences(thawed, tmp_path / "killed") == []
 
 
 def test_transfer_from_a_run_of_other_classes(tmp_path, capsys):

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import io
 import json
 import pickle
@@ -139,8 +140,9 @@ def test_a_flipped_bit_anywhere_in_any_file_is_found_and_the_file_named(whole, s
     assert check(whole) == []
 
 
-def test_every_flipped_bit_of_the_sums_is_found(whole, sums_only):
+def test_every_flipped_bit_of_the_sums_is_found(whole, sums_only, monkeypatch):
     """It is the one file that has no hash of its own."""
+    monkeypatch.setattr(integrity, "sha256", functools.cache(integrity.sha256))  # the others stay as they are
     size = (whole / SUMS).stat().st_size
     for place in range(size - 90, size):  # the last line whole, and the end of the one before
         for bit in range(8):

@@ -20,9 +20,15 @@ def test_every_runtime_has_its_place():
     assert {*INSTALLED, *OF_PYTHON, *OTHER_LANGUAGES, *COMPILED, *NEEDS_A_GPU} == set(RUNTIMES)
 
 
+@pytest.fixture(scope="module")
+def verified(verify):
+    """The rows of all these runtimes, made at once, which is quicker."""
+    return verify(*OF_PYTHON, *OTHER_LANGUAGES, *NEEDS_A_GPU)
+
+
 @pytest.mark.parametrize("name", [*OF_PYTHON, *OTHER_LANGUAGES, *NEEDS_A_GPU])
-def test_a_runtime_gives_pytorchs_answers_in_every_graph(verify, name):
-    rows = verify(name)
+def test_a_runtime_gives_pytorchs_answers_in_every_graph(verified, name):
+    rows = [row for row in verified if row.runtime == name]
     assert [row.graph for row in rows] == ["network", "crops", "pixels"]
     if rows[0].skipped and "cannot run" not in rows[0].skipped:
         pytest.skip(f"{name} is not here: {rows[0].skipped}")

