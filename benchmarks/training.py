@@ -1,7 +1,7 @@
 """Trains with our trainer and with the classic recipe, in turns, on the same pictures and the same machine.
 
-    python -m benchmarks.training --data ../shared/data/cifar10-jpeg.tar.xz --rounds 3
-    python -m benchmarks.training --data ../shared/data/cifar10-jpeg.tar.xz --rounds 1 --ablate
+    python -m benchmarks.training --data cifar10-jpeg.tar.xz
+    python -m benchmarks.training --data cifar10-jpeg.tar.xz --rounds 2 --ablate
 
 The classic recipe is the one of the tutorials: simplecnn, pictures augmented one by one (flip, padded crop) in a
 DataLoader, Adam at 1e-3, batches of 32, 10 epochs, the last weights. The CIFAR ResNet-18 is torchvision's with a first
@@ -181,10 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/training.json"))
     options = parser.parse_args(arguments)
     keep_freed()  # as train.py does, so that the classic recipe has it too
-    device, runs = pick_device(options.device), RUNS | ON_A_GPU
+    device, runs, part = pick_device(options.device), RUNS | ON_A_GPU, "results"
     if options.ablate:
         recipe = RUNS["quick 3 minutes"] | {"minutes": options.minutes}
         runs = {name: recipe | change for name, change in ABLATIONS.items()}
+        part = f"ablations, {options.minutes:g} minutes"
     wanted = options.only.split(",") if options.only else [*runs] if options.ablate else ["classic", *RUNS]
     if unknown := sorted(set(wanted) - {"classic", *runs}):
         parser.error(f"--only: nothing is called {unknown[0]!r}; there are {', '.join(('classic', *runs))}")
@@ -200,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results[name].append(found)
             print(f"seed {seed}  {name:28} {found[0]:.2%}, {found[1]:.0f} s", flush=True)
             rows = {name: medians(found) for name, found in results.items() if found}
-            keep(options.json, machine, "ablations" if options.ablate else "results", rows)  # now: all takes hours
+            keep(options.json, machine, part, rows)  # now: all takes hours
     print(json.dumps(machine))
     for name, shown in rows.items():
         accuracy, seconds = shown["test_accuracy"], shown["seconds"]

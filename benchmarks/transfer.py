@@ -1,6 +1,6 @@
 """What a backbone that was trained on eight classes is worth for two others, of which there are few pictures.
 
-    python -m benchmarks.transfer --data ../shared/data/cifar10-jpeg.tar.xz
+    python -m benchmarks.transfer --data cifar10-jpeg.tar.xz
 
 The quick recipe trains on the other eight classes of the data for --minutes. Then each way of RUNS gets the same 100
 pictures of each of the two classes (others for each seed), of which a tenth are for validation, and is scored on the
