@@ -125,6 +125,7 @@ class ScaledNorm(ShiftNorm):
 RESNET: dict[str, Any] = {
     "arch": "resnet18",
     "size": 32,
+    "val_fraction": 0.02,
     "without": ("model.architectures._build", cifar_resnet18),
     "optimizer": "sgd",
     "lr": 0.1,
