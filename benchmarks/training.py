@@ -140,6 +140,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "train.py": {},
     "quick 3 minutes": {"recipe": "quick", "minutes": 3.0},
     "fast 10 minutes": {"recipe": "fast", "minutes": 10.0},
+    "resnet18 10 minutes": {"arch": "resnet18", "size": 32, "minutes": 10.0},
     "CIFAR ResNet-18 3 minutes": RESNET | {"minutes": 3.0},
     "CIFAR ResNet-18 10 minutes": RESNET | {"minutes": 10.0},
 }
