@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from fnmatch import fnmatch
 from http.client import HTTPConnection
@@ -359,12 +360,11 @@ needs_root = pytest.mark.skipif(
 
 @contextlib.contextmanager
 def contained(root, python, folder, *options, network=True):
-    """The image's program on a read-only file system but for `folder`/work, as its user, until it is healthy.
+    """The image's program on a read-only file system but for one folder, as its user, until it is healthy.
 
     network: that of this machine, or none but a loopback of its own.
     """
-    work = folder / "work"
-    work.mkdir(mode=0o700)
+    work = Path(tempfile.mkdtemp(prefix="work-", dir=folder.parent))  # in `folder` a socket's path could be too long
     os.chown(work, USER, USER)
     words = [python, *json.loads(dict(stages()[-1])["ENTRYPOINT"])[1:], root / "models", "--work", work, *options]
     script = (
