@@ -2,7 +2,7 @@
 # make test [JOBS=2]   lint, types and the whole test suite, the real TorchServe included; JOBS files at a time
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
-# make bench [DATA=…]  training (2 hours) and int8, whose figures stand in the README
+# make bench [DATA=…]  training (over 2 hours) and int8, whose figures stand in the README
 # make bench-serving   ours against stock TorchServe, LitServe and BentoML: half an hour, and nothing else on the machine
 # make bench-reliability    load, bursts and faults: 17 minutes, and nothing else on the machine
 # make setup           only the environment; TORCH=cpu takes PyTorch's small CPU-only build

@@ -24,7 +24,7 @@ from model.pictures import SUFFIXES
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
-KEPT_BYTES = 128 << 20  # of a compressed archive's pictures, which are kept while it is read
+KEPT_BYTES = 128 << 20  # of a .tar's pictures, which are kept while it is read
 MAX_FILE_BYTES = 256 << 20  # of one picture file: what is larger is a mistake, or a bomb
 
 # Suffixes of pictures that are not read here: listed as unreadable, not passed over in silence.
@@ -188,9 +188,9 @@ class TarSource:
         self.name, self._path = path.name.split(".")[0], path
         files: list[str] = []
         folders: list[str] = []
-        self._kept: dict[str, bytes] = {}  # all pictures' files, if they are small: so they are unpacked only once
+        self._kept: dict[str, bytes] = {}  # all pictures' files, if they have room: so they are unpacked only once
         room = KEPT_BYTES
-        for member, body in self._members(lambda one: _is_picture(one.name)):
+        for member, body in self._members(lambda one: _is_picture(one.name) and one.size <= KEPT_BYTES):
             (files if member.isreg() else folders).append(member.name)
             if member.isreg() and _is_picture(member.name):
                 room -= member.size
