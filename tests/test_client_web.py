@@ -354,6 +354,22 @@ def test_by_keyboard_alone_a_model_and_a_picture_are_chosen_and_a_digit_is_drawn
     visit.context.close()
 
 
+def test_a_drawing_that_is_cleared_before_its_file_is_there_stays_cleared(visit):
+    """The file is for TorchServe, and comes later than the drawing."""
+    visit.page.evaluate("""() => {
+        const toBlob = HTMLCanvasElement.prototype.toBlob;
+        window.finish = [];
+        HTMLCanvasElement.prototype.toBlob = function (callback, ...rest) {
+            toBlob.call(this, (blob) => finish.push(() => callback(blob)), ...rest);
+        };
+    }""")
+    visit.draw(DIGITS["1"])
+    visit.page.click("#clear")
+    assert visit.page.evaluate("finish.map((one) => one()).length") == 1
+    visit.page.wait_for_timeout(500)  # in which an answer would come
+    assert visit.page.locator("#page-answer .headline").text_content() == "Nothing classified yet."
+
+
 @pytest.mark.parametrize("way", ["drop", "paste"])
 def test_pictures_and_models_are_taken_by_drop_and_paste(visit, sample, way):
     script = """([way, name, bytes]) => {

@@ -14,7 +14,7 @@ const ITS_DIGITS = "In this model's data a seven has a bar across its stem, and 
 const NO_DIGITS = "Drawings are prepared for models of `train.py --data digits`; this is another.";
 
 let labels; // of the loaded model
-let current; // what is classified: {file: Blob, pixels?: RGB of a drawing}
+let current; // what is classified: {file: Blob or a promise of it, pixels?: RGB of a drawing}
 let turn = 0; // an answer to anything but the latest question is dropped
 
 // The worker, as a function.
@@ -102,7 +102,8 @@ async function compare(file, mine) {
   const place = find("server-answer");
   showWaiting(place, `${THERE}: …`);
   try {
-    const { answer, milliseconds } = await askTorchServe(file, find("server-model").value, find("server-key").value);
+    const [model, key] = ["server-model", "server-key"].map((id) => find(id).value);
+    const { answer, milliseconds } = await askTorchServe(await file, model, key);
     if (mine === turn) showAnswer(place, THERE, answer, `${milliseconds.toFixed(1)} ms, there and back`);
   } catch (error) {
     if (mine === turn) showError(place, THERE, error.message);
@@ -147,11 +148,11 @@ find("preview").addEventListener("error", () => (find("preview").hidden = true))
 
 // Drawings.
 
-const pad = new Pad(find("pad"), async (strokes) => {
+const pad = new Pad(find("pad"), (strokes) => {
   const pixels = prepareDigit(strokes);
   find("preview").hidden = true;
-  current = { pixels, file: await asPng(pixels) };
-  await classify();
+  current = { pixels, file: asPng(pixels) }; // not awaited here: what comes in between would be overwritten
+  classify();
 });
 
 function clearDrawing() {
