@@ -23,12 +23,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from model import architectures, checkpoint
@@ -286,7 +286,7 @@ def make_spec(
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": version("torchvision"),
         },
     )
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from model.checkpoint import load_state_dict
@@ -18,6 +17,7 @@ from model.fastnet import FastNet
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 FASTNETS = {"fastnet": (64, 256, 256), "fastnet_small": (64, 128, 128)}  # channels of the blocks
+OWN = ("simplecnn", *FASTNETS)
 
 
 class SimpleCNN(nn.Module):
@@ -50,7 +50,8 @@ class SimpleCNN(nn.Module):
 
 @lru_cache
 def names() -> tuple[str, ...]:
-    return ("simplecnn", *FASTNETS, *torchvision.models.list_models(module=torchvision.models))
+    models = _torchvision()
+    return (*OWN, *models.list_models(module=models))
 
 
 def build(arch: str, classes: int, size: int) -> nn.Module:
@@ -59,7 +60,7 @@ def build(arch: str, classes: int, size: int) -> nn.Module:
     Raises:
         ValueError: no such architecture, or it cannot take pictures of this size; the message says what can.
     """
-    if arch not in names():
+    if arch not in OWN and arch not in names():
         close = difflib.get_close_matches(arch, names(), n=3) or ["simplecnn", "resnet18", "mobilenet_v3_small"]
         raise ValueError(f"--arch {arch}: no such architecture; did you mean {', '.join(close)}? (--list-archs)")
     try:
@@ -74,9 +75,9 @@ def build(arch: str, classes: int, size: int) -> nn.Module:
 
 def default_size(arch: str) -> tuple[int, int]:
     """The (size, resize) that the architecture was made for, px."""
-    if arch == "simplecnn" or arch in FASTNETS:
+    if arch in OWN:
         return 32, 32
-    preset = torchvision.models.get_model_weights(arch).DEFAULT.transforms()
+    preset = _torchvision().get_model_weights(arch).DEFAULT.transforms()
     return preset.crop_size[0], preset.resize_size[0]
 
 
@@ -161,7 +162,7 @@ def _build(arch: str, classes: int, size: int) -> nn.Module:
         options = {"image_size": size}
     elif arch.startswith("maxvit"):
         options = {"input_size": (size, size)}
-    return torchvision.models.get_model(arch, weights=None, num_classes=classes, **options)
+    return _torchvision().get_model(arch, weights=None, num_classes=classes, **options)
 
 
 def _check_shapes(network: nn.Module, classes: int, size: int) -> None:
@@ -177,12 +178,19 @@ def _check_shapes(network: nn.Module, classes: int, size: int) -> None:
 
 
 def _download(arch: str) -> Mapping[str, Tensor]:
-    if arch == "simplecnn" or arch in FASTNETS:
+    if arch in OWN:
         raise ValueError(f"--pretrained: there are no published weights of {arch}; pass --weights FILE")
     try:
-        return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=True)
+        return _torchvision().get_model_weights(arch).DEFAULT.get_state_dict(progress=True)
     except OSError as error:  # URLError is one
         raise ValueError(
             f"--pretrained: torchvision's weights of {arch} cannot be downloaded ({error}); "
             "download them where there is a network and pass --weights FILE"
         ) from None
+
+
+def _torchvision() -> Any:
+    """torchvision.models, when one of them is wanted: importing it takes longer than importing PyTorch."""
+    import torchvision.models
+
+    return torchvision.models

@@ -31,8 +31,8 @@ def test_an_unknown_recipe_is_named_with_those_that_there_are(tmp_path, capsys):
 
 def test_the_quick_recipe_learns_and_can_be_resumed(tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = ["--data", "digits", "--out", str(out), "--recipe", "quick", "--no-flip"]
-    assert train.main([*arguments, "--epochs", "4", "--batch-size", "64"]) == 0
+    arguments = ["--data", "digits", "--out", str(out), "--recipe", "quick", "--no-flip", "--val-fraction", "0.4"]
+    assert train.main([*arguments, "--epochs", "4", "--batch-size", "32"]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["test"]["accuracy"] > 0.9
     assert ModelSpec.load(out / "spec.json").arch == "fastnet_small"
