@@ -1,5 +1,6 @@
 # make demo            everything once, on bundled digits
-# make test [JOBS=2]   lint, types and the whole test suite, the real TorchServe included; JOBS files at a time
+# make test            lint, types and the whole test suite, the real TorchServe included, two files at a time
+#                      (JOBS=1 shows each file's name, and which test it is that waits)
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
 # make bench [DATA=…]  training (over 2 hours) and int8, whose figures stand in the README
@@ -8,6 +9,7 @@
 # make setup           only the environment; TORCH=cpu takes PyTorch's small CPU-only build
 
 PYTHON ?= python3
+JOBS   ?= 2
 RUN    ?= runs/digits
 DATA   ?= cifar10
 UV      = 0.13.9
@@ -20,7 +22,7 @@ demo: .venv/ready
 	$(BIN)/python demo.py --at-least 0.95
 
 test: .venv/ready check
-	$(BIN)/python -m pytest $(if $(JOBS),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
+	$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 check: .venv/ready
 	$(BIN)/ruff check .
