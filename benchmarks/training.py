@@ -95,8 +95,10 @@ def ours(source: str, seed: int, options: dict[str, Any]) -> tuple[float, float]
 def run(options: dict[str, Any]) -> tuple[float, float]:
     """Test accuracy and seconds of `train.py`, with its defaults but for `options`; `recipe` and `without` are some."""
     options = dict(options)
-    recipe, without = options.pop("recipe", None), options.pop("without", None)
-    with contextlib.redirect_stdout(io.StringIO()), patch(*without) if without else contextlib.nullcontext():
+    recipe, without = options.pop("recipe", None), options.pop("without", {})
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as changed:
+        for part, other in without.items():
+            changed.enter_context(patch(part, other))
         metrics = train(make_config(None, options, recipe))
     return metrics["test"]["accuracy"], metrics["train"]["seconds"]
 
@@ -126,7 +128,7 @@ RESNET: dict[str, Any] = {
     "arch": "resnet18",
     "size": 32,
     "val_fraction": 0.02,
-    "without": ("model.architectures._build", cifar_resnet18),
+    "without": {"model.architectures._build": cifar_resnet18},
     "optimizer": "sgd",
     "lr": 0.1,
     "weight_decay": 5e-4,
@@ -146,7 +148,12 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 ON_A_GPU = {"CIFAR ResNet-18 30 seconds": RESNET | {"minutes": 0.5}}  # only if it is named
 
-# One change each, of the quick recipe. `without` puts something else in the place of a part that no flag takes away.
+# What stands in the place of a part that no flag takes away.
+LEARNS_FIRST_LAYER: dict[str, Any] = {"model.fastnet.FastNet.whiten": learns_first_layer}
+PYTORCHS_START: dict[str, Any] = {"torch.nn.init.dirac_": lambda weight: weight}
+WITH_A_SCALE: dict[str, Any] = {"model.fastnet.ShiftNorm": ScaledNorm}
+
+# One change each, of the quick recipe.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "AdamW instead of Muon": {"optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.01, "warmup": 0.05},
@@ -160,9 +167,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "cosine schedule": {"schedule": "cosine"},
     "EMA of 0.99": {"ema": 0.99},
     "the wide network": {"arch": "fastnet"},
-    "a first layer that learns": {"without": ("model.fastnet.FastNet.whiten", learns_first_layer)},
-    "PyTorch's initialisation": {"without": ("torch.nn.init.dirac_", lambda weight: weight)},
-    "BatchNorm with a scale": {"without": ("model.fastnet.ShiftNorm", ScaledNorm)},
+    "a first layer that learns": {"without": LEARNS_FIRST_LAYER},
+    "PyTorch's initialisation": {"without": PYTORCHS_START},
+    "BatchNorm with a scale": {"without": WITH_A_SCALE},
+    "these three at once": {"without": LEARNS_FIRST_LAYER | PYTORCHS_START | WITH_A_SCALE},
 }
 
 
@@ -179,15 +187,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help=f"of {', '.join(('classic', *RUNS, *ON_A_GPU))}; separated by commas")
     parser.add_argument("--ablate", action="store_true", help="what each part of the recipe is worth")
     parser.add_argument("--minutes", type=float, default=1.5, help="of each of these (1.5)")
+    parser.add_argument("--epochs", type=int, help="of each of these instead, however long they take")
     parser.add_argument("--device", default="auto", help="as train.py's (auto)")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/training.json"))
     options = parser.parse_args(arguments)
     keep_freed()  # as train.py does, so that the classic recipe has it too
     device, runs, part = pick_device(options.device), RUNS | ON_A_GPU, "results"
     if options.ablate:
-        recipe = RUNS["quick 3 minutes"] | {"minutes": options.minutes}
-        runs = {name: recipe | change for name, change in ABLATIONS.items()}
-        part = f"ablations, {options.minutes:g} minutes"
+        length = {"epochs": options.epochs} if options.epochs else {"minutes": options.minutes}
+        runs = {name: {"recipe": "quick"} | length | change for name, change in ABLATIONS.items()}
+        part = f"ablations, {next(iter(length.values())):g} {next(iter(length))}"
     wanted = options.only.split(",") if options.only else [*runs] if options.ablate else ["classic", *RUNS]
     if unknown := sorted(set(wanted) - {"classic", *runs}):
         parser.error(f"--only: nothing is called {unknown[0]!r}; there are {', '.join(('classic', *runs))}")
