@@ -31,7 +31,8 @@ class FastNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.blocks(gelu(self.whitening(images)))
-        return self.classifier(features.amax(dim=(2, 3)) * SCALE)
+        features = max_pool2d(features, features.shape[-2:])  # amax's gradient is NaN if compiled in bfloat16
+        return self.classifier(features.flatten(1) * SCALE)
 
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:

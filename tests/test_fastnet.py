@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -45,6 +47,20 @@ def test_what_is_frozen_has_no_gradient_and_the_norms_have_no_scale():
 @pytest.mark.parametrize("size", [16, 33, 64])
 def test_other_sizes(size):
     assert architectures.build("fastnet", 3, size).eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler: apt-get install g++")
+def test_compiled_in_bfloat16_it_learns_what_it_learns_in_eager_mode():
+    torch.manual_seed(0)
+    network, images = FastNet(3, (8, 8, 8)).train(), correlated(16)
+    gradients = []
+    for learner in (network, torch.compile(network)):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = learner(images)
+        torch.nn.functional.cross_entropy(logits.float(), torch.arange(16) % 3).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0.05 * float(gradients[0].abs().max()))
 
 
 def test_too_small_is_said():
