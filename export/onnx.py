@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -74,6 +75,7 @@ def convert(traced: Program) -> onnx.ModelProto:
     if opset != OPSET:
         raise RuntimeError(f"the exporter gave opset {opset}, not {OPSET}; use another torch or onnxscript")
     _strip_notes(model.graph)
+    _reorder_gelu(model.graph)
     return model
 
 
@@ -106,6 +108,31 @@ def _rename_input(model: onnx.ModelProto, name: str) -> None:
     old, model.graph.input[0].name = model.graph.input[0].name, name
     for node in model.graph.node:
         node.input[:] = [name if value == old else value for value in node.input]
+
+
+def _reorder_gelu(graph: onnx.GraphProto) -> None:
+    """GELU as (x · ½) · (1 + erf(x / √2)), where the exporter writes x · (½ · (1 + erf(x / √2))): the same bits.
+
+    ONNX Runtime computes the former as one operator, and not the latter. OpenCV 5.0.0 takes the latter for one
+    operator too, and crashes where that follows a convolution.
+    """
+    made_by = {output: node for node in graph.node for output in node.output}
+    uses = Counter(value for node in graph.node for value in node.input)
+
+    def maker(value: str, kind: str) -> onnx.NodeProto | None:
+        node = made_by.get(value)
+        return node if node is not None and node.op_type == kind and uses[value] == 1 else None
+
+    for last in graph.node:
+        for x, product in (last.input, reversed(last.input)) if last.op_type == "Mul" else ():
+            if not (halved := maker(product, "Mul")):
+                continue
+            for sum_, half in (halved.input, reversed(halved.input)):
+                added = maker(sum_, "Add")
+                erf = added and next((node for value in added.input if (node := maker(value, "Erf"))), None)
+                divided = erf and maker(erf.input[0], "Div")
+                if divided and divided.input[0] == x:
+                    halved.input[:], last.input[:] = [x, half], [product, sum_]
 
 
 def _strip_notes(graph: onnx.GraphProto) -> None:

@@ -4,11 +4,16 @@ import json
 import sys
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+import torch
 
-from export import parity, pictures, runtimes
+from export import onnx as onnx_files
+from export import parity, pictures, programs, runtimes, torchscript
 from export.runtimes import INSTALLED, RUNTIMES, Crashed, Missing
-from model import load_run
+from model import Classifier, architectures, load_run
+from model.spec import ModelSpec
 
 OF_PYTHON = ("OpenVINO", "OpenCV DNN", "tract")
 OTHER_LANGUAGES = ("ONNX Runtime Node", "ONNX Runtime browser")
@@ -37,6 +42,30 @@ def test_a_runtime_gives_pytorchs_answers_in_every_graph(verified, name):
         assert row.pictures == 24
         assert row.version
         assert row.milliseconds > 0
+
+
+def test_the_recipes_network_has_pytorchs_answers_in_every_runtime_of_python(tmp_path):
+    """Its GELU is one operator in ONNX Runtime; where OpenCV takes it for one, it crashes."""
+    torch.manual_seed(0)
+    network = architectures.build("fastnet_small", 3, 32)
+    network(torch.randn(64, 3, 32, 32))  # BatchNorm has statistics
+    labels = ("a", "b", "c")
+    spec = ModelSpec(arch="fastnet_small", labels=labels, size=32, resize=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    classifier = Classifier(network, spec).eval()
+    traced = programs.trace(classifier)
+    torchscript.save(classifier, spec, tmp_path / "net.pt")
+    programs.save(traced, spec, tmp_path, "net")
+    onnx_files.save(traced, spec, tmp_path, "net")
+    names = (*INSTALLED, *OF_PYTHON)
+    rows = parity.verify(classifier, spec, pictures.photographs(8), tmp_path, "net", names)
+    assert [row.runtime for row in rows if row.runtime in names and row.passed] == [*names] * 3, rows
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3  # it warns that this file is for this machine
+    onnxruntime.InferenceSession(tmp_path / "net.onnx", options)
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert operators.count("Gelu") == 7
+    assert "Erf" not in operators
 
 
 def test_a_runtime_that_is_not_installed_is_skipped_with_what_installs_it_and_never_passed(verify, monkeypatch):
