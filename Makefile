@@ -1,6 +1,6 @@
 # make demo            everything once, on bundled digits
 # make test            lint, types and the whole test suite, the real TorchServe included, two files at a time
-#                      (JOBS=1 shows each file's name, and which test it is that waits)
+#                      (JOBS=1: one after the other, with each file's name)
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
 # make bench [DATA=…]  training (over 2 hours) and int8, whose figures stand in the README

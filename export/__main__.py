@@ -12,6 +12,7 @@ lies outside its tolerance.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import re
 import shlex
@@ -41,6 +42,8 @@ from model.files import sha256, write_text
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if sys.stderr is sys.__stderr__:
+        faulthandler.enable()  # a runtime that crashes takes this process along; at least its name is said
     try:
         if options.check:
             return integrity.run_check(options.check, options.public_key)

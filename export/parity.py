@@ -13,6 +13,7 @@ import numpy as np
 import PIL
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from export import onnx, programs, torchscript
 from export.pictures import Named
@@ -95,11 +96,12 @@ def verify(
         "crops": CROP_TOLERANCE,
         "pixels": PIXEL_TOLERANCE,
     }
-    rows = [
-        _row(graph, runtime, folder, name, batches[graph], reference[graph], tolerances[graph], names)
-        for graph in GRAPHS
-        for runtime in runtimes
-    ]
+    rows = []
+    pairs = [(graph, runtime) for graph in GRAPHS for runtime in runtimes]
+    with tqdm(pairs, unit="graphs", leave=False, disable=None) as bar:  # on a terminal only
+        for graph, runtime in bar:
+            bar.set_description(f"comparing {graph}, {runtime}")
+            rows.append(_row(graph, runtime, folder, name, batches[graph], reference[graph], tolerances[graph], names))
     served = RUNTIMES["TorchScript"](folder, name, "crops", batches["crops"])  # as the handler: Pillow first
     got = torch.from_numpy(np.concatenate(served.outputs))
     rows.append(compare("pixels", "Pillow + crops", served.version, reference["pixels"], got, PIXEL_TOLERANCE, names))
