@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -272,6 +271,8 @@ def make_spec(
     test: dict[str, Any],
     weights_sha256: str,
 ) -> ModelSpec:
+    import torchvision  # late, as in model.architectures
+
     return ModelSpec(
         arch=config.arch,
         labels=tuple(data.labels),
@@ -286,7 +287,7 @@ def make_spec(
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": version("torchvision"),
+            "torchvision": torchvision.__version__,
         },
     )
 

@@ -194,9 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed()  # as train.py does, so that the classic recipe has it too
     device, runs, part = pick_device(options.device), RUNS | ON_A_GPU, "results"
     if options.ablate:
-        length = {"epochs": options.epochs} if options.epochs else {"minutes": options.minutes}
-        runs = {name: {"recipe": "quick"} | length | change for name, change in ABLATIONS.items()}
-        part = f"ablations, {next(iter(length.values())):g} {next(iter(length))}"
+        unit = "epochs" if options.epochs else "minutes"
+        length = getattr(options, unit)
+        runs = {name: {"recipe": "quick", unit: length} | change for name, change in ABLATIONS.items()}
+        part = f"ablations, {length:g} {unit}"
     wanted = options.only.split(",") if options.only else [*runs] if options.ablate else ["classic", *RUNS]
     if unknown := sorted(set(wanted) - {"classic", *runs}):
         parser.error(f"--only: nothing is called {unknown[0]!r}; there are {', '.join(('classic', *runs))}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -56,6 +56,9 @@ def convert(traced: Program) -> onnx.ModelProto:
     Raises:
         RuntimeError: as `save`.
     """
+    from onnxscript.rewriter import rewrite  # late: only torch.onnx.export needs onnxscript, and seconds to import it
+    from onnxscript.rewriter.pattern import RewriteRule
+
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it narrates its steps
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -70,12 +73,11 @@ def convert(traced: Program) -> onnx.ModelProto:
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
+    model: onnx.ModelProto = rewrite(program.model_proto, [RewriteRule(_gelu_of_the_exporter, _gelu)])
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     if opset != OPSET:
         raise RuntimeError(f"the exporter gave opset {opset}, not {OPSET}; use another torch or onnxscript")
     _strip_notes(model.graph)
-    _reorder_gelu(model.graph)
     return model
 
 
@@ -110,29 +112,14 @@ def _rename_input(model: onnx.ModelProto, name: str) -> None:
         node.input[:] = [name if value == old else value for value in node.input]
 
 
-def _reorder_gelu(graph: onnx.GraphProto) -> None:
-    """GELU as (x · ½) · (1 + erf(x / √2)), where the exporter writes x · (½ · (1 + erf(x / √2))): the same bits.
+def _gelu_of_the_exporter(op: Any, x: Any, root: Any, one: Any, half: Any) -> Any:
+    """OpenCV 5.0.0 takes this for one operator, and crashes where it follows a convolution."""
+    return op.Mul(x, op.Mul(half, op.Add(op.Erf(op.Div(x, root)), one)))
 
-    ONNX Runtime computes the former as one operator, and not the latter. OpenCV 5.0.0 takes the latter for one
-    operator too, and crashes where that follows a convolution.
-    """
-    made_by = {output: node for node in graph.node for output in node.output}
-    uses = Counter(value for node in graph.node for value in node.input)
 
-    def maker(value: str, kind: str) -> onnx.NodeProto | None:
-        node = made_by.get(value)
-        return node if node is not None and node.op_type == kind and uses[value] == 1 else None
-
-    for last in graph.node:
-        for x, product in (last.input, reversed(last.input)) if last.op_type == "Mul" else ():
-            if not (halved := maker(product, "Mul")):
-                continue
-            for sum_, half in (halved.input, reversed(halved.input)):
-                added = maker(sum_, "Add")
-                erf = added and next((node for value in added.input if (node := maker(value, "Erf"))), None)
-                divided = erf and maker(erf.input[0], "Div")
-                if divided and divided.input[0] == x:
-                    halved.input[:], last.input[:] = [x, half], [product, sum_]
+def _gelu(op: Any, x: Any, root: Any, one: Any, half: Any) -> Any:
+    """The same bits, as halving is exact, in the order that ONNX Runtime takes for one operator."""
+    return op.Mul(op.Mul(x, half), op.Add(op.Erf(op.Div(x, root)), one))
 
 
 def _strip_notes(graph: onnx.GraphProto) -> None:

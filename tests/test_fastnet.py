@@ -50,7 +50,8 @@ def test_other_sizes(size):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no compiler: apt-get install g++")
-def test_compiled_in_bfloat16_it_learns_what_it_learns_in_eager_mode():
+def test_compiled_in_bfloat16_it_learns_what_it_learns_in_eager_mode(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # else it stays in the temporary folder
     torch.manual_seed(0)
     network, images = FastNet(3, (8, 8, 8)).train(), correlated(16)
     gradients = []
