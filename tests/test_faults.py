@@ -19,17 +19,9 @@ import psutil
 import pytest
 import requests
 
-from benchmarks.reliability import (
-    SMALL,
-    Crowd,
-    Note,
-    Pictures,
-    Scene,
-    client_of,
-    is_whole,
-    ready_workers,
-    workers_of,
-)
+from benchmarks.faults import Scene
+from benchmarks.probes import Crowd, Note, Pictures, client_of, is_whole, ready_workers, workers_of
+from benchmarks.serving import SMALL
 from clients.python.classify import IN_FLIGHT
 from tests.conftest import replace_in_archive
 

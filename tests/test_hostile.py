@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks.reliability import workers_of
+from benchmarks.probes import workers_of
 from model.pictures import PictureError, decode, read
 from serve import Ports, serving
 from tests.conftest import replace_in_archive

@@ -1,0 +1,238 @@
+"""A server seen from outside: clients that note every request, what its processes take, which workers are ready."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import requests
+
+from benchmarks.load import TOLERANCE, Request
+from benchmarks.servers import raw
+from benchmarks.serving import SMALL, InProcess, digits
+from clients.python.classify import ClassifierError, Client, Unavailable, classify_files
+from serve import Server
+
+THREADS, TIMEOUT = 32, 60.0  # of the Python client: threads, and seconds for each answer (its default)
+PROBES, PROBE_SECONDS = 8, 0.1  # threads that try once, again and again, and their pause
+SLOW = 1.0  # s: an answer that takes longer counts as disturbed
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """JPEG files whose answers all differ, so that a wrong one is seen."""
+
+    bodies: list[bytes]
+    answers: list[dict[str, float]]  # label to probability, all labels
+
+    @classmethod
+    def of(cls, export: Path) -> Pictures:
+        process = InProcess(export, SMALL, "onnx")
+        bodies, kept = digits(count=1797), list[int]()
+        rows = process.classify(bodies)
+        for i, row in enumerate(rows):
+            if not kept or np.abs(rows[kept] - row).max(axis=1).min() > 4 * TOLERANCE:
+                kept.append(i)
+        labels = process.spec["labels"]
+        answers = [dict(zip(labels, rows[i].tolist(), strict=True)) for i in kept]
+        return cls([bodies[i] for i in kept], answers)
+
+    def are_right(self, number: int, answer: Mapping[str, float]) -> bool:
+        """Whether it is the answer to the picture of this number; the pictures repeat without end."""
+        known = self.answers[number % len(self.answers)]
+        return bool(answer) and all(abs(known.get(label, 9) - value) <= TOLERANCE for label, value in answer.items())
+
+    def requests(self, count: int) -> list[Request]:
+        best = [max(answer.items(), key=lambda item: item[1]) for answer in self.answers[:count]]
+        return [replace(raw(body), best=(one,)) for body, one in zip(self.bodies, best, strict=False)]
+
+
+# The Python client
+
+
+@dataclass(frozen=True)
+class Note:
+    """One request. Times in seconds, monotonic."""
+
+    sent: float
+    done: float
+    status: int  # 0: no answer
+
+    @property
+    def is_good(self) -> bool:
+        return self.status == 200 and self.done - self.sent <= SLOW
+
+
+class NotingClient(Client):
+    """Notes every request that it sends, the repeated ones too."""
+
+    notes: list[Note]
+
+    def _send(self, method: str, path: str, **body: Any) -> requests.Response:
+        sent, status = time.monotonic(), 0
+        try:
+            reply = super()._send(method, path, **body)
+            status = reply.status_code
+            return reply
+        finally:
+            self.notes.append(Note(sent, time.monotonic(), status))
+
+
+def client_of(server: Server, notes: list[Note], **options: Any) -> NotingClient:
+    client = NotingClient(server.url, SMALL, timeout=TIMEOUT, key_file=server.folder / "key_file.json", **options)
+    client.notes = notes
+    return client
+
+
+class Crowd(threading.Thread):
+    """The Python client with pictures without end, each under a name of its own, until `verdict` is asked for."""
+
+    def __init__(self, client: Client, pictures: Pictures, folder: Path) -> None:
+        super().__init__()
+        self._client, self._pictures, self._folder = client, pictures, folder
+        self._over = threading.Event()
+        self._asked = 0
+        self._answers: Counter[str] = Counter()
+        self._wrong: list[str] = []
+        self._gave_up = ""
+        folder.mkdir()
+        for number, body in enumerate(pictures.bodies):
+            (folder / f"picture{number}").write_bytes(body)
+
+    def run(self) -> None:
+        try:
+            for row in classify_files(self._client, self._names(), threads=THREADS):
+                name = Path(row.picture).name
+                self._answers[name] += 1
+                if not self._pictures.are_right(int(name), row.answer):
+                    self._wrong.append(f"{name}: {row.error or row.answer}")
+        except (ClassifierError, Unavailable) as error:
+            self._gave_up = str(error)
+
+    def verdict(self) -> dict[str, Any]:
+        """Stops, waits for what is under way, and counts."""
+        self._over.set()
+        self.join()
+        return {
+            "pictures": self._asked,
+            "lost": self._asked - len(self._answers),
+            "doubled": sum(count - 1 for count in self._answers.values()),
+            "wrong": len(self._wrong),
+            "said": self._gave_up or (self._wrong or [""])[0],
+        }
+
+    def _names(self) -> Iterator[Path]:
+        for number in itertools.count():
+            if self._over.is_set():
+                return
+            path = self._folder / f"{number:07}"
+            os.link(self._folder / f"picture{number % len(self._pictures.bodies)}", path)
+            self._asked += 1
+            yield path
+
+
+def is_whole(verdict: Mapping[str, Any]) -> bool:
+    return verdict["pictures"] > 0 and not any(verdict[key] for key in ("lost", "doubled", "wrong", "said"))
+
+
+@contextmanager
+def probing(server: Server, picture: bytes) -> Iterator[list[Note]]:
+    """Single tries all the time, by the key file of `server`; gives the list that their notes go to."""
+    notes: list[Note] = []
+    over = threading.Event()
+    client = client_of(server, notes, retry_seconds=0)
+
+    def probe() -> None:
+        while not over.wait(PROBE_SECONDS):
+            with suppress(ClassifierError, Unavailable):
+                client.classify(picture)
+
+    threads = [threading.Thread(target=probe) for _ in range(PROBES)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield notes
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+# The server, seen from outside
+
+
+@contextmanager
+def watching(server_of: Callable[[], Server], every: float) -> Iterator[list[dict[str, float]]]:
+    """What the server takes, every so many seconds."""
+    samples: list[dict[str, float]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(every):
+            samples.append(sample(server_of()))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()
+
+
+def sample(server: Server) -> dict[str, float]:
+    """Sums over all its processes; `mebibytes` is PSS: what they share counts once. `logs` in MiB; `ready` workers."""
+    found: Counter[str] = Counter()
+    for process in family(server):
+        with suppress(psutil.Error), process.oneshot():
+            memory, descriptors, threads = process.memory_full_info().pss, process.num_fds(), process.num_threads()
+            found += Counter(mebibytes=memory, descriptors=descriptors, threads=threads)
+    logs = sum(path.stat().st_size for path in (server.folder / "logs").iterdir())
+    return {
+        "at": time.monotonic(),
+        "mebibytes": found["mebibytes"] / 2**20,
+        "descriptors": found["descriptors"],
+        "threads": found["threads"],
+        "logs": logs / 2**20,
+        "ready": ready_workers(server),
+    }
+
+
+def family(server: Server) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        root = psutil.Process(server.process.pid)
+        return [root, *root.children(recursive=True)]
+    return []
+
+
+def workers_of(server: Server) -> list[psutil.Process]:
+    found = []
+    for process in family(server):
+        with suppress(psutil.Error):
+            if any(word.endswith("model_service_worker.py") for word in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def ready_workers(server: Server) -> int:
+    """Those that TorchServe calls ready, and that are neither dead nor stopped, which it may not have noticed yet."""
+    try:
+        headers = {"Authorization": f"Bearer {server.key('management')}"}
+        (state,) = requests.get(f"{server.management_url}/models/{SMALL}", headers=headers, timeout=5).json()
+        pids = {worker["pid"] for worker in state["workers"] if worker["status"] == "READY"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    asleep = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    with suppress(psutil.Error):
+        return sum(process.pid in pids and process.status() not in asleep for process in workers_of(server))
+    return 0
