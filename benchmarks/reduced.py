@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, save
 from export import onnx, programs, reduced
 from model import Classifier, ModelSpec, architectures
-from model.files import write_text
 
 BATCHES = (1, 8)
 
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = measure(options.arch, options.size, options.rounds)
     machine = describe("onnxruntime", "onnx", "torch") | {"vnni": str(reduced.has_vnni())}
     report = {"machine": machine, "arch": options.arch, "size": options.size, "threads": reduced.THREADS}
-    write_text(options.json, json.dumps({**report, "milliseconds": results}, indent=2) + "\n")
+    save(options.json, {**report, "milliseconds": results})
     print(json.dumps(machine))
     for batch, took in results.items():
         speedup = took["fp32"] / took["int8"]

@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, save
 from model import checkpoint
-from model.files import write_text
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPE = ["--data", "digits", "--epochs", "30", "--batch-size", "64", "--flip", "--jitter", "0.1", "--mixup", "0.2"]
@@ -125,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "kills": kills,
         "rounds": [asdict(done) for done in rounds],
     }
-    write_text(options.json, json.dumps(values, indent=2) + "\n")
+    save(options.json, values)
     return 1 if wrong else 0
 
 

@@ -40,7 +40,7 @@ from PIL import Image
 
 from benchmarks import servers
 from benchmarks.load import TOLERANCE, Request, ask, load
-from benchmarks.machine import describe
+from benchmarks.machine import describe, save
 from benchmarks.servers import Running
 from export import backend, onnx, programs, reduced, torchscript
 from export.__main__ import export_run
@@ -540,7 +540,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             place = folder / f"part-{part}"
             place.mkdir()
             results[part] = PARTS[part](large if part in of_large else small, place, options)
-            write_text(kept, json.dumps(results, indent=1) + "\n")  # at once: a run takes half an hour
+            save(kept, results)  # at once: a run takes half an hour
             print(table({part: results[part]}), flush=True)
     print(json.dumps(results["machine"]))
     if "growth" in wanted:
