@@ -57,13 +57,19 @@ def train(arguments: Sequence[str], kill_after: float | None = None) -> bool:
     return child.returncode == 0
 
 
-def kill_and_resume(out: Path, arguments: Sequence[str], kills: int, moments: random.Random) -> list[int]:
-    """Trains in `out` with up to `kills` kills; returns how many epochs were done at each."""
+def kill_and_resume(
+    out: Path, arguments: Sequence[str], kills: int, moments: random.Random, latest: float = 1.5
+) -> list[int]:
+    """Trains in `out` with up to `kills` kills, each at most `latest` seconds after the data is read.
+
+    Returns:
+        How many epochs were done at each kill.
+    """
     killed_after: list[int] = []
     for kill in range(kills + 1):
         begun = (out / "config.yaml").exists()
         options = ["--resume", str(out)] if begun else [*arguments, "--out", str(out)]
-        if train(options, moments.uniform(0, 1.5) if kill < kills else None):
+        if train(options, moments.uniform(0, latest) if kill < kills else None):
             break
         killed_after.append(checkpoint.load(out / "last.ckpt")["epoch"] if (out / "last.ckpt").exists() else 0)
     return killed_after

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
+import random
+import socket
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from hypothesis import settings
 
 import train as trainer
@@ -24,6 +28,7 @@ from export import parity, pictures
 from export.__main__ import export_run
 from export.archive import BESIDE_HANDLER
 from model import Classifier, load_run
+from model.pictures import crop, decode
 from serve import Ports, Server, serving
 from training.config import TrainConfig
 from training.report import write_report
@@ -59,9 +64,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(run: Path) -> Path:
-    """The run's export folder, with the archive."""
+    """The run's export folder, with the archive. Its workers run ONNX Runtime, whatever is fastest on this machine."""
     with contextlib.redirect_stdout(io.StringIO()):
-        rows = export_run(run)
+        rows = export_run(run, wanted="onnx")
     assert all(row.passed for row in rows)
     return run / "export"
 
@@ -81,11 +86,11 @@ def verify(run: Path, exported: Path) -> Callable[..., list[parity.Row]]:
 
 @pytest.fixture(scope="session")
 def server(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """TorchServe with two models: `digits` as it is exported, and `patient`, whose one worker waits 20 s for 32."""
+    """TorchServe with two models: `digits` as it is exported, and `patient`, whose one worker waits an hour for 32."""
     store = tmp_path_factory.mktemp("store")
     archives = [store / "digits.mar", store / "patient.mar"]
     archives[0].write_bytes((exported / "digits.mar").read_bytes())
-    patience = "batchSize: 32\nmaxBatchDelay: 20000\nresponseTimeout: 60\nminWorkers: 1\nmaxWorkers: 1\n"
+    patience = "batchSize: 32\nmaxBatchDelay: 3600000\nresponseTimeout: 60\nminWorkers: 1\nmaxWorkers: 1\n"
     replace_in_archive(archives[0], archives[1], {"model-config.yaml": patience})
     with serving(archives, tmp_path_factory.mktemp("server"), ports=Ports.free()) as running:
         yield running
@@ -100,6 +105,45 @@ def client(server: Server) -> Client:
 def sample(run: Path) -> bytes:
     """A picture file of a seven."""
     return (run / "samples" / "7-0.png").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def label(run: Path, sample: bytes) -> str:
+    """The label of `sample`, computed here."""
+    return label_of(run, sample)
+
+
+def label_of(run: Path, body: bytes) -> str:
+    """The label that the run's network gives an image in eager PyTorch: every other way must give the same.
+
+    Not the true one: whether a network is right about one image is luck, and may depend on how a processor rounds.
+    """
+    spec, network = load_run(run)
+    crops = torch.from_numpy(crop(decode(body), spec.size, spec.resize)[None].copy())
+    with torch.inference_mode():
+        probabilities = Classifier(network, spec).eval().classify_crops(crops)
+    return spec.labels[int(probabilities.argmax())]
+
+
+def first_of_five() -> int:
+    """The first of five ports in a row that nobody uses: below those that the system gives out by itself."""
+    for _ in range(100):
+        first = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in vars(Ports.from_first(first)).values():
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise AssertionError("no five free ports in a row")
+
+
+class Clock:
+    """Stands for the module `time`: each look at it takes a second."""
+
+    def __init__(self) -> None:
+        self._seconds = itertools.count()
+
+    def perf_counter(self) -> float:
+        return float(next(self._seconds))
 
 
 def replace_in_archive(source: Path, target: Path, files: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,10 +83,11 @@ def test_int8_without_its_file_is_refused_before_anything_is_exported(exported, 
 
 def test_the_choice_stands_in_the_archives_settings_and_in_parity_json(exported):
     rows = json.loads((exported / "parity.json").read_text())["backends"]
-    (name,) = (row["backend"] for row in rows if row["chosen"])
+    (row,) = (backend.BackendRow(**row) for row in rows if row["chosen"])
     settings = (exported / backend.CONFIG_FILE).read_text()
-    assert f"\nbackend: {name}" in settings
-    assert "\nbatchSize: 32" in settings
+    assert row.backend == "onnx"  # as it was asked for
+    chosen = {"backend": "onnx", "batchSize": backend.batch_size(row)}
+    assert {name: yaml.safe_load(settings)[name] for name in chosen} == chosen
     assert len(settings.splitlines()) == len(backend.CONFIG.read_text().splitlines())
 
 

@@ -73,6 +73,8 @@ import itertools, runpy, sys
 atomic_write = runpy.run_path({files.__file__!r})["atomic_write"]
 print("writing", flush=True)
 for step in itertools.count():
+    if step == 1:
+        print("written", flush=True)
     with atomic_write({str(path)!r}) as file:
         for _ in range(20):
             file.write(bytes([step % 256]) * 50_000)
@@ -80,7 +82,8 @@ for step in itertools.count():
     for kill in range(20):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
             assert child.stdout is not None
-            child.stdout.readline()
+            for _ in range(1 + kill % 2):  # each other child has written its first file
+                child.stdout.readline()
             time.sleep(0.003 * kill)
             child.send_signal(signal.SIGKILL)
         if path.exists():  # the first may have been killed before its first file was whole

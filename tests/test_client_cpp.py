@@ -16,7 +16,7 @@ import torch
 
 from export import runtimes, torchscript
 from model.pictures import PictureError, decode
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, label_of
 from tests.kinds import BAD, GOOD, gradient, save
 
 pytestmark = [
@@ -144,11 +144,12 @@ def write(files: dict[str, bytes], folder: Path) -> list[Path]:
     return paths
 
 
-def test_the_readmes_commands_build_it_without_a_warning_and_classify(built):
+def test_the_readmes_commands_build_it_without_a_warning_and_classify(built, run):
     _, printed = built
     assert "warning" not in printed.lower()
     answers = [json.loads(line)["answer"] for line in printed.splitlines() if line.startswith("{")]
-    assert [next(iter(answer)) for answer in answers] == ["7", "3"]
+    samples = ((run / "samples" / f"{digit}-0.png").read_bytes() for digit in (7, 3))
+    assert [next(iter(answer)) for answer in answers] == [label_of(run, body) for body in samples]
 
 
 def test_the_exporter_finds_pytorchs_answers_in_its_three_graphs(built, verify, monkeypatch):
@@ -171,14 +172,14 @@ def test_a_picture_has_the_answer_that_the_endpoints_decoding_and_pytorch_give(a
     assert answers[name] == pytest.approx({label: expected[label] for label in answers[name]}, abs=tolerance, rel=0)
 
 
-def test_a_bad_picture_is_an_error_of_its_own_line(classify, tmp_path, sample):
+def test_a_bad_picture_is_an_error_of_its_own_line(classify, tmp_path, sample, label):
     bad = write({name: body for name, (body, _) in BAD.items()}, tmp_path)
     good = tmp_path / "good"
     good.write_bytes(sample)
     code, lines = classify(*bad, tmp_path / "none.png", tmp_path, good)
     assert code == 1
     errors = {name: line["error"] for name, line in zip([*BAD, "none", "folder"], lines[:-1], strict=True)}
-    assert next(iter(lines[-1]["answer"])) == "7"
+    assert next(iter(lines[-1]["answer"])) == label
     assert "20000×20000 px is too large: at most 50,000,000" in errors["bomb beyond pillow's limit"]
     assert "neither JPEG nor PNG" in errors["heic"]
     assert "empty" in errors["empty"]

@@ -26,7 +26,7 @@ import yaml
 
 from deploy import entrypoint, healthcheck
 from serve import Ports
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, first_of_five
 from tests.test_serve import running_in
 
 DEPLOY = PROJECT / "deploy"
@@ -491,8 +491,8 @@ def door(nginx, folder, work, ports, tokens):
 
 @needs_root
 @pytest.mark.server
-def test_the_door_lets_in_who_has_a_token_and_only_where_clients_may_go(root, python, nginx, sample, tmp_path):
-    ports, tokens, scraper = Ports.from_first(Ports.free().inference), ["a" * 64, "b" * 64], "c" * 64
+def test_the_door_lets_in_who_has_a_token_and_only_where_clients_may_go(root, python, nginx, sample, label, tmp_path):
+    ports, tokens, scraper = Ports.from_first(first_of_five()), ["a" * 64, "b" * 64], "c" * 64
     with (
         contained(root, python, tmp_path, "--loopback", "--port", str(ports.inference)) as (process, work),
         door(nginx, tmp_path, work, ports, {**dict.fromkeys(tokens, "predict"), scraper: "scrape"}) as (url, metrics),
@@ -505,7 +505,7 @@ def test_the_door_lets_in_who_has_a_token_and_only_where_clients_may_go(root, py
             return requests.post(f"{base}/{path}", data=data, headers=headers, timeout=30)
 
         for token in tokens:
-            assert next(iter(ask("predictions/digits", token).json())) == "7"
+            assert next(iter(ask("predictions/digits", token).json())) == label
         key = json.loads((work / "key_file.json").read_text())["inference"]["key"]
         for token in (None, "", "wrong", "a" * 63, key):  # not TorchServe's own either
             assert ask("predictions/digits", token).status_code == 401
@@ -513,7 +513,7 @@ def test_the_door_lets_in_who_has_a_token_and_only_where_clients_may_go(root, py
         assert ask("predictions/digits", scraper).status_code == ask("metrics", tokens[0], metrics).status_code == 401
         assert ask("explanations/digits").headers["content-type"] == "image/png"
         instances = json.dumps({"instances": [{"b64": base64.b64encode(sample).decode()}]})
-        assert next(iter(ask("v1/models/digits:predict", data=instances).json()["predictions"][0])) == "7"
+        assert next(iter(ask("v1/models/digits:predict", data=instances).json()["predictions"][0])) == label
         assert ask("predictions/nobody").status_code == 404
         assert ask("predictions/digits", data=b"nothing").json()["type"] == "not_a_picture"
         assert ask("predictions/digits", data=bytes(10_485_760 + 1)).status_code == 413

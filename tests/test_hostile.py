@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks.probes import workers_of
 from model.pictures import PictureError, decode, read
 from serve import Ports, serving
-from tests.conftest import replace_in_archive
+from tests.conftest import label_of, replace_in_archive
 from tests.hostile import BODIES, FILES, JSON, MIB
 from tests.kinds import save
 
@@ -57,7 +57,8 @@ def good(run, post):
     """Pictures and their answers."""
     bodies = [path.read_bytes() for path in sorted((run / "samples").iterdir())]
     answers = [post(body).json() for body in bodies]
-    assert len({next(iter(answer)) for answer in answers}) == 10
+    assert [next(iter(answer)) for answer in answers] == [label_of(run, body) for body in bodies]
+    assert len({next(iter(answer)) for answer in answers}) >= 5  # so that another's answer would be noticed
     return list(zip(bodies, answers, strict=True))
 
 
@@ -155,7 +156,7 @@ def test_a_request_of_256_giants_is_answered_in_time_and_the_worker_lives(lonely
         neighbours = list(pool.map(post, [body] * 20))
         reply = asked.result()
     assert reply.status_code == 200
-    assert {answer.get("type") for answer in reply.json()["predictions"]} == {None, "no_time"}
+    assert {answer.get("type") for answer in reply.json()["predictions"]} <= {None, "no_time"}
     for neighbour in neighbours:  # it was right, or it is to ask again
         if neighbour.status_code == 200:
             assert neighbour.json() == pytest.approx(expected, abs=1e-5)

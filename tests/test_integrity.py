@@ -50,7 +50,7 @@ def other(tmp_path_factory):
     run = tmp_path_factory.mktemp("other") / "digits"
     with contextlib.redirect_stdout(io.StringIO()):
         train(TrainConfig(data="digits", arch="simplecnn", out=str(run), seed=1, epochs=2))
-        export_run(run)
+        export_run(run, wanted="onnx")
     return finished(run, run / "export", run / "finished")
 
 

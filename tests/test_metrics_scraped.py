@@ -8,13 +8,15 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 
 import pytest
 import requests
 import yaml
 
+from model import ModelSpec
 from serve import Ports, serving
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, label_of
 
 DEPLOY = PROJECT / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana.json").read_text())
@@ -107,13 +109,13 @@ def prometheus(own_server, tmp_path_factory):
 @pytest.fixture(scope="module")
 def traffic(own_server, prometheus, run):
     """Known traffic, twice, so that every counter grows while Prometheus looks: how often each thing was sent."""
-    seven, three = ((run / "samples" / f"{label}-0.png").read_bytes() for label in (7, 3))
+    first, second = ((run / "samples" / f"{digit}-0.png").read_bytes() for digit in (7, 3))
     log = (own_server.folder / "logs" / "access_log.log").read_text()
     warm_up = len(re.findall(r"POST /predictions/digits", log))  # by serve.py itself, before anybody asks
     prometheus.wait('sum(classifier_pictures_total{outcome="ok"})', warm_up)
     labels = prometheus.ask("sum by (label) (classifier_predictions_total)")
-    sent = {"7": 5, "3": 2, "truncated": 3, "not_a_picture": 1}
-    bodies = {"7": seven, "3": three, "truncated": seven[:60], "not_a_picture": b"nothing"}
+    sent = {"first": 5, "second": 2, "truncated": 3, "not_a_picture": 1}
+    bodies = {"first": first, "second": second, "truncated": first[:60], "not_a_picture": b"nothing"}
     with requests.Session() as session:
         session.headers["Authorization"] = f"Bearer {own_server.key()}"
         for time_ in (1, 2):
@@ -121,21 +123,23 @@ def traffic(own_server, prometheus, run):
                 for _ in range(count):
                     session.post(f"{own_server.url}/predictions/digits", data=bodies[kind], timeout=30)
             prometheus.wait("sum(classifier_pictures_total)", warm_up + time_ * sum(sent.values()))
-    before = {label: labels.get(frozenset({("label", label)}), 0) for label in ("7", "3")}
-    return {kind: 2 * count for kind, count in sent.items()}, warm_up, before
+    sent = {kind: 2 * count for kind, count in sent.items()}
+    expected = Counter({label: labels.get(frozenset({("label", label)}), 0) for label in ModelSpec.load(run).labels})
+    for kind in ("first", "second"):
+        expected[label_of(run, bodies[kind])] += sent[kind]
+    return sent, warm_up, expected
 
 
 @needs_prometheus
 @pytest.mark.server
 def test_prometheus_counts_what_was_sent(prometheus, traffic):
-    sent, warm_up, before = traffic
-    ok = warm_up + sent["7"] + sent["3"]
+    sent, warm_up, expected = traffic
+    ok = warm_up + sent["first"] + sent["second"]
     by_outcome = prometheus.ask("sum by (outcome) (classifier_pictures_total)")
     found = {dict(labels)["outcome"]: value for labels, value in by_outcome.items() if value}
     assert found == {"ok": ok, "truncated": sent["truncated"], "not_a_picture": sent["not_a_picture"]}
-    for label in ("7", "3"):
-        value = prometheus.number(f'classifier_predictions_total{{label="{label}"}}')
-        assert value - before[label] == sent[label]
+    for label, count in expected.items():
+        assert prometheus.number(f'classifier_predictions_total{{label="{label}"}}') == count
     everything = ok + sent["truncated"] + sent["not_a_picture"]
     assert prometheus.number('classifier_confidence_bucket_total{le="+Inf"}') == ok
     assert prometheus.number("classifier_batches_total") == everything  # one after the other: batches of one

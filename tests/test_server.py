@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image
 
 from clients.python.classify import ClassifierError, Client
 from serve import WARM_UP, Ports, serving
+from tests.conftest import label_of
 from tests.grpc_call import predict
 from tests.kinds import BAD, GOOD, gradient, save
 from training.data import read_split
@@ -53,11 +53,11 @@ def test_every_error_has_its_status_over_rest_and_is_the_answer_over_grpc(server
     assert json.loads(predict(server, {"data": body})) == error  # gRPC's status is OK: TorchServe drops ours there
 
 
-def test_over_grpc_a_picture_has_the_answer_that_it_has_over_rest(server, sample):
+def test_over_grpc_a_picture_has_the_answer_that_it_has_over_rest(server, sample, label):
     answer = json.loads(predict(server, {"data": sample}))
     assert answer == pytest.approx(post(server, sample).json(), abs=1e-5)
     several = json.loads(predict(server, {"a": sample, "b": b"nothing"}))
-    assert next(iter(several["a"])) == "7"
+    assert next(iter(several["a"])) == label
     assert several["b"]["type"] == "not_a_picture"
 
 
@@ -73,15 +73,15 @@ def test_bad_base64_is_a_400_of_its_own(server):
 
 
 @pytest.mark.parametrize("path", ["predictions/digits", "v1/models/digits:predict"])
-def test_kserve_v1_clients_get_predictions(server, sample, path):
+def test_kserve_v1_clients_get_predictions(server, sample, label, path):
     instance = {"b64": base64.b64encode(sample).decode()}
     reply = post(server, json.dumps({"instances": [instance, instance]}), path, **{"Content-Type": "application/json"})
     assert reply.status_code == 200
     first, second = reply.json()["predictions"]
-    assert next(iter(first)) == next(iter(second)) == "7"
+    assert next(iter(first)) == next(iter(second)) == label
 
 
-def test_multipart_fields_are_answered_by_name(server, sample):
+def test_multipart_fields_are_answered_by_name(server, sample, label):
     reply = requests.post(
         f"{server.url}/predictions/digits",
         files={"left": sample, "right": b"nothing"},
@@ -89,29 +89,27 @@ def test_multipart_fields_are_answered_by_name(server, sample):
         timeout=30,
     )
     assert reply.status_code == 200
-    assert next(iter(reply.json()["left"])) == "7"
+    assert next(iter(reply.json()["left"])) == label
     assert reply.json()["right"]["code"] == 415
 
 
-def test_of_a_repeated_field_torchserve_keeps_the_last(server, sample):
+def test_of_a_repeated_field_torchserve_keeps_the_last(server, sample, label):
     reply = requests.post(
         f"{server.url}/predictions/digits",
         files=[("data", ("a", b"nothing")), ("data", ("b", sample))],
         headers={"Authorization": f"Bearer {server.key()}"},
         timeout=30,
     )
-    assert next(iter(reply.json())) == "7"
+    assert next(iter(reply.json())) == label
 
 
 def test_one_bad_picture_in_a_batch_of_32_fails_alone(server, run):
-    """The model `patient` waits 20 s for its batch to fill: answers that come sooner came in one batch of 32."""
+    """The model `patient` waits an hour for its batch to fill: what it answers at all came in one batch of 32."""
     good = [path.read_bytes() for path in sorted((run / "samples").iterdir())][:31]
     alone = [post(server, body).json() for body in good]
     bodies = [*good[:13], b"not a picture", *good[13:]]
-    started = time.perf_counter()
     with ThreadPoolExecutor(32) as pool:
         replies = list(pool.map(lambda body: post(server, body, "predictions/patient"), bodies))
-    assert time.perf_counter() - started < 15
     bad = replies.pop(13)
     assert (bad.status_code, bad.json()["type"]) == (415, "not_a_picture")
     for reply, answer in zip(replies, alone, strict=True):
@@ -133,7 +131,7 @@ def test_the_accuracy_over_http_is_that_of_the_metrics(client, run):
     expected = json.loads((run / "metrics.json").read_text())["test"]["accuracy"]
     answers = [(truth, client.classify(body)) for _, truth, body in read_split("digits", "test")]
     right = sum(next(iter(answer)) == truth for truth, answer in answers)
-    assert right / len(answers) == pytest.approx(expected, abs=1e-3)
+    assert right / len(answers) == pytest.approx(expected, abs=1.5 / len(answers))  # one near tie
 
 
 def test_answers_carry_the_version_and_the_weights(server, sample, run):
@@ -154,15 +152,15 @@ def test_describe_answers_with_the_spec_and_the_card(server, run, exported):
     assert described == json.loads((run / "spec.json").read_text())
 
 
-def test_explanations_are_pictures(server, sample):
+def test_explanations_are_pictures(server, sample, label):
     reply = post(server, sample, "explanations/digits")
-    assert (reply.status_code, reply.headers["content-type"], reply.headers["x-label"]) == (200, "image/png", "7")
+    assert (reply.status_code, reply.headers["content-type"], reply.headers["x-label"]) == (200, "image/png", label)
     assert Image.open(io.BytesIO(reply.content)).size == (224, 224)
     reply = post(server, b"nothing", "explanations/digits")
     assert (reply.status_code, reply.json()["type"]) == (415, "not_a_picture")
     body = json.dumps({"instances": [{"b64": base64.b64encode(sample).decode()}]})
     reply = post(server, body, "v1/models/digits:explain", **{"Content-Type": "application/json"})
-    assert reply.json()["predictions"][0]["label"] == "7"
+    assert reply.json()["predictions"][0]["label"] == label
 
 
 def test_a_get_says_whether_the_model_is_healthy_and_an_empty_post_is_a_mistake(server):
@@ -174,11 +172,11 @@ def test_a_get_says_whether_the_model_is_healthy_and_an_empty_post_is_a_mistake(
         assert (reply.status_code, reply.json()["type"]) == (400, "empty")
 
 
-def test_kserve_v2_bodies_are_answered_over_rest_and_grpc(server, sample):
+def test_kserve_v2_bodies_are_answered_over_rest_and_grpc(server, sample, label):
     content = {"name": "images", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(sample).decode()]}
     body = json.dumps({"id": "a", "inputs": [content]}).encode()
     over_rest = post(server, body, **{"Content-Type": "application/json"}).json()
-    assert over_rest["outputs"][0]["data"][0] == "7"
+    assert over_rest["outputs"][0]["data"][0] == label
     over_grpc = json.loads(predict(server, {"data": body}))
     assert over_grpc["outputs"][0] == over_rest["outputs"][0]
 
@@ -212,9 +210,9 @@ def test_no_model_can_be_registered_or_removed_even_with_the_key(server, method,
     assert reply.status_code == 405
 
 
-def test_a_body_above_the_bound_is_refused_and_the_server_stays(server, sample, client):
+def test_a_body_above_the_bound_is_refused_and_the_server_stays(server, sample, label, client):
     assert post(server, bytes(10_485_760 + 1)).status_code == 413
-    assert next(iter(client.classify(sample))) == "7"
+    assert next(iter(client.classify(sample))) == label
 
 
 def test_all_ports_listen_on_loopback_only(server):
@@ -265,8 +263,8 @@ def test_metrics_are_there_for_prometheus(server, sample):
     assert "ts_inference_requests_total" in text
 
 
-def test_the_client_names_what_was_wrong(client, sample):
-    assert next(iter(client.classify(sample))) == "7"
+def test_the_client_names_what_was_wrong(client, sample, label):
+    assert next(iter(client.classify(sample))) == label
     with pytest.raises(ClassifierError, match="415 not_a_picture") as caught:
         client.classify(b"nothing")
     assert (caught.value.code, caught.value.type) == (415, "not_a_picture")
@@ -274,24 +272,24 @@ def test_the_client_names_what_was_wrong(client, sample):
         Client(client.url, "nobody", client._session.headers["Authorization"].split()[1]).classify(sample)
 
 
-def test_the_client_asks_about_several_pictures_at_once(client, sample):
+def test_the_client_asks_about_several_pictures_at_once(client, sample, label):
     answers = client.classify_many({"a": sample, "b": b"nothing", "c": save(gradient(), "PNG")})
     assert list(answers) == ["a", "b", "c"]
-    assert next(iter(answers["a"])) == "7"
+    assert next(iter(answers["a"])) == label
     assert answers["b"]["type"] == "not_a_picture"
     assert client.classify_many({"only": sample}) == {"only": client.classify(sample)}
 
 
-def test_the_client_as_a_command(server, run, tmp_path, capsys):
+def test_the_client_as_a_command(server, run, label, tmp_path, capsys):
     from clients.python.classify import main
 
     (tmp_path / "bad.png").write_bytes(b"nothing")
     common = ["--url", server.url, "--model", "digits", "--key-file", str(server.folder / "key_file.json")]
     assert main([*common, str(run / "samples" / "7-0.png")]) == 0
-    assert next(iter(json.loads(capsys.readouterr().out)["answer"])) == "7"
+    assert next(iter(json.loads(capsys.readouterr().out)["answer"])) == label
     assert main([*common, str(tmp_path / "bad.png"), str(run / "samples" / "3-0.png")]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert "415 not_a_picture" in lines[0]["error"]
-    assert next(iter(lines[1]["answer"])) == "3"
+    assert next(iter(lines[1]["answer"])) == label_of(run, (run / "samples" / "3-0.png").read_bytes())
     assert main(["--url", "http://127.0.0.1:1", "--model", "digits", str(run / "samples" / "3-0.png")]) == 2
     assert main([*common, str(tmp_path / "none.png")]) == 2
