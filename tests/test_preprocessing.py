@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from model.pictures import crop, crop_box
-from model.preprocessing import normalise, resize_crop
+from model.preprocessing import _to_levels, _weights, normalise, resize_crop
 
 
 def noise(width: int, height: int, seed: int = 0, levels: int = 256) -> np.ndarray:
@@ -77,7 +77,16 @@ def test_normalise_is_the_formula_and_gives_planes():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_weights_survive_half_precision_storage(dtype):
-    """The weights need 11 bits: TF32 and fp16 matrix units keep them, bfloat16 does not."""
-    whole = torch.arange(2049.0)
-    exact = torch.equal(whole.to(dtype).float(), whole)
-    assert exact == (dtype is torch.float16)
+    """Each half of a weight has 11 bits: TF32 and fp16 matrix units keep them, bfloat16 does not.
+
+    So the resize of one axis is exact with weights that have been through fp16, and is not through bfloat16.
+    """
+    side, size = torch.tensor(427.0), 224
+    pixels = torch.from_numpy(noise(427, 427))[..., 0].float()
+    high, low = _weights(torch.arange(427.0), side, size)
+    assert torch.equal(high, high.round())
+    assert torch.equal(low, low.round())
+    assert 0 <= min(high.min(), low.min()) <= max(high.max(), low.max()) <= 2048
+    expected = _to_levels(pixels @ high.T, pixels @ low.T)
+    stored = _to_levels(*(pixels @ part.to(dtype).float().T for part in (high, low)))
+    assert torch.equal(stored, expected) == (dtype is torch.float16)
