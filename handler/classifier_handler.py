@@ -89,7 +89,8 @@ class ClassifierHandler:
         self.measures.begin(bodies.STATUSES, self.spec["labels"], STAGES)
         self._warm_up(system.get("batch_size") or 1)
         self.golden, self.device = Golden(folder), "cpu" if gpu is None else "gpu"
-        self.measures.gauge("classifier_golden_difference", self.golden.check(self._probabilities, self.device))
+        if complaint := self._check_golden():
+            raise ValueError(complaint)
         worker.tune()
 
     def handle(self, requests, context):
@@ -238,11 +239,15 @@ class ClassifierHandler:
 
     def _health(self):
         """A golden picture through the whole of it: the body and, if it is answered wrongly, the status."""
-        try:
-            self.golden.check(self._probabilities, self.device, count=1)
-        except ValueError as error:
-            return {"status": "Unhealthy", "message": str(error)}, (503, "Service Unavailable")
+        if complaint := self._check_golden(count=1):
+            return {"status": "Unhealthy", "message": complaint}, (503, "Service Unavailable")
         return {"status": "Healthy", "model": self.model, "version": self.version}, None
+
+    def _check_golden(self, count=None):
+        """What is wrong with the answers of the first `count` golden pictures, or all; empty if nothing is."""
+        ratio, complaint = self.golden.compare(self._probabilities, self.device, count)
+        self.measures.gauge("classifier_golden_difference_ratio", ratio)
+        return complaint
 
     def _probabilities(self, files):
         """Files of pictures to probabilities float32 (N, C)."""

@@ -84,8 +84,11 @@ class Measures:
 
     def gauge(self, name: str, value: float) -> None:
         """Told at once."""
-        if self._metrics is not None:
-            self._tell(name, "gauge", value, ())
+        try:
+            if self._metrics is not None:
+                self._tell(name, "gauge", value, ())
+        except Exception as error:
+            self._give_up(error)
 
     def report(self) -> None:
         """Tells what has come since the last report."""
@@ -102,13 +105,19 @@ class Measures:
                 self._tell(name, "counter", total, (*labels, "+Inf" if bound == math.inf else f"{bound:g}"))
 
     def _report_for_ever(self) -> None:
-        while True:
+        while self._metrics is not None:
             time.sleep(INTERVAL)
             try:
                 self.report()
-            except Exception as error:  # a metric that the server's metrics.yaml lacks; serving goes on
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """For a metric that the server's metrics.yaml lacks, as TorchServe's own does: one warning; it serves on."""
+        with self._lock:
+            if self._metrics is not None:
                 logging.warning("no metrics of the handler: %s; start with this project's metrics.yaml", error)
-                return
+            self._metrics = None
 
     def _tell(self, name: str, kind: str, value: float, labels: Labels) -> None:
         from ts.metrics.metric_type_enum import MetricTypes

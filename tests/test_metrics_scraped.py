@@ -149,7 +149,7 @@ def test_prometheus_counts_what_was_sent(prometheus, traffic):
         assert 0 < prometheus.number(f'classifier_stage_seconds_total{{stage="{stage}"}}') < 60
     assert prometheus.number("ts_inference_requests_total") == everything
     assert prometheus.number("Requests4XX") == sent["truncated"] + sent["not_a_picture"]
-    assert prometheus.number("classifier_golden_difference") < 1e-3
+    assert 0 < prometheus.number("classifier_golden_difference_ratio") < 1
 
 
 @needs_prometheus
@@ -209,7 +209,7 @@ def test_the_alerts_fire_when_they_should(tmp_path):
         'Requests5XX{job="c"}': "0+10x2880",
         f"ts_queue_latency_microseconds{{{of}}}": "0+6000000000x2880",
         f"ts_inference_requests_total{{{of}}}": "0+6000x2880",
-        f'classifier_golden_difference{{{of},model_version="1.0"}}': "0.05x2880",
+        f'classifier_golden_difference_ratio{{{of},model_version="1.0"}}': "1.05x2880",
         f'classifier_pictures_total{{{of},outcome="ok"}}': "0+70x2880",
         f'classifier_pictures_total{{{of},outcome="truncated"}}': "0+30x2880",
         f'classifier_confidence_bucket_total{{{of},le="0.5"}}': "0+60x2880",
@@ -231,6 +231,29 @@ def test_the_alerts_fire_when_they_should(tmp_path):
                         "exp_samples": [{"labels": f'{{alertname="{rule["alert"]}"}}', "value": 1} for rule in RULES],
                     }
                 ],
+            }
+        ],
+    }
+    shutil.copy(DEPLOY / "alerts.yml", tmp_path)
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
+    done = subprocess.run(["promtool", "test", "rules", tmp_path / "test.yml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_prometheus
+@pytest.mark.parametrize(("ratio", "firing"), [("0.99", 0), ("1.01", 1)])
+def test_wrong_answers_are_alerted_at_the_tolerance_whatever_it_is(tmp_path, ratio, firing):
+    """Of an int8 model, too, whose tolerance may be 0.1 of a probability."""
+    series = 'classifier_golden_difference_ratio{model_name="digits",model_version="1.0"}'
+    sample = {"labels": '{alertname="ClassifierWrongAnswers"}', "value": 1}
+    question = {"expr": 'count by (alertname) (ALERTS{alertstate="firing"})', "eval_time": "5m"}
+    test = {
+        "rule_files": ["alerts.yml"],
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": series, "values": f"{ratio}x10"}],
+                "promql_expr_test": [{**question, "exp_samples": [sample] * firing}],
             }
         ],
     }
