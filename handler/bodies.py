@@ -15,7 +15,10 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Mapping
+import re
+import string
+import warnings
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ STATUSES = {
     "empty": (400, "Bad Request"),
     "bad_json": (400, "Bad Request"),
     "bad_base64": (400, "Bad Request"),
+    "explanations_off": (403, "Forbidden"),
     "too_many_pixels": (413, "Payload Too Large"),
     "too_many_pictures": (413, "Payload Too Large"),
     "not_a_picture": (415, "Unsupported Media Type"),
@@ -38,33 +42,94 @@ Picture = bytes | np.ndarray | PictureError
 Answer = dict[str, Any]
 
 MAX_NAME = 1000  # characters of an id or a field's name, which the answer repeats
+PARTS = 40  # values of JSON, beside a tensor's numbers, for each image that a request may hold: the shapes need five
 SHAPES = 'send {"b64": "…"} or {"instances": [{"b64": "…"}, …]}, with base64 as text'
 
+_NUMBERS = re.compile(rb'("data"\s*:\s*)(\[[\[\]0-9eE+\-.,\s]*\])')  # a tensor: flat or nested numbers
+_BRACKETS = bytes.maketrans(b"[]", b"  ")
 
-def parse(request: Mapping[str, Any]) -> tuple[str, dict[str, Picture]]:
-    """The shape of the answer and the pictures by name.
+
+class TooMany(Exception):
+    """More images in a request than are accepted."""
+
+
+def parse(request: Mapping[str, Any], json_fields: Container[str], most: int) -> tuple[str, dict[str, Picture]]:
+    """The shape of the answer and the images by name.
+
+    At most `most` images are made of a body, and parsing takes a few times its bytes in memory, whatever it holds: the
+    values of JSON are counted in the bytes, before any object is made of them.
 
     Args:
-        request: field name to what TorchServe made of the field: bytes, or for JSON and text bodies the value or text.
+        request: field name to its bytes; or to a value, where TorchServe has decoded JSON.
+        json_fields: the names of the fields whose content type says that they are JSON.
+        most: images of one request.
     """
     if any(len(name) > MAX_NAME for name in request):
-        return "one", {"": PictureError("bad_json", f"a field's name has more than {MAX_NAME:,} characters")}
-    if len(request) > 1:
-        return "fields", {name: _picture(value) for name, value in request.items()}
-    value = next(iter(request.values()), b"")
-    if isinstance(value, (bytes, bytearray, str)):
-        start: bytes | str = value[:64].strip()[:1]
-        if start not in (b"{", b"[", "{", "["):  # no picture begins so
-            return "one", {"": _picture(value)}
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            return "one", {"": PictureError("bad_json", f"the body is not JSON ({error})")}
+        return "one", {"": _too_long("a field's name")}
+    try:
+        if len(request) > 1:
+            _check_count(len(request), most)
+            return "fields", {
+                name: _picture(_value(body, name in json_fields, most)[0]) for name, body in request.items()
+            }
+        for name, body in request.items():
+            value, numbers = _value(body, name in json_fields, most)
+            return _of_value(value, numbers, most)
+        return "one", {"": _picture(b"")}
+    except TooMany as error:
+        way_out = "send several requests, or have the operator raise `max_pictures` in model-config.yaml"
+        return "one", {"": PictureError("too_many_pictures", f"{error}; {way_out}")}
+
+
+def _value(body: Any, is_json: bool, most: int) -> tuple[Any, bytes]:
+    """What a body holds: an image's bytes, the value of JSON, or a PictureError; and the numbers of a tensor in it.
+
+    Raises:
+        TooMany.
+    """
+    if not isinstance(body, (bytes, bytearray)):
+        body, is_json = json.dumps(body).encode(), True
+    if body[:64].strip()[:1] not in (b"{", b"["):  # with which no image begins
+        return _scalar(body) if is_json else bytes(body), b""
+    numbers = b""
+    if found := _NUMBERS.search(body):
+        numbers = found[2]
+        body = b"".join((body[: found.start(2)], b"[]", body[found.end(2) :]))
+    if body.count(b"[") > PARTS * most:
+        return PictureError("bad_json", f"the body holds {body.count(b'['):,} lists; {SHAPES}"), b""
+    if max(body.count(b"{"), body.count(b","), body.count(b'"') // 2) > PARTS * most:
+        raise TooMany(f"the body holds more values of JSON than {most} images need, and no more are accepted")
+    try:
+        return json.loads(body), numbers
+    except (ValueError, RecursionError) as error:
+        return PictureError("bad_json", f"the body is not JSON ({error})"), b""
+
+
+def _scalar(body: bytes) -> Any:
+    """A text, number or the like; or an image, whose content type is wrong."""
+    try:
+        return json.loads(body)
+    except ValueError:
+        return bytes(body)
+
+
+def _of_value(value: Any, numbers: bytes, most: int) -> tuple[str, dict[str, Picture]]:
     if isinstance(value, dict) and isinstance(value.get("instances"), list):
+        _check_count(len(value["instances"]), most)
         return _several("instances", [_picture(instance) for instance in value["instances"]], "instances")
     if isinstance(value, dict) and isinstance(value.get("inputs"), list):
-        return _inputs(value)
+        return _inputs(value, numbers, most)
     return "one", {"": _picture(value)}
+
+
+def _check_count(count: int, most: int) -> None:
+    if count > most:
+        raise TooMany(f"{count:,} images in a request, and at most {most} are accepted")
+
+
+def _too_long(what: str) -> PictureError:
+    hint = "; was JSON sent as a form? Name it: Content-Type: application/json" if what.startswith("a field") else ""
+    return PictureError("bad_json", f"{what} has more than {MAX_NAME:,} characters{hint}")
 
 
 def answer(
@@ -96,8 +161,8 @@ def _picture(value: Any) -> Picture:
     """The bytes of one field or instance, or its PictureError."""
     if isinstance(value, str):
         return value.encode(errors="replace")  # JSON may hold halves of UTF-16 pairs, which UTF-8 cannot
-    if isinstance(value, (bytes, bytearray)):
-        return bytes(value)
+    if isinstance(value, (bytes, PictureError)):
+        return value
     if not isinstance(value, dict) or not isinstance(value.get("b64"), str):
         return PictureError("bad_json", SHAPES)
     return _from_base64(value["b64"])
@@ -105,7 +170,7 @@ def _picture(value: Any) -> Picture:
 
 def _from_base64(text: str) -> Picture:
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(text.encode("ascii").translate(None, string.whitespace.encode()), validate=True)
     except (binascii.Error, ValueError) as error:
         return PictureError("bad_base64", f"'b64' is not base64 ({error}); send it without a data: prefix")
 
@@ -116,31 +181,44 @@ def _several(shape: str, pictures: list[Picture], field: str) -> tuple[str, dict
     return shape, {str(i): picture for i, picture in enumerate(pictures)}
 
 
-def _inputs(value: Answer) -> tuple[str, dict[str, Picture]]:
-    """KServe v2 (the Open Inference Protocol): one input, BYTES [N] as base64 or UINT8 [N, H, W, 3], RGB."""
+def _inputs(value: Answer, numbers: bytes, most: int) -> tuple[str, dict[str, Picture]]:
+    """KServe v2 (the Open Inference Protocol): one input, BYTES [N] as base64 or UINT8 [N, H, W, 3], RGB.
+
+    Args:
+        numbers: the `data` of UINT8, as text; in `value` its place is empty.
+    """
     request_id = str(value.get("id", ""))
     if len(request_id) > MAX_NAME:
-        return "inputs:", {"": PictureError("bad_json", f"'id' has more than {MAX_NAME:,} characters")}
+        return "inputs:", {"": _too_long("'id'")}
     shape = f"inputs:{request_id}"
     wrong = PictureError(
         "bad_json",
         "'inputs' must be one of BYTES, shape [N], with base64 texts as 'data', or one of UINT8, shape [N, H, W, 3]",
     )
     match value["inputs"]:
-        case [{"datatype": "BYTES", "data": [*texts]}] if all(isinstance(text, str) for text in texts):
+        case [{"datatype": "BYTES", "data": [*texts]}] if all(isinstance(text, str) for text in texts) and (
+            texts or not re.search(rb"\d", numbers)
+        ):
+            _check_count(len(texts), most)
             return _several(shape, [_from_base64(text) for text in texts], "inputs")
-        case [{"datatype": "UINT8", "shape": [int(n), int(h), int(w), 3], "data": [*data]}] if min(n, h, w) > 0:
-            pixels = _pixels(data, (int(n), int(h), int(w), 3))  # JSON's true is an int too
+        case [{"datatype": "UINT8", "shape": [int(n), int(h), int(w), 3], "data": []}] if min(n, h, w) > 0:
+            _check_count(n, most)
+            pixels = _pixels(numbers, (int(n), int(h), int(w), 3))  # JSON's true is an int too
             return (shape, {"": wrong}) if pixels is None else _several(shape, list(pixels), "inputs")
     return shape, {"": wrong}
 
 
-def _pixels(data: list[Any], shape: tuple[int, ...]) -> np.ndarray | None:
+def _pixels(text: bytes, shape: tuple[int, ...]) -> np.ndarray | None:
     """Numbers, flat or nested, as uint8; None unless they are that many, whole and from 0 to 255."""
-    values = np.array(data, dtype=object)  # one long text among numbers would have each of them take as many bytes
-    if values.size != math.prod(shape) or set(map(type, values.flat)) != {int}:
+    if text.count(b",") + 1 != math.prod(shape):
         return None
-    if values.min() < 0 or values.max() > 255:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # NumPy warns of text that is not a number, and returns those before it
+            values = np.fromstring(text.translate(_BRACKETS), dtype=np.int64, sep=",")
+    except (ValueError, DeprecationWarning):
+        return None
+    if values.size != math.prod(shape) or values.min() < 0 or values.max() > 255:
         return None
     return values.astype(np.uint8).reshape(shape)
 

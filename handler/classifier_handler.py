@@ -6,14 +6,15 @@ A request to `/predictions/NAME` is one of
 - JSON `{"b64": "…"}`: as a raw body;
 - JSON `{"instances": [{"b64": "…"}, …]}`: `{"predictions": [answer, …]}`, as KServe v1 clients expect;
 - JSON `{"inputs": [{"datatype": "BYTES", …}]}`: `{"outputs": […]}`, as KServe v2 clients expect;
-- a GET: whether the model is healthy.
+- nothing, with the header `health: True`: whether the model is healthy.
 
 Where a request holds several pictures, a bad one has its error in the place of its answer; the status is 200 if any
 picture was good. Otherwise the status is that of the first error, from bodies.STATUSES. An error reads
 `{"code": 422, "type": "truncated", "message": "…"}`.
 
 The same to `/explanations/NAME` shows what spoke for the best label: a PNG, or where there are several pictures JSON
-with `label`, `probability` and `png` (base64).
+with `label`, `probability` and `png` (base64). Off unless model-config.yaml says `explain: true`: an explanation costs
+as much as a hundred predictions, and the predictions behind it wait.
 
 TorchServe loads this file from the archive and wants exactly one class in it. It imports nothing but installed
 packages and the files that lie beside it there. It does not inherit from TorchServe's BaseHandler, which would load
@@ -43,7 +44,10 @@ CHUNK = 64  # pictures decoded and put through the network at a time: bounds the
 STAGES = ("decode", "forward", "post")  # of which the time is told
 MAX_PICTURES = 256  # of one request: a few kilobytes of tiny pictures could otherwise block a worker for minutes
 DECODE_SECONDS = 12.0  # for all pictures of a batch: TorchServe replaces a worker that takes longer than 30
-MAX_EXPLAINED = 8  # of one request: each costs as much as a hundred predictions
+FORWARD_SECONDS = 20.0  # after a batch has begun nothing more is put through the network, nor explained
+MAX_EXPLAINED = 8  # of one request, whatever max_pictures says: each costs as much as a hundred predictions
+EMPTY = "the request has no bytes; send an image, or the header `health: True` to ask whether the model is healthy"
+EXPLANATIONS_OFF = "explanations are off; the operator can switch them on with `explain: true` in model-config.yaml"
 
 
 class ClassifierHandler:
@@ -84,10 +88,14 @@ class ClassifierHandler:
             threads=_setting(settings, "threads", 1),
             gpu=gpu,
         )
-        self.explainer = explanations.Explainer(folder / model["serializedFile"], gpu, _setting(settings, "threads", 1))
+        self.explainer = None
+        if _switch(settings, "explain", False):
+            weights = folder / model["serializedFile"]
+            self.explainer = explanations.Explainer(weights, gpu, _setting(settings, "threads", 1))
         self.measures = Measures(context.metrics, self.model, self.version)
         self.measures.begin(bodies.STATUSES, self.spec["labels"], STAGES)
-        self._warm_up(system.get("batch_size") or 1)
+        self.batch = system.get("batch_size") or 1
+        self._warm_up(self.batch)
         self.golden, self.device = Golden(folder), "cpu" if gpu is None else "gpu"
         if complaint := self._check_golden():
             raise ValueError(complaint)
@@ -103,11 +111,11 @@ class ClassifierHandler:
         Returns:
             A body for each request, JSON but for explanations; statuses and headers are set in `context`.
         """
-        started = time.perf_counter()
+        started, latest = time.perf_counter(), time.monotonic() + FORWARD_SECONDS
         seconds = dict.fromkeys(STAGES, 0.0)
         parsed = [self._parse(request, context, i) for i, request in enumerate(requests)]
         outcomes = self._classify([picture for _, _, pictures in parsed for picture in pictures.values()], seconds)
-        coming, until = iter(outcomes), time.monotonic() + explanations.SECONDS
+        coming, until = iter(outcomes), min(latest, time.monotonic() + explanations.SECONDS)
         answers = []
         for i, (kind, shape, pictures) in enumerate(parsed):
             its = {name: next(coming) for name in pictures}
@@ -124,28 +132,31 @@ class ClassifierHandler:
 
     def _parse(self, request, context, i):
         """What is asked for (`prediction`, `explanation`, `description`, `health`), the shape and the pictures."""
-        if context.get_request_header(i, "describe") == "True":
-            return "description", "one", {}
-        kind = "explanation" if context.get_request_header(i, "explain") == "True" else "prediction"
-        if kind == "prediction" and _is_get(request, context, i):
-            return "health", "one", {}
-        shape, pictures = bodies.parse(request)
-        most = min(self.max_pictures, MAX_EXPLAINED) if kind == "explanation" else self.max_pictures
-        if len(pictures) > most:
-            message = f"{len(pictures)} pictures in a request; at most {most} are accepted, send several"
-            return kind, "one", {"": PictureError("too_many_pictures", message)}
-        return kind, shape, pictures
+        headers = context.get_all_request_header(i)
+        if all(value == b"" for value in request.values()):
+            kind = _asked_without_an_image(request, headers)
+            return (kind, "one", {}) if kind else ("prediction", "one", {"": PictureError("empty", EMPTY)})
+        json_fields = {name for name in request if _is_json(headers.get(name))}
+        if headers.get("explain") != "True":
+            return "prediction", *bodies.parse(request, json_fields, self.max_pictures)
+        if self.explainer is None:
+            return "explanation", "one", {"": PictureError("explanations_off", EXPLANATIONS_OFF)}
+        return "explanation", *bodies.parse(request, json_fields, min(self.max_pictures, MAX_EXPLAINED))
 
     def _classify(self, pictures, seconds):
         """An answer or a PictureError for each of `pictures`, in order. Adds to `seconds` what the stages took."""
         outcomes, last = [], time.perf_counter()
         self.until = time.monotonic() + DECODE_SECONDS
+        latest = time.monotonic() + FORWARD_SECONDS
         for chunk in self._decoded(pictures):
             decoded = time.perf_counter()
             good = [i for i, outcome in enumerate(chunk) if not isinstance(outcome, PictureError)]
-            answers = self._infer(np.stack([chunk[i] for i in good])) if good else []
-            for i, answer in zip(good, answers, strict=True):
-                chunk[i] = answer
+            for start in range(0, len(good), self.batch):  # as many as export found a worker to answer in good time
+                some = good[start : start + self.batch]
+                late = time.monotonic() > latest
+                answers = [_no_time()] * len(some) if late else self._infer(np.stack([chunk[i] for i in some]))
+                for i, answer in zip(some, answers, strict=True):
+                    chunk[i] = answer
             outcomes += chunk
             seconds["decode"] += decoded - last
             last = time.perf_counter()
@@ -233,6 +244,8 @@ class ClassifierHandler:
         context.set_response_content_type(i, content_type)
         for name, value in headers.items():
             context.set_response_header(i, name, value)
+        if _is_grpc(context.get_all_request_header(i)):
+            context.set_response_header(i, "ts_stream_next", "false")  # or a StreamPredictions call kills the worker
         if isinstance(body, bytes):
             return body
         return json.dumps(body, ensure_ascii=False).encode(errors="replace")  # a request's id may hold anything
@@ -263,16 +276,34 @@ class ClassifierHandler:
                 self._infer(np.zeros((count, size, size, 3), dtype=np.uint8))
 
 
-def _is_get(request, context, i):
-    """TorchServe does not pass the method on. A GET has no body, no type of it and, unlike an empty POST, no length.
+def _asked_without_an_image(request, headers):
+    """`description`, `health` or None.
 
-    Where a client names no length TorchServe adds one of 0, under the name in small letters; over gRPC it does not.
+    The method does not reach a worker, and TorchServe adds `content-length: 0` to a GET: it looks like an empty POST.
+    So health is asked for by a header. A description is for the management key, so its header is not enough: of all
+    requests only the management port's hold no field at all, unless they are an empty form, which names its type.
     """
-    if any(request.values()):
-        return False
-    headers = context.get_all_request_header(i)
-    has_type = any(isinstance(value, dict) and value.get("content-type") for value in headers.values())
-    return headers.get("content-length") == "0" and "Content-Length" not in headers and not has_type
+    names = {name.lower(): value for name, value in headers.items()}
+    if not request and names.get("describe") == "True" and "content-type" not in names:
+        return "description"
+    return "health" if str(names.get("health")).lower() == "true" else None
+
+
+def _is_json(field):
+    """`field`: what TorchServe says of a field, {"content-type": …}; a header of that name can take its place."""
+    return isinstance(field, dict) and field.get("content-type", "").partition(";")[0] == "application/json"
+
+
+def _is_grpc(headers):
+    """Over REST, TorchServe adds the length of the body where the client does not name it.
+
+    A field may have any name, this one too: what stands under it is then no text, but {"content-type": …}.
+    """
+    return not any(isinstance(value, str) and name.lower() == "content-length" for name, value in headers.items())
+
+
+def _no_time():
+    return PictureError("no_time", f"the images of a batch have {FORWARD_SECONDS:g} s; ask again, for fewer at once")
 
 
 def _with_text(outcome):
@@ -285,4 +316,11 @@ def _setting(settings, name, default):
     value = settings.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"model-config.yaml: '{name}' is {value!r}; it must be a whole number above 0")
+    return value
+
+
+def _switch(settings, name, default):
+    value = settings.get(name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"model-config.yaml: '{name}' is {value!r}; it must be true or false")
     return value

@@ -325,7 +325,10 @@ def json_bodies() -> Iterator[tuple[str, bytes, str, dict[str, str]]]:
         "257 instances": json.dumps({"instances": [{"b64": ""}] * 257}), "url": '{"url":"http://127.0.0.1:1/"}',
         "100,000 names": json.dumps({str(i): i for i in range(many)}), "proto": '{"__proto__":{"b64":"x"}}',
         "both": '{"instances":[],"inputs":[]}', "bom": "\ufeff{}", "path": '{"b64":"/etc/passwd"}',
-        "mixed": '{"b64":"é"}',
+        "mixed": '{"b64":"é"}', "zeros": '{"instances":[' + "0," * 2 * MIB + "0]}",
+        "objects": '{"instances":[' + "{}," * MIB + "{}]}", "spaces": '{"b64":"' + "AA " * MIB + '"}',
+        "texts": '{"inputs":[{"datatype":"BYTES","shape":[9],"data":[' + '"",' * MIB + '""]}]}',
+        "pixels": '{"inputs":[{"datatype":"UINT8","shape":[699051,1,1,3],"data":[' + "0," * (2 * MIB) + "0]}]}",
     }  # fmt: skip
     for value in (None, True, 7, -0.5, [], [[]], {}, "x", ["x"], [{"b64": B64}]):
         called = "a picture" if B64 in str(value) else repr(value)

@@ -1,13 +1,18 @@
 """The handler by itself: out of its archive, with TorchServe's own Context, in batches that we choose."""
 
 import base64
+import contextlib
 import io
 import json
+import logging
+import re
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,14 +51,15 @@ def ask(unpacked):
         from classifier_handler import ClassifierHandler
 
     handler = ClassifierHandler()
-    handler.initialize(context_of(unpacked))
+    handler.initialize(context_of(unpacked, explain=True))
 
     def send(*requests, headers=None):
         from ts.context import RequestProcessor
 
         context = context_of(unpacked)
-        context.request_processor = [RequestProcessor(dict(headers or {})) for _ in requests]
-        bodies = handler.handle(list(requests), context)
+        arrived = [as_they_arrive(request) for request in requests]
+        context.request_processor = [RequestProcessor({**types, **(headers or {})}) for _, types in arrived]
+        bodies = handler.handle([request for request, _ in arrived], context)
         assert len(bodies) == len(requests)
         return [
             (context.get_response_status(i)[0], value_of(body), context.get_response_headers(i))
@@ -69,6 +75,13 @@ def context_of(folder, **settings):
 
     manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())
     return Context("digits", str(folder), manifest, 4, None, "0.12.0", True, None, settings)
+
+
+def as_they_arrive(request):
+    """Fields as bytes and TorchServe's headers about them. What is not bytes here was sent as JSON."""
+    values = {name: value for name, value in request.items() if not isinstance(value, bytes)}
+    fields = {name: json.dumps(value).encode() for name, value in values.items()}
+    return request | fields, {name: {"content-type": "application/json"} for name in values}
 
 
 def value_of(body):
@@ -310,8 +323,8 @@ def test_an_answer_depends_on_nothing_but_its_picture(ask, threaded, picked):
                 assert (type(got), got.cause) == (type(expected), expected.cause)
 
 
-def test_describe_answers_with_the_spec_and_the_card(ask, sample, run, exported):
-    ((status, answer, _),) = ask({"body": sample}, headers={"describe": "True"})
+def test_describe_answers_with_the_spec_and_the_card(ask, run, exported):
+    ((status, answer, _),) = ask({}, headers={"describe": "True"})
     assert status == 200
     assert answer.pop("card") == (exported / "MODEL_CARD.md").read_text()
     assert answer == json.loads((run / "spec.json").read_text())
@@ -375,13 +388,102 @@ def test_a_bad_kserve_v2_body_fails_as_a_whole(ask, inputs, code, cause):
         assert answer["error"] == answer["message"]  # where v2 clients look
 
 
-def test_a_get_asks_for_health_and_an_empty_post_is_a_mistake(ask):
-    ((status, answer, headers),) = ask({"body": b""}, headers={"content-length": "0"})  # TorchServe's own, of a GET
-    assert (status, answer) == (200, {"status": "Healthy", "model": "digits", "version": "1.0"})
-    assert headers["x-model-version"] == "1.0"
-    for empty in ({"Content-Length": "0"}, {}, {"content-length": "0", "body": {"content-type": "image/png"}}):
+def test_only_the_management_port_describes(ask, sample):
+    """A header is not enough: of all requests only the management port's hold no field, but for forms without one."""
+    ((_, answer, _),) = ask({"body": sample}, headers={"describe": "True"})
+    assert answer == ask({"body": sample})[0][1]
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    for request, headers in (({"body": b""}, {}), ({}, form), ({}, {"content-TYPE": "multipart/form-data"})):
+        ((status, answer, _),) = ask(request, headers={"describe": "True", **headers})
+        assert (status, answer["type"]) == (400, "empty")
+
+
+def test_a_header_asks_for_health_and_an_empty_request_is_a_mistake(ask):
+    for name, value in (("health", "True"), ("Health", "true")):
+        ((status, answer, headers),) = ask({"body": b""}, headers={name: value, "content-length": "0"})
+        assert (status, answer) == (200, {"status": "Healthy", "model": "digits", "version": "1.0"})
+        assert headers["x-model-version"] == "1.0"
+    for empty in ({"Content-Length": "0"}, {}, {"content-length": "0"}, {"content-length": "0", "health": "False"}):
         ((status, answer, _),) = ask({"body": b""}, headers=empty)
         assert (status, answer["type"]) == (400, "empty")
+        assert "health: True" in answer["message"]
+
+
+def test_a_request_that_is_too_large_a_table_of_values_is_counted_and_not_built(ask):
+    """10 MB of JSON; the memory is that of this process and holds what Python and NumPy take at most."""
+    many, length = 3_000_000, {"content-length": "1"}
+    zeros, texts, empty = b"0," * many + b"0", b'"",' * many + b'""', b"{}," * many + b"{}"
+    v2_of = b'{"inputs":[{"datatype":"%s","shape":[%d,1,1,3],"data":[%s]}]}'
+    for body in (
+        *(b'{"instances":[' + values + b"]}" for values in (zeros, texts, empty)),
+        v2_of % (b"BYTES", many + 1, texts),
+        v2_of % (b"UINT8", (many + 1) // 3, zeros + b",0,0"),
+    ):
+        tracemalloc.start()
+        ((status, answer, _),) = ask({"body": body}, headers=length)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (status, answer["type"]) == (413, "too_many_pictures")
+        assert most < 4 * len(body)
+
+
+def test_white_space_in_base64_takes_no_memory_of_its_own(ask):
+    body = b'{"b64": "' + b"AA " * 2_000_000 + b'"}'
+    tracemalloc.start()
+    ((status, answer, _),) = ask({"body": body})
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (status, answer["type"]) == (415, "not_a_picture")
+    assert most < 5 * len(body)
+
+
+def test_explanations_are_off_unless_they_are_switched_on(unpacked, sample):
+    from classifier_handler import ClassifierHandler
+    from ts.context import RequestProcessor
+
+    handler, context = ClassifierHandler(), context_of(unpacked)
+    handler.initialize(context)
+    context.request_processor = [RequestProcessor({"explain": "True"})]
+    answer = json.loads(handler.handle([{"body": sample}], context)[0])
+    assert (context.get_response_status(0)[0], answer["type"]) == (403, "explanations_off")
+    assert "explain: true" in answer["message"]
+
+
+def test_the_network_gets_batches_of_the_configured_size_and_stops_when_time_is_up(ask, sample, monkeypatch):
+    """Of a clock that each batch moves by 9 s: the third begins within FORWARD_SECONDS, the fourth does not."""
+    import classifier_handler
+
+    now, sizes = [0.0], []
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr(classifier_handler, "time", clock)
+    monkeypatch.setattr(classifier_handler, "DECODE_SECONDS", 1_000)
+
+    def infer(crops):
+        sizes.append(len(crops))
+        now[0] += 9
+        return [{"7": 1.0} for _ in crops]
+
+    monkeypatch.setattr(ask.handler, "_infer", infer)
+    ((status, answer, _),) = ask({"body": {"instances": [b64(sample)] * 18}})
+    assert ask.handler.batch == 4
+    assert sizes == [4, 4, 4]
+    assert status == 200
+    assert [answer.get("type") for answer in answer["predictions"]] == [None] * 12 + ["no_time"] * 6
+    ((status, answer, _),) = ask({"body": sample})
+    assert (status, sizes[-1]) == (200, 1)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        *(({}, "false"), ({"content-length": {"content-type": ""}}, "false")),  # the second a field of that name
+        *(({"content-length": "9"}, None), ({"CONTENT-Length": "9"}, None)),
+    ],
+)
+def test_the_end_of_a_stream_is_told_over_grpc_and_never_over_rest(ask, sample, headers, expected):
+    for body in (sample, b"nothing", b""):
+        ((_, _, told),) = ask({"body": body}, headers=headers)
+        assert told.get("ts_stream_next") == expected
 
 
 def test_each_explanation_of_a_batch_is_of_its_own_picture(ask, run):
@@ -471,13 +573,56 @@ def test_topk_is_a_setting_and_never_more_than_the_labels(unpacked, sample):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"topk": 0}, {"topk": "5"}, {"max_pixels": -1}, {"threads": True}, {"backend": "x"}, {"backend": "pt2"}],
+    [
+        *({"topk": 0}, {"topk": "5"}, {"max_pixels": -1}, {"threads": True}, {"explain": "yes"}),
+        *({"backend": "x"}, {"backend": "pt2"}),
+    ],
 )
 def test_a_setting_out_of_its_rule_is_named(unpacked, settings):
     from classifier_handler import ClassifierHandler
 
     with pytest.raises(ValueError, match=rf"model-config.yaml: '{next(iter(settings))}'"):
         ClassifierHandler().initialize(context_of(unpacked, **settings))
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_the_golden_difference_over_its_tolerance_is_told_right_or_wrong(exported, tmp_path, caplog, is_wrong):
+    """An archive that answers wrongly does not serve, so the alert has nothing but what is told before."""
+    from classifier_handler import ClassifierHandler
+    from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+
+    with zipfile.ZipFile(exported / "digits.mar") as archive:
+        archive.extractall(tmp_path)
+    golden = json.loads((tmp_path / "golden.json").read_text())
+    if is_wrong:
+        golden["probabilities"][0].reverse()
+        (tmp_path / "golden.json").write_text(json.dumps(golden))
+    cache = MetricsCacheYamlImpl(str(PROJECT / "metrics.yaml"))
+    cache.initialize_cache()
+    context, handler = context_of(tmp_path), ClassifierHandler()
+    context.metrics = cache
+    caplog.set_level(logging.INFO, "ts.metrics")
+    with pytest.raises(ValueError, match="golden picture") if is_wrong else contextlib.nullcontext():
+        handler.initialize(context)
+    handler.measures._metrics = None  # ends its thread
+    told = [float(found[1]) for found in re.finditer(r"golden_difference_ratio.\w+:([^|]+)", caplog.text)]
+    assert len(told) == 1
+    assert (told[0] > 1) == is_wrong
+
+
+def test_without_this_project_s_metrics_the_handler_starts_and_says_so_once(unpacked, caplog):
+    """TorchServe's own metrics.yaml lists none of ours."""
+    import ts
+    from classifier_handler import ClassifierHandler
+    from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+
+    cache = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
+    cache.initialize_cache()
+    context, handler = context_of(unpacked), ClassifierHandler()
+    context.metrics = cache
+    handler.initialize(context)
+    handler._check_golden()
+    assert caplog.text.count("no metrics of the handler") == 1
 
 
 def test_labels_that_disagree_are_refused(exported, tmp_path):

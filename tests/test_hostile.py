@@ -234,7 +234,7 @@ def test_json_of_any_kind_is_parsed_into_pictures_and_errors_and_answered(value,
     import numpy as np
     from pictures import PictureError as Error
 
-    shape, found = bodies.parse({"body": json.dumps(value).encode() if as_bytes else value})
+    shape, found = bodies.parse({"body": json.dumps(value).encode() if as_bytes else value}, {"body"}, 256)
     assert found
     assert all(isinstance(picture, (bytes, np.ndarray, Error)) for picture in found.values())
     for picture in found.values():

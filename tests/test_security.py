@@ -138,7 +138,8 @@ def test_no_address_that_a_request_names_is_asked(server, trap):
         headers = bearer(server.key()) | attempt.pop("headers", {})
         for path in ("predictions/digits", "explanations/digits", "v1/models/digits:predict"):
             reply = requests.post(f"{server.url}/{path}", headers=headers, timeout=30, **attempt)
-            assert reply.status_code == 200 if attempt.get("data") == picture else 400 <= reply.status_code < 500
+            is_answered = attempt.get("data") == picture and not path.startswith("explanations")  # which are off
+            assert reply.status_code == 200 if is_answered else 400 <= reply.status_code < 500
     for method, path in (
         ("POST", f"/models?url={url}"),
         ("POST", "/workflows?url=" + url),

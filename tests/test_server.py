@@ -3,18 +3,22 @@
 import base64
 import io
 import json
+import re
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 import requests
 from PIL import Image
 
+from benchmarks.probes import workers_of
 from clients.python.classify import ClassifierError, Client
 from serve import WARM_UP, Ports, serving
-from tests.conftest import label_of
-from tests.grpc_call import predict
+from tests.conftest import PROJECT, label_of, replace_in_archive
+from tests.grpc_call import predict, stream, stream_both_ways
 from tests.kinds import BAD, GOOD, gradient, save
 from training.data import read_split
 
@@ -152,24 +156,79 @@ def test_describe_answers_with_the_spec_and_the_card(server, run, exported):
     assert described == json.loads((run / "spec.json").read_text())
 
 
-def test_explanations_are_pictures(server, sample, label):
-    reply = post(server, sample, "explanations/digits")
-    assert (reply.status_code, reply.headers["content-type"], reply.headers["x-label"]) == (200, "image/png", label)
-    assert Image.open(io.BytesIO(reply.content)).size == (224, 224)
-    reply = post(server, b"nothing", "explanations/digits")
-    assert (reply.status_code, reply.json()["type"]) == (415, "not_a_picture")
-    body = json.dumps({"instances": [{"b64": base64.b64encode(sample).decode()}]})
-    reply = post(server, body, "v1/models/digits:explain", **{"Content-Type": "application/json"})
-    assert reply.json()["predictions"][0]["label"] == label
+def test_the_inference_key_is_not_enough_for_a_description(server, sample, label):
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    for path in ("predictions/digits", "invocations?model_name=digits", "models/digits/invoke"):
+        for body, headers in ((sample, {}), (b"", {}), (b"", form)):
+            answer = post(server, body, path, describe="True", **headers).json()
+            assert "weights_sha256" not in answer
+            assert (label in answer) if body else (answer["type"] == "empty")
 
 
-def test_a_get_says_whether_the_model_is_healthy_and_an_empty_post_is_a_mistake(server):
+def test_explanations_are_off(server, sample):
+    for path in ("explanations/digits", "v1/models/digits:explain"):
+        reply = post(server, sample, path)
+        assert (reply.status_code, reply.json()["type"]) == (403, "explanations_off")
+
+
+def test_a_header_asks_for_health_and_an_empty_request_is_a_mistake(server):
     headers = {"Authorization": f"Bearer {server.key()}"}
-    reply = requests.get(f"{server.url}/predictions/digits", headers=headers, timeout=30)
+    reply = requests.get(f"{server.url}/predictions/digits", headers={**headers, "health": "True"}, timeout=30)
     assert (reply.status_code, reply.json()["status"]) == (200, "Healthy")
-    for body in (b"", None):
-        reply = requests.post(f"{server.url}/predictions/digits", data=body, headers=headers, timeout=30)
+    for body, more in ((b"", {}), (None, {}), (b"", {"content-length": "0"})):
+        reply = requests.post(f"{server.url}/predictions/digits", data=body, headers=headers | more, timeout=30)
         assert (reply.status_code, reply.json()["type"]) == (400, "empty")
+
+
+def test_streams_over_grpc_are_answered_or_refused_and_cost_no_worker(server, sample):
+    """StreamPredictions is answered once; StreamPredictions2 is for models of sequences, which TorchServe says."""
+    workers = workers_of(server)
+    expected = post(server, sample).json()
+    for body, is_answer in ((sample, True), (b"nothing", False), (b"", False)) * 3:
+        (reply,) = stream(server, {"data": body})
+        assert json.loads(reply) == pytest.approx(expected, abs=1e-5) if is_answer else b"message" in reply
+    (reply,) = stream(server, {"content-length": sample})  # a field's name, not a header
+    assert json.loads(reply) == pytest.approx(expected, abs=1e-5)
+    for _ in range(3):
+        replies = stream_both_ways(server, [{"data": sample}] * 2)
+        assert [prediction for prediction, _ in replies] == [b"", b""]
+        assert all(b"sequenceId is required" in status for _, status in replies)
+        with pytest.raises(grpc.RpcError):
+            stream_both_ways(server, [{"data": sample}] * 2, sequence="a")
+    assert post(server, sample).json() == pytest.approx(expected, abs=1e-5)
+    assert workers_of(server) == workers
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc on this system")
+def test_json_that_is_a_large_table_of_values_is_refused_in_little_memory(server, sample):
+    workers = workers_of(server)
+    for worker in workers:
+        Path(f"/proc/{worker.pid}/clear_refs").write_text("5")  # the peak is that of this test
+    before = sum(worker.memory_info().rss for worker in workers)
+    length = 10_000_000
+    bodies = [
+        head + item * ((length - len(head)) // len(item)) + item[:-1] + tail
+        for head, item, tail in (
+            (b'{"instances": [', b"0,", b"]}"),
+            (b'{"inputs": [{"datatype": "BYTES", "shape": [1], "data": [', b'"",', b"]}]}"),
+            (b'{"inputs": [{"datatype": "UINT8", "shape": [9999, 1, 1, 3], "data": [', b"0,", b"]}]}"),
+        )
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(
+            pool.map(lambda body: post(server, body, **{"Content-Type": "application/json"}), bodies + bodies[:1])
+        )
+    assert [(reply.status_code, reply.json()["type"]) for reply in replies] == [(413, "too_many_pictures")] * 4
+    assert post(server, sample).ok
+    assert workers_of(server) == workers
+    most = sum(peak_memory(worker) for worker in workers)
+    assert most - before < 400 * 2**20, f"{most / 2**20:.0f} MiB, from {before / 2**20:.0f}"
+
+
+def peak_memory(process):
+    """Bytes of resident memory, at the most since clear_refs."""
+    text = Path(f"/proc/{process.pid}/status").read_text()
+    return int(text.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def test_kserve_v2_bodies_are_answered_over_rest_and_grpc(server, sample, label):
@@ -212,6 +271,9 @@ def test_no_model_can_be_registered_or_removed_even_with_the_key(server, method,
 
 def test_a_body_above_the_bound_is_refused_and_the_server_stays(server, sample, label, client):
     assert post(server, bytes(10_485_760 + 1)).status_code == 413
+    with pytest.raises(ClassifierError, match=r"413 http: .*max_request_size in its config.properties, 10 MB"):
+        client.classify(bytes(10_485_760 + 1))
+    assert "413 above 10 MB (`max_request_size` in\n`config.properties`)" in (PROJECT / "README.md").read_text()
     assert next(iter(client.classify(sample))) == label
 
 
@@ -226,7 +288,11 @@ def test_all_ports_listen_on_loopback_only(server):
 def test_a_worker_that_runs_onnx_runtime_loads_no_pytorch_before_an_explanation_is_asked_for(
     exported, sample, tmp_path
 ):
-    with serving([exported / "digits.mar"], tmp_path / "server", ports=Ports.free()) as server:
+    """Of a model whose explanations are switched on; they are pictures."""
+    with zipfile.ZipFile(exported / "digits.mar") as archive:
+        config = archive.read("model-config.yaml").decode().replace("explain: false", "explain: true")
+    replace_in_archive(exported / "digits.mar", tmp_path / "digits.mar", {"model-config.yaml": config})
+    with serving([tmp_path / "digits.mar"], tmp_path / "server", ports=Ports.free()) as server:
         for path, loaded in (("predictions/digits", 0), ("explanations/digits", 1)):
             assert post(server, sample, path).ok
             family = psutil.Process(server.process.pid).children(recursive=True)
@@ -234,6 +300,15 @@ def test_a_worker_that_runs_onnx_runtime_loads_no_pytorch_before_an_explanation_
             libraries = [Path(f"/proc/{worker.pid}/maps").read_text() for worker in workers]
             assert all("onnxruntime" in text for text in libraries)
             assert sum("libtorch" in text for text in libraries) == loaded
+        reply = post(server, sample, "explanations/digits")
+        best = next(iter(post(server, sample).json()))
+        assert (reply.status_code, reply.headers["content-type"], reply.headers["x-label"]) == (200, "image/png", best)
+        assert Image.open(io.BytesIO(reply.content)).size == (224, 224)
+        reply = post(server, b"nothing", "explanations/digits")
+        assert (reply.status_code, reply.json()["type"]) == (415, "not_a_picture")
+        body = json.dumps({"instances": [{"b64": base64.b64encode(sample).decode()}]})
+        reply = post(server, body, "v1/models/digits:explain", **{"Content-Type": "application/json"})
+        assert reply.json()["predictions"][0]["label"] == best
 
 
 def test_a_request_is_one_line_in_one_log(server, sample):
@@ -257,10 +332,22 @@ def test_the_server_has_asked_itself_before_the_first_client_does(server):
     assert len(posts) >= WARM_UP
 
 
-def test_metrics_are_there_for_prometheus(server, sample):
+def test_metrics_are_there_for_prometheus_and_need_no_key_as_the_documents_say(server, sample):
     post(server, sample)
-    text = requests.get(server.metrics_url, headers={"Authorization": f"Bearer {server.key()}"}, timeout=30).text
-    assert "ts_inference_requests_total" in text
+    for headers in ({"Authorization": f"Bearer {server.key()}"}, {}):
+        assert "ts_inference_requests_total" in requests.get(server.metrics_url, headers=headers, timeout=30).text
+    assert requests.get(f"{server.url}/api-description", timeout=30).ok
+    for name in ("README.md", "config.properties", "deploy/README.md"):
+        text = (PROJECT / name).read_text()
+        assert "/api-description" in text
+        assert re.search(r"without\W+(#\W+)?a\W+key|need\W+none", text), name
+
+
+def test_a_form_that_is_no_form_is_refused_as_the_readme_says(server, sample):
+    """What `curl --data-binary` sends unless it is told the type."""
+    reply = post(server, sample, **{"Content-Type": "application/x-www-form-urlencoded"})
+    assert (reply.status_code, reply.json()["type"]) == (500, "ErrorDataDecoderException")
+    assert "| `ErrorDataDecoderException` | 500 |" in (PROJECT / "README.md").read_text()
 
 
 def test_the_client_names_what_was_wrong(client, sample, label):

@@ -336,6 +336,8 @@ def _read(reply: requests.Response) -> dict[str, Any]:
 def _refusal(reply: requests.Response) -> ClassifierError:
     values = _values(reply)
     message = values.get("message") or reply.reason or "no message"
+    if reply.status_code == 413 and not values:  # TorchServe's own, which names no limit
+        message += "; the server's limit is max_request_size in its config.properties, 10 MB unless it was raised"
     return ClassifierError(reply.status_code, values.get("type", "http"), message)
 
 
