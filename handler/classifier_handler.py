@@ -299,6 +299,8 @@ def _is_grpc(headers):
 
     A field may have any name, this one too: what stands under it is then no text, but {"content-type": …}.
     """
+    if isinstance(headers.get("Content-Length", headers.get("content-length")), str):  # nearly all, and fast
+        return False
     return not any(isinstance(value, str) and name.lower() == "content-length" for name, value in headers.items())
 
 
