@@ -83,8 +83,9 @@ def _draw_confusion(confusion: np.ndarray, labels: tuple[str, ...]) -> Any:
     axes.set(xlabel="answer", ylabel="truth", title="test pictures, each row adds up to 1")
     figure.colorbar(image, ax=axes, shrink=0.8)
     if classes <= MOST_NAMED_CLASSES:
-        axes.set_xticks(range(classes), [_short(label) for label in labels], rotation=60, ha="right")
-        axes.set_yticks(range(classes), [_short(label) for label in labels])
+        names = [_short(label) for label in labels]
+        axes.set_xticks(range(classes), names, rotation=60, ha="right", parse_math=False)  # a label may hold two $
+        axes.set_yticks(range(classes), names, parse_math=False)
     if classes <= 20:
         for row, column in np.argwhere(confusion):
             colour = "white" if shares[row, column] > 0.5 else "black"
@@ -109,7 +110,8 @@ def _draw_mistakes(test: Split, probabilities: Tensor, labels: tuple[str, ...]) 
     for axes, place in zip(grid.flat, worst, strict=False):
         axes.imshow(test.crops(slice(place, place + 1))[0].numpy())
         answer, truth = labels[predicted[place]], labels[test.targets[place]]
-        axes.set_title(f"{_short(answer)} {confidence[place]:.0%}\ntruth: {_short(truth)}", fontsize=8)
+        title = f"{_short(answer)} {confidence[place]:.0%}\ntruth: {_short(truth)}"
+        axes.set_title(title, fontsize=8, parse_math=False)
     return figure
 
 
