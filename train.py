@@ -16,6 +16,8 @@ import argparse
 import json
 import math
 import platform
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -36,7 +38,7 @@ from model.files import sha256, write_text
 from model.preprocessing import normalise
 from model.spec import ModelSpec
 from training import data as training_data
-from training import distributed
+from training import distributed, splits
 from training.augmentation import shrunk
 from training.calibration import fit_temperature
 from training.config import RECIPES, TrainConfig, add_options, make_config
@@ -80,7 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--evaluate", metavar="RUN", type=Path, help="score a run on --data; --out FILE.json keeps the result"
     )
-    parser.add_argument("--split", choices=SPLITS, help="what to evaluate (default: test, or all if there is none)")
+    parser.add_argument(
+        "--split",
+        choices=SPLITS,
+        help="what to evaluate (default: unseen, all but what the run was trained and validated on)",
+    )
     parser.add_argument("--json", action="store_true", help="print a summary as JSON, in the last line")
     add_options(parser)
     options = vars(parser.parse_args(arguments))
@@ -153,7 +159,9 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     config = resolve_size(config)
 
     # Data
-    data = read_data(config)
+    training_data.refuse_links(out)
+    known = recorded_splits(out) if resume else None
+    data = read_data(config, known)
     data_seconds = time.perf_counter() - started
     config = resolve_defaults(config, data)
     announce(config, data, device, data_seconds)
@@ -172,6 +180,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     with interruptible() as interrupted:
         trainer = Trainer(network, data, config, scale, interrupted)
         begin(trainer, out, resume)
+        if distributed.rank() == 0:
+            splits.write(out, {name: getattr(data, name).names for name in splits.SPLITS}, known)
         fit(trainer, out)
     best, seconds = trainer.best, trainer.schedule.seconds + trainer.features_seconds
 
@@ -215,12 +225,28 @@ def begin(trainer: Trainer, out: Path, resume: bool) -> None:
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not resume:
-            for name in (*RESULTS, last.name):  # else a run that ends early would leave another one's weights behind
+            for name in (
+                *RESULTS,
+                last.name,
+                splits.FILE,
+            ):  # else a run that ends early would leave another one's weights behind
                 (out / name).unlink(missing_ok=True)
         trainer.config.save(out / "config.yaml")
 
 
-def read_data(config: TrainConfig) -> Data:
+def recorded_splits(out: Path) -> dict[str, str] | None:
+    """The splits of a run that goes on, so that no image changes its side; None if it has not come to a checkpoint.
+
+    Raises:
+        ValueError: it has none.
+    """
+    known = splits.read(out)
+    if known is None and (out / "last.ckpt").exists():
+        raise ValueError(f"--resume {splits.no_record(out)}; start a new run")
+    return known
+
+
+def read_data(config: TrainConfig, known: dict[str, str] | None = None) -> Data:
     """The pictures, decoded; see training.data.load. A size that the network cannot take is found before."""
     size = config.size or 0
     network = architectures.build(config.arch, 2, size)
@@ -242,6 +268,7 @@ def read_data(config: TrainConfig) -> Data:
             download_dir=config.download_dir,
             scratch=next(folder for folder in (out, *out.parents) if folder.is_dir()),
             progress=sys.stderr.isatty(),
+            known=known,
         )
 
 
@@ -388,8 +415,14 @@ def summarise(out: Path, metrics: dict[str, Any]) -> None:
         f"test: {test['accuracy']:.2%} of {test['pictures']:,} pictures (top-5 {test['top5']:.2%}, "
         f"calibration error {test['ece']:.3f}); best epoch {trained['best_epoch']}, {trained['seconds']:.0f} s, "
         f"{trained['pictures_per_second']:,.0f} pictures/s\n"
-        f"report: {out / 'report' / 'index.html'}\nnext:   python -m export {out}"
+        f"report: {out / 'report' / 'index.html'}\nnext:   {export_command(out)}"
     )
+
+
+def export_command(out: Path) -> str:
+    """The next command, to be pasted as it is; with a name where export refuses the folder's own."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", out.resolve().name).lstrip("-._") or "model"
+    return shlex.join(["python", "-m", "export", str(out)] + (["--name", name] if name != out.resolve().name else []))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def sample(items: Iterable[Item], count: int, seed: int = 0) -> list[Item]:
 
 
 def read(run: Path, split: str, data: str | None = None) -> Iterator[tuple[str, str, bytes]]:
-    """Name, label and file of each picture of a split, cut as the run's config.yaml says.
+    """Name, label and file of each picture of a split, cut as the run has cut it.
 
     Args:
         data: where the data lies now, if not where it was.
@@ -92,7 +92,7 @@ def read(run: Path, split: str, data: str | None = None) -> Iterator[tuple[str, 
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{run / 'config.yaml'}: cannot be read ({error}); re-run train.py") from None
     try:
-        yield from read_split(place, split, folder, **cuts, seed=seed)
+        yield from read_split(place, split, folder, run=run, **cuts, seed=seed)
     except ValueError as error:
         raise ValueError(f"{error}; pass --data with its place") from None
 

@@ -22,12 +22,12 @@ def colours(tmp_path_factory):
 
 
 def evaluate(capsys, *arguments):
-    """The line that is printed, and the JSON after it."""
+    """The line of scores that is printed, and the JSON after it."""
     capsys.readouterr()
     code = main(["--evaluate", *map(str, arguments), "--json"])
     printed = capsys.readouterr()
     assert code == 0, printed.err
-    line, summary = printed.out.splitlines()
+    *_, line, summary = printed.out.splitlines()
     return line, json.loads(summary)
 
 
@@ -53,7 +53,7 @@ def test_the_temperature_changes_the_confidence_and_not_the_answers(run, tmp_pat
 
 def test_other_pictures_are_all_scored_and_their_classes_found_by_name(colours, tmp_path, capsys):
     _, run = colours
-    other = make_folder(tmp_path / "new", count=5)
+    other = make_folder(tmp_path / "new", count=5, kind="png")
     shutil.rmtree(other / "blue")  # green and red are places 0 and 1 there, and 1 and 2 in the run
     _, summary = evaluate(capsys, run, "--data", other)
     assert (summary["split"], summary["pictures"]) == ("all", 10)
@@ -64,7 +64,9 @@ def test_other_pictures_are_all_scored_and_their_classes_found_by_name(colours, 
 
 def test_the_runs_own_data_is_cut_as_the_run_cut_it(colours, capsys):
     pictures, run = colours
-    assert evaluate(capsys, run)[1]["pictures"] == 3
+    own = json.loads((run / "metrics.json").read_text())
+    assert evaluate(capsys, run)[1]["pictures"] == own["test"]["pictures"]
+    assert evaluate(capsys, run, "--data", pictures, "--split", "val")[1]["pictures"] == own["val"]["pictures"]
     assert evaluate(capsys, run, "--data", pictures, "--split", "all")[1]["pictures"] == 36
 
 
@@ -77,7 +79,7 @@ def test_unreadable_pictures_stop_it_or_are_left_out(colours, tmp_path, capsys):
     assert "red/bad.jpg" in error
     assert "--skip-bad" in error
     assert error.count("\n") == 1
-    assert main(["--evaluate", str(run), "--data", str(tmp_path / "new"), "--skip-bad"]) == 0
+    assert main(["--evaluate", str(run), "--data", str(tmp_path / "new"), "--skip-bad", "--split", "all"]) == 0
     assert "of 36 pictures" in capsys.readouterr().out
 
 

@@ -1,10 +1,12 @@
 import os
 import socket
+import zipfile
+from pathlib import Path
 
 import pytest
 
 from tests.folders import COLOURS, as_tar, as_zip, make_folder, picture
-from training.sources import DataError, TarSource, open_source
+from training.sources import DataError, TarSource, Unreadable, open_source
 
 
 def names(source):
@@ -129,7 +131,8 @@ def test_a_link_to_nowhere_and_a_pipe_are_unreadable_pictures(tmp_path):
     (folder / "red" / "gone.jpg").symlink_to("nowhere")
     os.mkfifo(folder / "red" / "pipe.jpg")
     source = open_source(str(folder))
-    assert {source.entries[i].name for i, body in source.read() if not body} == {"red/gone.jpg", "red/pipe.jpg"}
+    reasons = {source.entries[i].name: body.reason for i, body in source.read() if isinstance(body, Unreadable)}
+    assert reasons == {"red/gone.jpg": "a link to nothing", "red/pipe.jpg": "not a regular file"}
 
 
 def test_two_spellings_are_found_across_separators_and_splits(tmp_path):
@@ -237,3 +240,84 @@ def test_digits_are_bundled():
     assert len(source.entries) == 1797
     assert sum(entry.split == "test" for entry in source.entries) == 360
     assert not source.flips
+
+
+def write_tar(target, members):
+    """members: name to the bytes, or to the name of the member that a hard link shares them with."""
+    import io
+    import tarfile
+
+    with tarfile.open(target, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.LNKTYPE, content
+                archive.addfile(member)
+            else:
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return target
+
+
+@pytest.mark.parametrize("kept", [128 << 20, 0], ids=["kept in memory", "streamed"])
+def test_hard_linked_members_of_a_tar_are_images(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr("training.sources.KEPT_BYTES", kept)
+    members = {"blob": b"one", "a/1.jpg": "blob", "a/2.jpg": b"two", "b/3.jpg": "a/2.jpg", "b/4.jpg": "elsewhere"}
+    source = open_source(str(write_tar(tmp_path / "linked.tar", members)))
+    bodies = {source.entries[i].name: body for i, body in source.read()}
+    missing = Unreadable("a hard link to what the archive does not hold")
+    assert bodies == {"a/1.jpg": b"one", "a/2.jpg": b"two", "b/3.jpg": b"two", "b/4.jpg": missing}
+
+
+@pytest.mark.parametrize("name", ["red", "."])
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, name):
+    folder, real = make_folder(tmp_path / "pets", count=1), os.scandir
+    (folder / ".trash").mkdir()
+
+    def scandir(path):
+        if os.path.realpath(path) in (os.path.realpath(folder / name), str(folder / ".trash")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # the tests may run as root, whom no mode stops
+    with pytest.raises(
+        DataError, match=r"the folder cannot be listed \(Permission denied\); make it readable"
+    ) as caught:
+        open_source(str(folder))
+    assert str(folder / name) in str(caught.value)
+
+
+def test_a_file_that_cannot_be_opened_is_not_called_empty(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path, count=1)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert {body for _, body in open_source(str(folder)).read()} == {
+        Unreadable("the file cannot be read (Permission denied)")
+    }
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=str)
+def test_a_damaged_member_of_a_zip_is_an_unreadable_image(tmp_path, method):
+    folder, target = make_folder(tmp_path / "pets", count=1, kind="bmp"), tmp_path / "pets.zip"
+    with zipfile.ZipFile(target, "w", method) as archive:
+        for path in sorted(folder.rglob("*.bmp")):
+            archive.write(path, path.relative_to(folder).as_posix())
+        start = archive.infolist()[1].header_offset
+    body = bytearray(target.read_bytes())
+    body[start + 60 : start + 90] = bytes(30)  # of the second member: the beginning of its compressed bytes
+    target.write_bytes(body)
+    bad = [body.reason for _, body in open_source(str(target)).read() if isinstance(body, Unreadable)]
+    assert len(bad) == 1
+    assert bad[0].startswith(("damaged in its archive (", "the file cannot be read ("))
+
+
+def test_composed_and_decomposed_spellings_of_a_class_are_refused(tmp_path):
+    for name in ("caf\u00e9", "cafe\u0301", "bar"):
+        (tmp_path / name).mkdir()
+        picture((9, 9, 9), 0).save(tmp_path / name / "1.png")
+    with pytest.raises(DataError, match="two spellings of a class") as caught:
+        open_source(str(tmp_path))
+    assert r"'cafe\u0301' and 'caf\xe9'" in str(caught.value)

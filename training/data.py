@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
-import random
 import shutil
 import tempfile
 import weakref
@@ -21,12 +22,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from model.files import atomic_write
+from model.files import atomic_write, sha256, write_text
 from model.pictures import PictureError, crop, read
-from training import distributed
-from training.sources import DataError, Entry, Picture, Source, open_source
+from training import distributed, splits
+from training.sources import DataError, Entry, Picture, Source, Unreadable, open_source, shown
 
 SAMPLES = 64  # pictures kept as files, for parity checks and for trying the endpoint
+SAMPLES_LIST = "samples.json"  # in the run folder: which files of RUN/samples a run has written
+SAMPLE_LABEL_BYTES = 80  # of a label in a file name, which may have 255 in all
 SAMPLE_BYTES = 2 << 20  # of each at the most, so that a run folder stays small
 DECODED_TOGETHER = 16  # pictures that a thread decodes before it asks for more, which costs as much as a tiny one
 TOGETHER_BYTES = 1 << 20  # of their files at the most, but for the last: large ones are decoded one by one
@@ -86,7 +89,7 @@ class Split:
     pixels: Tensor | FilePixels
     rows: Tensor
     targets: Tensor
-    names: list[str]
+    names: list[str]  # as Entry.key
 
     def crops(self, chosen: Tensor | slice) -> Tensor:
         """uint8 (n, S, S, 3) of the chosen pictures."""
@@ -126,32 +129,36 @@ def load(
     scratch: Path | None = None,
     workers: int | None = None,
     progress: bool = False,
+    known: Mapping[str, str] | None = None,
 ) -> Data:
     """Reads and decodes every picture. The pixels of the test split are only looked at by the final evaluation.
 
     Args:
         scratch: folder for a temporary file, used where the pictures would fill the memory.
         workers: threads that decode; by default one for each core.
+        known: of a run that goes on: the splits that its images have, by name.
 
     Raises:
-        DataError: as `open_source`; a picture cannot be read (unless `skip_bad`); a class has too few pictures.
+        DataError: as `open_source`; a picture cannot be read (unless `skip_bad`); as `splits.check_splits`.
     """
     source = open_source(data, download_dir)
-    splits = cut_splits(source.entries, val_fraction, test_fraction, split_seed)
-    sampled = _choose_samples(source.entries, splits)
-    crops = allocate(len(splits), size, scratch)
+    sides = splits.cut_splits(source.entries, val_fraction, test_fraction, split_seed, known)
+    for warning in splits.check_splits(source.name, source.entries, sides):
+        print(warning)
+    sampled = _choose_samples(source.entries, sides)
+    crops = allocate(len(sides), size, scratch)
     kept: dict[int, bytes] = {}
 
     def keep(place: int, picture: Picture) -> None:
         if place in sampled:
             kept[place] = _as_file(picture)
 
-    rows = {place: place for place in range(len(splits))}
+    rows = {place: place for place in range(len(sides))}
     bad = decode_all(source, rows, crops, size, resize, workers=workers, progress=progress, seen=keep)
-    skipped = [f"{source.entries[place].name}: {reason}" for place, reason in sorted(bad.items())]
+    skipped = [f"{shown(source.entries[place].name)}: {reason}" for place, reason in sorted(bad.items())]
     if skipped and not skip_bad:
-        raise DataError(_unreadable(data, skipped, len(splits)))
-    return _assemble(source, splits, crops, bad, skipped, _name_samples(source.entries, kept))
+        raise DataError(_unreadable(data, skipped, len(sides)))
+    return _assemble(source, sides, crops, bad, skipped, _name_samples(source.entries, kept))
 
 
 def decode_all(
@@ -178,12 +185,16 @@ def decode_all(
 
     def decode_some(items: list[tuple[int, Picture]]) -> None:
         for place, picture in items:
+            if isinstance(picture, Unreadable):
+                bad[place] = picture.reason
+                continue
             try:
                 square = read(picture, size, resize) if isinstance(picture, bytes) else crop(picture, size, resize)
-                crops[rows[place]] = torch.from_numpy(square.copy())
-                seen(place, picture)
-            except PictureError as error:
-                bad[place] = str(error)
+            except (PictureError, MemoryError) as error:
+                bad[place] = _reason(error)
+                continue
+            crops[rows[place]] = torch.from_numpy(square.copy())
+            seen(place, picture)
 
     wanted = (item for item in source.read() if item[0] in rows)
     threads, waiting = workers or os.cpu_count() or 1, deque[tuple[int, Future[None]]]()
@@ -204,58 +215,90 @@ def decode_all(
     return bad
 
 
-def cut_splits(entries: list[Entry], val_fraction: float, test_fraction: float, seed: int) -> list[str]:
-    """The split of each entry: its own, or cut from its class with a seed where the data has none.
+def read_split(
+    data: str,
+    split: str,
+    download_dir: str = "data",
+    *,
+    run: Path | None = None,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+) -> Iterator[tuple[str, str, bytes]]:
+    """The picture files of one split as they are, with name and label: what a client would send.
 
-    Raises:
-        DataError: a class is too small to be cut.
+    Args:
+        run: a run folder. Its record of what it was trained on goes before the cut, and what is left out of "test" for
+            its sake is counted aloud.
     """
-    given = {entry.split for entry in entries}
-    cuts = {} if "val" in given else {"val": val_fraction}
-    if "test" not in given:
-        cuts["test"] = test_fraction
-    by_class: dict[str, list[int]] = defaultdict(list)
-    for place, entry in enumerate(entries):
-        if entry.split in ("", "train"):
-            by_class[entry.label].append(place)
-    splits = [entry.split or "train" for entry in entries]
-    for label, places in sorted(by_class.items()):
-        if len(places) < len(cuts) + 1:
-            raise DataError(
-                f"class '{label}' has {len(places)} pictures; it needs {len(cuts) + 1}, one for each of train, "
-                f"{', '.join(cuts)}; add pictures or remove the class"
-            )
-        random.Random(f"{seed}/{label}").shuffle(places)
-        rest = places
-        for i, (split, fraction) in enumerate(cuts.items()):
-            needed = len(cuts) - i  # one picture for each of the other cuts, and one for train
-            count = min(max(1, round(fraction * len(places))), len(rest) - needed)
-            for place in rest[:count]:
-                splits[place] = split
-            rest = rest[count:]
-    return splits
-
-
-def read_split(data: str, split: str, download_dir: str = "data", **cuts: float) -> Iterator[tuple[str, str, bytes]]:
-    """The picture files of one split as they are, with name and label: what a client would send."""
     source = open_source(data, download_dir)
-    options = {"val_fraction": 0.1, "test_fraction": 0.1, "seed": 0, **cuts}
-    splits = cut_splits(source.entries, **options)  # type: ignore[arg-type]
+    known = splits.read(run) if run else None
+    sides = splits.cut_splits(source.entries, val_fraction, test_fraction, seed, known)
+    if run and split == "test":
+        _say_left_out(run, source, known)
     for place, picture in source.read():
-        if splits[place] == split:
+        if sides[place] == split:
             entry = source.entries[place]
-            yield entry.name, entry.label, _as_file(picture)
+            yield shown(entry.name), entry.label, _as_file(picture)
+
+
+def _say_left_out(run: Path, source: Source, known: Mapping[str, str] | None) -> None:
+    if known is None:
+        print(f"{splits.no_record(run)}; the test split is cut anew and may hold images that it was trained on")
+    elif left_out := splits.learned(splits.overlap(source.entries, known)):
+        print(f"{source.name}: left out by name: {left_out}")
 
 
 def save_samples(samples: dict[str, bytes], folder: Path) -> None:
-    """Writes the files, and removes those of an earlier run."""
+    """Writes the files, and removes those of an earlier run. What no run has written, or was changed since, is left.
+
+    The names and SHA-256 of the files stand in SAMPLES_LIST beside the folder.
+
+    Raises:
+        ValueError: as `refuse_links`.
+    """
+    refuse_links(folder.parent, [folder.name])
     folder.mkdir(exist_ok=True)
-    for path in folder.iterdir():
-        if path.name not in samples:
-            path.unlink()
-    for name, body in samples.items():
+    listing = folder.parent / SAMPLES_LIST
+    listed = _read_list(listing)
+    ours = {name for name, digest in listed.items() if _is_unchanged(folder / name, digest)}
+    for name in ours - samples.keys():
+        (folder / name).unlink()
+    taken = sorted(name for name in samples.keys() - ours if os.path.lexists(folder / name))
+    written = {name: body for name, body in samples.items() if name not in taken}
+    write_text(listing, json.dumps({name: _sha256(body) for name, body in written.items()}, indent=1) + "\n")
+    for name, body in written.items():
         with atomic_write(folder / name) as file:
             file.write(body)
+    if taken:
+        print(f"{folder}: {len(taken)} files that no run has written were left as they are, such as {taken[0]}")
+
+
+def refuse_links(run: Path, names: Iterable[str] = ("samples", "report")) -> None:
+    """Raises ValueError where a link or a file stands in the place of a folder that a run writes into."""
+    for path in (run / name for name in names):
+        if path.is_symlink():
+            raise ValueError(f"{path}: is a link, and a run writes into folders of its own only; remove it")
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path}: is a file where the run needs a folder; move it away")
+
+
+def _read_list(path: Path) -> dict[str, str]:
+    """Names of files in one folder with their SHA-256; none where the list is missing or no such list."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    pairs = content.items() if isinstance(content, dict) else ()
+    return {name: digest for name, digest in pairs if Path(name).name == name}  # no way out of the folder
+
+
+def _is_unchanged(path: Path, digest: str) -> bool:
+    return path.is_file() and not path.is_symlink() and sha256(path) == digest
+
+
+def _sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
 
 
 def allocate(count: int, size: int, scratch: Path | None) -> Tensor | FilePixels:
@@ -307,7 +350,7 @@ def free_memory() -> int:
 
 def _assemble(
     source: Source,
-    splits: list[str],
+    sides: list[str],
     crops: Tensor | FilePixels,
     bad: dict[int, str],
     skipped: list[str],
@@ -316,9 +359,9 @@ def _assemble(
     index = {label: i for i, label in enumerate(source.labels)}
     parts = {}
     for split in ("train", "val", "test"):
-        places = [i for i, own in enumerate(splits) if own == split and i not in bad]
+        places = [i for i, own in enumerate(sides) if own == split and i not in bad]
         targets = torch.tensor([index[source.entries[i].label] for i in places], dtype=torch.int64)
-        parts[split] = Split(crops, torch.tensor(places), targets, [source.entries[i].name for i in places])
+        parts[split] = Split(crops, torch.tensor(places), targets, [source.entries[i].key for i in places])
         if not places:
             raise DataError(f"{source.name}: no readable picture is left in {split}; see the list of unreadable files")
     if empty := sorted(set(source.labels) - {source.labels[i] for i in parts["train"].targets.tolist()}):
@@ -326,11 +369,11 @@ def _assemble(
     return Data(source.name, source.labels, source.flips, **parts, samples=samples, skipped=skipped)
 
 
-def _choose_samples(entries: list[Entry], splits: list[str]) -> set[int]:
+def _choose_samples(entries: list[Entry], sides: list[str]) -> set[int]:
     """Places of val pictures, the classes in turn, so that each has its share."""
     by_class: dict[str, list[int]] = defaultdict(list)
     for place, entry in enumerate(entries):
-        if splits[place] == "val":
+        if sides[place] == "val":
             by_class[entry.label].append(place)
     rounds = max(map(len, by_class.values()), default=0)
     turns = (places[i] for i in range(rounds) for _, places in sorted(by_class.items()) if i < len(places))
@@ -345,17 +388,28 @@ def _name_samples(entries: list[Entry], kept: dict[int, bytes]) -> dict[str, byt
         if len(body) > SAMPLE_BYTES:
             continue
         label = "".join(c if c.isalnum() else "_" for c in entries[place].label)
-        named[f"{label}-{counts[label]}{Path(entries[place].name).suffix.lower()}"] = body
-        counts[label] += 1
+        label = label.encode()[:SAMPLE_LABEL_BYTES].decode(errors="ignore")
+        number = counts[label.casefold()]  # for each name, not each class: two long labels may begin alike
+        named[f"{label}-{number}{Path(entries[place].name).suffix.lower()}"] = body
+        counts[label.casefold()] += 1
     return named
 
 
 def _as_file(picture: Picture) -> bytes:
+    if isinstance(picture, Unreadable):
+        return b""
     if isinstance(picture, bytes):
         return picture
     buffer = io.BytesIO()
     Image.Image.save(picture, buffer, "PNG")
     return buffer.getvalue()
+
+
+def _reason(error: PictureError | MemoryError) -> str:
+    """Why a file has no usable image, without the bodies and the sending that the endpoint's clients are told of."""
+    if isinstance(error, MemoryError):  # Pillow's word for a side that it cannot count, too
+        return "the image is too long or too large to be decoded"
+    return str(error).partition("; send")[0].replace("the body", "the file")
 
 
 def _unreadable(data: str, skipped: list[str], total: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from tqdm import tqdm
 
 from model import load_run
 from model.preprocessing import normalise
-from training import distributed
+from training import distributed, splits
 from training.config import TrainConfig, read_config
-from training.data import Split, allocate, cut_splits, decode_all
+from training.data import Split, allocate, decode_all
 from training.metrics import calibrated_score
-from training.sources import DataError, Source, open_source
+from training.sources import DataError, Entry, Source, open_source, shown
 
-SPLITS = ("train", "val", "test", "all")
+SPLITS = ("unseen", *splits.SPLITS, "all")
 OPTIONS = (
     "data",
     "out",
@@ -78,11 +79,12 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
     """Scores `runs/NAME` on a split of any data whose classes are among the run's.
 
     Args:
-        split: one of SPLITS. Without it, the test split if the data has one or is the run's own; else all pictures.
+        split: one of SPLITS, as `choose` takes it; "unseen" without it.
         options: those of the command line; `data` and the others of OPTIONS stand for the run's own.
 
     Returns:
-        As `score`, with "run", "data" and "split".
+        As `score`, with "run", "data", "split", and "left_out": how many of the run's train and val images are in the
+        data and were not scored.
 
     Raises:
         ValueError: the run, the data or an option cannot be used; the message says why.
@@ -95,21 +97,41 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
     if not options.get("data", own.get("data")):
         raise ValueError(f"--evaluate {run}: has no config.yaml that names its data; pass --data")
     config = TrainConfig(**{"out": str(run), **own, **options})
-    source = open_source(config.data, config.download_dir)
-    if split is None:
-        has_test = any(entry.split == "test" for entry in source.entries)
-        split = "test" if has_test or config.data == own.get("data") else "all"
-    pictures = read_pictures(source, spec.labels, spec.size, spec.resize, split, config)
+    source, known = open_source(config.data, config.download_dir), splits.read(run)
+    wanted = choose(source.entries, split or "unseen", known or {}, config)
+    left_out = _say_what_is_scored(run, source, known, wanted, split or "unseen")
+    pictures = read_pictures(source, spec.labels, spec.size, spec.resize, wanted, config)
     mean, std = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
     logits = evaluate(network.to(device), pictures, mean, std)
     result = calibrated_score(logits, pictures.targets, spec.labels, spec.temperature)
-    return {"run": str(run), "data": config.data, "split": split, **result}
+    name = split if split not in (None, "unseen") else _name(source.entries, wanted, known or {})
+    return {"run": str(run), "data": config.data, "split": name, "left_out": left_out, **result}
+
+
+def choose(entries: Sequence[Entry], split: str, known: Mapping[str, str], config: TrainConfig) -> list[int]:
+    """Places of the images to score.
+
+    Args:
+        split: "unseen": all that the run owes nothing to, which are its test images and those that it has never seen
+            (but of these only the test split, where the data brings one). "train", "val", "test": as the run has cut
+            them, images that it has never seen as it would cut them. "all".
+        known: the run's record, `splits.read`.
+    """
+    if split == "all":
+        return list(range(len(entries)))
+    if split == "unseen":
+        brings_test = any(entry.split == "test" for entry in entries)
+        fresh = ["test" if entry.split == "test" or not brings_test else "" for entry in entries]
+        sides = [known.get(entry.key, own) for entry, own in zip(entries, fresh, strict=True)]
+        return [place for place, own in enumerate(sides) if own == "test"]
+    sides = splits.cut_splits(entries, config.val_fraction, config.test_fraction, config.split_seed, known)
+    return [place for place, own in enumerate(sides) if own == split]
 
 
 def read_pictures(
-    source: Source, labels: tuple[str, ...], size: int, resize: int, split: str, config: TrainConfig
+    source: Source, labels: tuple[str, ...], size: int, resize: int, wanted: Sequence[int], config: TrainConfig
 ) -> Split:
-    """Decodes the pictures of one split; its targets are places in `labels`.
+    """Decodes the pictures of the places `wanted`; their targets are places in `labels`.
 
     Raises:
         DataError: no pictures, a class that is not among `labels`, or a picture that cannot be read (unless
@@ -119,21 +141,44 @@ def read_pictures(
         raise DataError(
             f"{source.name}: the run does not know {', '.join(map(repr, strange))}; its classes are {', '.join(labels)}"
         )
-    cuts = config.val_fraction, config.test_fraction, config.split_seed
-    splits = ["all"] * len(source.entries) if split == "all" else cut_splits(source.entries, *cuts)
-    wanted = [place for place, own in enumerate(splits) if own == split]
     rows = {place: row for row, place in enumerate(wanted)}
     pixels = allocate(len(wanted), size, None)
     bad = decode_all(source, rows, pixels, size, resize, workers=config.workers, progress=sys.stderr.isatty())
     for place, reason in sorted(bad.items()):
+        name = shown(source.entries[place].name)
         if not config.skip_bad:
-            raise DataError(
-                f"{source.entries[place].name}: {reason} ({len(bad)} such pictures); mend them or pass --skip-bad"
-            )
-        print(f"left out {source.entries[place].name}: {reason}")
+            raise DataError(f"{name}: {reason} ({len(bad)} such pictures); mend them or pass --skip-bad")
+        print(f"left out {name}: {reason}")
     kept = [place for place in wanted if place not in bad]
     if not kept:
-        raise DataError(f"{source.name}: no pictures in its {split} split; pass --split {' or '.join(SPLITS)}")
+        raise DataError(f"{source.name}: no images to score in this split; pass --split {' or '.join(SPLITS)}")
     targets = torch.tensor([labels.index(source.entries[place].label) for place in kept])
-    names = [source.entries[place].name for place in kept]
+    names = [source.entries[place].key for place in kept]
     return Split(pixels, torch.tensor([rows[place] for place in kept]), targets, names)
+
+
+def _say_what_is_scored(
+    run: Path, source: Source, known: Mapping[str, str] | None, wanted: Sequence[int], split: str
+) -> dict[str, int]:
+    """Prints what the run has in common with the data; returns how many images it learned from are not scored."""
+    entries = source.entries
+    present, scored = splits.overlap(entries, known or {}), splits.overlap((entries[i] for i in wanted), known or {})
+    left_out = {name: present[name] - scored[name] for name in splits.LEARNED}
+    if known is None:
+        print(f"{splits.no_record(run)}: images that it was trained on may be among those scored")
+    elif present[""] == len(entries):
+        print(f"none of the {len(entries):,} images has the name of one that the run has seen: all count as new")
+    elif split == "unseen" and (words := splits.learned(left_out)):
+        print(
+            f"left out by name: {words}; scored: {scored['test']:,} test and {scored['']:,} new ones (or --split all)"
+        )
+    elif words := splits.learned(scored):
+        print(f"among those scored: {words}")
+    return left_out
+
+
+def _name(entries: Sequence[Entry], wanted: Sequence[int], known: Mapping[str, str]) -> str:
+    """What the unseen images are: the test split, all, or neither."""
+    if all("test" in (known.get(entries[place].key), entries[place].split) for place in wanted):
+        return "test"
+    return "all" if len(wanted) == len(entries) else "unseen"

@@ -9,9 +9,12 @@ from __future__ import annotations
 import difflib
 import lzma
 import os
+import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,11 +29,20 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 KEPT_BYTES = 128 << 20  # of a .tar's pictures, which are kept while it is read
 MAX_FILE_BYTES = 256 << 20  # of one picture file: what is larger is a mistake, or a bomb
+TOO_LARGE = f"the file is larger than {MAX_FILE_BYTES >> 20} MiB"
 
 # Suffixes of pictures that are not read here: listed as unreadable, not passed over in silence.
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".psd", ".svg", ".jp2", ".jxl", ".cr2", ".nef", ".dng")
 
-Picture = bytes | Image.Image
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for the image of a file that could not be read."""
+
+    reason: str
+
+
+Picture = bytes | Image.Image | Unreadable
 
 
 class DataError(ValueError):
@@ -39,11 +51,22 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One labelled picture. `split` is "train", "val", "test", or "" where the data does not say."""
+    """One labelled picture.
+
+    name: where the source finds it.
+    split: "train", "val", "test", or "" where the data does not say.
+    key: what it is called wherever the data lies and however it is packed: its path below the data's root or an
+        archive's wrapping folder, with `/`, in Unicode's composed form (NFC). By default the name.
+    """
 
     name: str
     label: str
     split: str
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            object.__setattr__(self, "key", self.name)
 
 
 class Source(Protocol):
@@ -53,7 +76,7 @@ class Source(Protocol):
     flips: bool  # whether a mirrored picture keeps its label
 
     def read(self) -> Iterator[tuple[int, Picture]]:
-        """Every picture once, as its place in `entries` and its file's bytes or its pixels."""
+        """Every picture once, as its place in `entries` and its file's bytes, its pixels, or why it has none."""
 
 
 def open_source(data: str, download_dir: str = "data") -> Source:
@@ -83,7 +106,7 @@ class ArraySource:
         self.name, self.labels, self.flips = name, labels, flips
         self._pictures = [picture for pictures, _ in splits.values() for picture in pictures]
         self.entries = [
-            Entry(f"{split}/{i:05}.png", labels[target], split)
+            Entry(f"{split}/{i:05}.png", labels[target], split, key=f"{split}/{labels[target]}/{i:05}.png")
             for split, (_, targets) in splits.items()
             for i, target in enumerate(targets)
         ]
@@ -151,8 +174,10 @@ class FolderSource:
     def read(self) -> Iterator[tuple[int, Picture]]:
         for i, entry in enumerate(self.entries):
             path = self._path / entry.name
-            # a link may lead nowhere, and a pipe holds its reader
-            yield i, _read(path, path.stat().st_size, Path.read_bytes) if path.is_file() else b""
+            if path.is_file():
+                yield i, _read(path, path.stat().st_size, Path.read_bytes)
+            else:  # a pipe would hold its reader
+                yield i, Unreadable("a link to nothing" if path.is_symlink() else "not a regular file")
 
 
 class ZipSource:
@@ -165,7 +190,7 @@ class ZipSource:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, UnicodeDecodeError, struct.error) as error:
             raise DataError(f"{path}: damaged ({error}); make or fetch it anew") from None
         if any(member.flag_bits & 1 for member in members):
             raise DataError(f"{path}: is encrypted; unpack it and give the folder")
@@ -188,11 +213,14 @@ class TarSource:
         self.name, self._path = path.name.split(".")[0], path
         files: list[str] = []
         folders: list[str] = []
+        self._linked: dict[str, str] = {}  # hard links: name to the name of the member that holds the bytes
         self._kept: dict[str, bytes] = {}  # all pictures' files, if they have room: so they are unpacked only once
         room = KEPT_BYTES
         for member, body in self._members(lambda one: _is_picture(one.name) and one.size <= KEPT_BYTES):
-            (files if member.isreg() else folders).append(member.name)
-            if member.isreg() and _is_picture(member.name):
+            (folders if member.isdir() else files).append(member.name)
+            if member.islnk():
+                self._linked[member.name] = self._linked.get(member.linkname, member.linkname)
+            elif member.isreg() and _is_picture(member.name):
                 room -= member.size
                 if room < 0:
                     self._kept.clear()
@@ -201,46 +229,68 @@ class TarSource:
         self.entries, self.labels = _layout(str(path), files, folders, may_be_wrapped=True)
 
     def read(self) -> Iterator[tuple[int, Picture]]:
-        places = {entry.name: i for i, entry in enumerate(self.entries)}
-        if self._kept:
-            yield from ((place, self._kept[name]) for name, place in places.items())
+        wanted: dict[str, list[int]] = defaultdict(list)  # places of the pictures whose bytes a member holds
+        for i, entry in enumerate(self.entries):
+            wanted[self._linked.get(entry.name, entry.name)].append(i)
+        if wanted.keys() <= self._kept.keys():
+            yield from ((i, self._kept[name]) for name, places in wanted.items() for i in places)
             return
-        for member, body in self._members(lambda one: one.name in places):
-            if member.isreg() and (place := places.pop(member.name, None)) is not None:
-                yield place, body
+        for member, body in self._members(lambda one: one.name in wanted):
+            if member.isreg():
+                picture = body if member.size <= MAX_FILE_BYTES else Unreadable(TOO_LARGE)
+                yield from ((i, picture) for i in wanted.pop(member.name, []))
+        missing = Unreadable("a hard link to what the archive does not hold")
+        yield from ((i, missing) for places in wanted.values() for i in places)
 
     def _members(self, wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-        """Files and folders, one after the other, with the bytes of those files that are wanted; links and devices are
-        passed over."""
+        """Files, hard links and folders, one after the other, with the bytes of those files that are wanted; symbolic
+        links and devices are passed over."""
         try:
             with tarfile.open(self._path, "r|*") as archive:
                 for member in archive:
-                    if member.isreg() or member.isdir():
-                        file = archive.extractfile(member) if member.size <= MAX_FILE_BYTES and wanted(member) else None
+                    if member.isreg() or member.islnk() or member.isdir():
+                        holds = member.isreg() and member.size <= MAX_FILE_BYTES and wanted(member)
+                        file = archive.extractfile(member) if holds else None
                         yield member, b"" if file is None else file.read()
         except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             kinds = ", ".join(ARCHIVES)
             raise DataError(f"{self._path}: not an archive, or damaged ({error}); give one of {kinds}") from None
 
 
-def _read(name: Any, size: int, read: Callable[[Any], bytes]) -> bytes:
-    """The file's bytes; none where it cannot be read or is far too large: the decoder then names it as unreadable."""
+def _read(name: Any, size: int, read: Callable[[Any], bytes]) -> bytes | Unreadable:
+    """The file's bytes, or why it has none: it cannot be opened, is damaged in its archive, or far too large."""
+    if size > MAX_FILE_BYTES:
+        return Unreadable(TOO_LARGE)
     try:
-        return read(name) if size <= MAX_FILE_BYTES else b""
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError):
-        return b""
+        return read(name)
+    except OSError as error:
+        return Unreadable(f"the file cannot be read ({error.strerror or error})")
+    except (
+        *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError),
+        *(NotImplementedError, RuntimeError, ValueError, MemoryError),  # other methods, lengths and names that lie
+    ) as error:
+        return Unreadable(f"damaged in its archive ({error or type(error).__name__})")
 
 
 def _walk(root: Path) -> tuple[list[str], list[str]]:
-    """Paths of files and folders below `root`, relative and sorted; linked folders are followed, once each."""
+    """Paths of files and folders below `root`, relative and sorted; linked folders are followed, once each.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+
+    def stop(error: OSError) -> None:
+        folder = shown(str(error.filename))
+        raise DataError(f"{folder}: the folder cannot be listed ({error.strerror}); make it readable, or move it out")
+
     files, folders, seen = [], [], set()
-    for folder, children, names in os.walk(root, followlinks=True):
+    for folder, children, names in os.walk(root, followlinks=True, onerror=stop):
         real = os.path.realpath(folder)
         if real in seen:
             children.clear()
             continue
         seen.add(real)
-        children.sort()
+        children[:] = sorted(child for child in children if not _is_hidden((child,)))
         base = Path(folder).relative_to(root)
         folders += [(base / child).as_posix() for child in children]
         files += [(base / name).as_posix() for name in sorted(names)]
@@ -262,32 +312,39 @@ def _layout(
     parts = {name: _parts(name) for name in pictures}
     skip = _wrapping(parts.values()) if may_be_wrapped else 0
     split_depth = _split_depth(place, list(parts.values()), skip)
-    entries, outside = [], []
+    entries, outside, classes = [], [], set[str]()
     for name, path in parts.items():
         if len(path) < skip + split_depth + 2:
             outside.append(name)
             continue
         split = SPLITS[path[skip].lower()] if split_depth else ""
-        entries.append(Entry(name, path[skip + split_depth], split))
+        classes.add(path[skip + split_depth])
+        key, label = (unicodedata.normalize("NFC", text) for text in ("/".join(path[skip:]), path[skip + split_depth]))
+        entries.append(Entry(name, label, split, key))
     if outside:
-        raise DataError(f"{place}: {len(outside)} pictures lie in no class folder, such as {outside[0]}; move them")
+        example = shown(outside[0])
+        raise DataError(f"{place}: {len(outside)} pictures lie in no class folder, such as {example}; move them")
     depth = skip + split_depth + 1
-    classes = {p[-1] for p in map(_parts, folders) if len(p) == depth and not _is_hidden(p)}
+    classes |= {p[-1] for p in map(_parts, folders) if len(p) == depth and not _is_hidden(p)}
     labels = sorted({entry.label for entry in entries if entry.split in ("", "train")})
-    _check_classes(place, labels, classes | {entry.label for entry in entries})
+    _check_classes(place, labels, classes)
+    entries.sort(key=lambda entry: entry.key)  # not as they happen to be listed
     return entries, labels
 
 
-def _check_classes(place: str, labels: list[str], everywhere: set[str]) -> None:
+def _check_classes(place: str, labels: list[str], spelled: set[str]) -> None:
+    """`labels`: of the training pictures, in NFC; `spelled`: the names of all class folders, as they are."""
     spellings: dict[str, str] = {}
-    for name in sorted(everywhere):
+    for name in sorted(spelled):
         if not name.isprintable() or not name.strip():
             raise DataError(f"{place}: class {name!r} holds what cannot be printed; rename its folder")
-        plain = " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
-        if plain in spellings:
-            raise DataError(f"{place}: '{spellings[plain]}' and '{name}' are two spellings of a class; rename one")
+        plain = " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").replace("-", " ").split())
+        if other := spellings.get(plain):
+            same = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
+            codes = f" ({other!a} and {name!a})" if same else ""  # NFC and NFD look the same
+            raise DataError(f"{place}: '{other}' and '{name}' are two spellings of a class{codes}; rename one")
         spellings[plain] = name
-    if without := sorted(everywhere - set(labels)):
+    if without := sorted({unicodedata.normalize("NFC", name) for name in spelled} - set(labels)):
         raise DataError(f"{place}: class '{without[0]}' has no training pictures; add some or remove its folder")
     if len(labels) < 2:
         raise DataError(f"{place}: one class only ('{labels[0]}'); a classifier needs at least 2 class folders")
@@ -315,6 +372,11 @@ def _wrapping(paths: Iterable[tuple[str, ...]]) -> int:
             break
         depth += 1
     return depth
+
+
+def shown(name: str) -> str:
+    """A file's name as it can be printed anywhere: escapes for what is not UTF-8, ends a line or steers a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 def _parts(name: str) -> tuple[str, ...]:
