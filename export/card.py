@@ -207,8 +207,8 @@ def _data(facts: Facts) -> str:
         return text
     val, test, seed = (facts.config[key] for key in ("val_fraction", "test_fraction", "split_seed"))
     return (
-        f"{text}\n\nSplits that the data does not bring itself are cut from each class with seed {seed}: "
-        f"{val:.0%} for val, {test:.0%} for test."
+        f"{text}\n\nSplits that the data does not bring itself are cut by a hash of seed {seed}, class and file name: "
+        f"about {val:.0%} for val, {test:.0%} for test."
     )
 
 

@@ -287,16 +287,16 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, name):
     assert str(folder / name) in str(caught.value)
 
 
-def test_a_file_that_cannot_be_opened_is_not_called_empty(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["read_bytes", "is_file"])  # the latter: its folder may not be entered
+def test_a_file_that_cannot_be_opened_is_not_called_empty(tmp_path, monkeypatch, method):
     folder = make_folder(tmp_path, count=1)
 
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert {body for _, body in open_source(str(folder)).read()} == {
-        Unreadable("the file cannot be read (Permission denied)")
-    }
+    source = open_source(str(folder))
+    monkeypatch.setattr(Path, method, refuse)
+    assert {body for _, body in source.read()} == {Unreadable("the file cannot be read (Permission denied)")}
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=str)

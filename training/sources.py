@@ -173,11 +173,7 @@ class FolderSource:
 
     def read(self) -> Iterator[tuple[int, Picture]]:
         for i, entry in enumerate(self.entries):
-            path = self._path / entry.name
-            if path.is_file():
-                yield i, _read(path, path.stat().st_size, Path.read_bytes)
-            else:  # a pipe would hold its reader
-                yield i, Unreadable("a link to nothing" if path.is_symlink() else "not a regular file")
+            yield i, _read_file(self._path / entry.name)
 
 
 class ZipSource:
@@ -255,6 +251,15 @@ class TarSource:
         except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             kinds = ", ".join(ARCHIVES)
             raise DataError(f"{self._path}: not an archive, or damaged ({error}); give one of {kinds}") from None
+
+
+def _read_file(path: Path) -> bytes | Unreadable:
+    try:
+        if path.is_file():
+            return _read(path, path.stat().st_size, Path.read_bytes)
+        return Unreadable("a link to nothing" if path.is_symlink() else "not a regular file")  # a pipe holds its reader
+    except OSError as error:  # a folder that may be listed and not entered
+        return Unreadable(f"the file cannot be read ({error.strerror or error})")
 
 
 def _read(name: Any, size: int, read: Callable[[Any], bytes]) -> bytes | Unreadable:
