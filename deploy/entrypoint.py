@@ -9,13 +9,12 @@ in the same pod; management stays on loopback. Keys are on, as in config.propert
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.healthcheck import READY, WORK
-from serve import CONFIG, Ports, ServerError, archives_of, read_properties, serving
+from serve import CONFIG, Ports, ServerError, archives_of, exit_on_signals, read_properties, serving, wait
 
 
 def everywhere(ports: Ports) -> dict[str, str]:
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not archives:
         print(f"entrypoint.py: {options.models}: no .mar in it; mount or copy an exported archive", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server is stopped too
+    exit_on_signals()
     ready = options.work / READY
     ready.unlink(missing_ok=True)  # of a container that was killed and started again
     try:
@@ -49,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = {} if options.loopback else everywhere(ports)
         with serving(archives, options.work, ports=ports, settings=settings, console=sys.stdout.fileno()) as server:
             ready.touch()
-            return server.process.wait()
+            print(f"entrypoint.py: {wait(server)}", file=sys.stderr)
+            return 1
     except (ServerError, OSError) as error:
         print(f"entrypoint.py: {error}", file=sys.stderr)
         return 2

@@ -10,8 +10,9 @@
   6. makes NAME.mar in the store the new archive, so that the next start of the server takes it, and drops the old
      version when it can have no request under way
 
-If anything is wrong in 2 to 5, and at Ctrl-C, the old version is the default again, and the new one is removed. If this
-program is killed, one of the two goes on serving; the same command then goes on from there.
+If anything is wrong in 2 to 5, and at Ctrl-C, the old version is the default again, and the new one is removed. In 6
+the new version stays, whatever happens. If this program is killed, one of the two goes on serving; the same command
+then goes on from there.
 
 The server must allow it: `enable_model_api=true` in its config.properties, with the management port closed to everybody
 else. Start it with `--models NAME=NAME.mar`, not with `all`: the store keeps NAME-VERSION.mar of each version, so that
@@ -22,7 +23,8 @@ goes back. For the time of a rollout both versions have their workers, and the s
 that name the old version (/predictions/NAME/OLD) get 404 when it has been dropped; --keep-old keeps it.
 
 Ends with 0 if the new version serves, 1 if it was rolled back (the last line says why), 2 if nothing was tried because
-of a mistake, 3 if the new version serves but step 6 could not be done, and 130 after Ctrl-C.
+of a mistake or because the server answers what TorchServe would not, 3 if the new version serves but step 6 was not
+done (at Ctrl-C, too), and 130 after a Ctrl-C that was rolled back.
 """
 
 from __future__ import annotations
@@ -117,10 +119,11 @@ class Archive:
             raise Mistake(
                 f"{path}: is no whole archive of `python -m export` ({error.args[0]}); export again"
             ) from None
-        except (ValueError, TypeError, yaml.YAMLError) as error:
+        except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
             if isinstance(error, Mistake):
                 raise
-            raise Mistake(f"{path}: cannot be read ({error}); make it with `python -m export`") from None
+            reason = " ".join(str(error).split())  # YAML's has several lines
+            raise Mistake(f"{path}: cannot be read ({reason}); make it with `python -m export`") from None
         archive._check()
         return archive
 
@@ -149,19 +152,66 @@ class Archive:
         return ""
 
     def _check(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
+        if not (isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name)):
             raise Mistake(f"{self.path}: the name {self.name!r} cannot be used; export with --name")
-        if not re.fullmatch(r"\d+(\.\d+)?", self.version) or not float(self.version):
+        is_number = isinstance(self.version, str) and re.fullmatch(r"\d+(\.\d+)?", self.version)
+        if not is_number or not float(self.version):
             raise Mistake(
                 f"{self.path}: the version is {self.version!r}, and TorchServe takes numbers only, like 2 or 2.1; "
                 "export with --version"
             )
         if not self.pictures:
             raise Mistake(f"{self.path}: golden.json holds no pictures, so nothing can be proven; export again")
+        if not self._is_whole():
+            raise Mistake(
+                f"{self.path}: its files hold values of another kind than `python -m export` writes; export again"
+            )
+
+    def _is_whole(self) -> bool:
+        """Whether the values from its JSON and YAML files are of the types that this class says, and fit together."""
+        rows = self.probabilities if isinstance(self.probabilities, list) else [None]
+        return (
+            isinstance(self.weights, str)
+            and isinstance(self.labels, list)
+            and all(isinstance(label, str) for label in self.labels)
+            and len(rows) == len(self.pictures)
+            and all(isinstance(row, list) and len(row) == len(self.labels) for row in rows)
+            and all(isinstance(value, (int, float)) for row in rows for value in row)
+            and isinstance(self.tolerance, (int, float))
+            and (self.workers is None or (isinstance(self.workers, int) and self.workers > 0))
+        )
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version, as TorchServe describes it."""
+
+    number: str  # as it is written; to TorchServe 1, 1.0 and 1.00 are one
+    ready: set[int]  # process ids of the workers that are
+    pending: int  # requests in its queue
+    longest: float  # seconds that a batch may be under way
+
+    @classmethod
+    def read(cls, reply: requests.Response) -> dict[float, Version]:
+        """
+        Raises:
+            Failed: the reply is not a list of versions, of one at least.
+        """
+        found = {}
+        with _understanding(reply):
+            for state in _json(reply):
+                found[float(state["modelVersion"])] = cls(
+                    number=str(state["modelVersion"]),
+                    ready={int(worker["pid"]) for worker in state["workers"] if worker["status"] == "READY"},
+                    pending=int(state["jobQueueStatus"]["pendingRequests"]),
+                    longest=float(state["responseTimeout"]) + float(state["maxBatchDelay"]) / 1000,
+                )
+            min(found)
+        return found
 
 
 class Server:
-    """One TorchServe, seen from its three ports. A version is a number: to TorchServe 1, 1.0 and 1.00 are one."""
+    """One TorchServe, seen from its three ports."""
 
     def __init__(self, management: str, inference: str, metrics: str, key_file: Path | None) -> None:
         """
@@ -203,18 +253,23 @@ class Server:
         if reply.status_code != 400:
             raise Mistake(f"{self.management} is no management port of TorchServe: it answers {reply.status_code}")
 
-    def versions(self, name: str) -> dict[float, dict[str, Any]]:
-        """TorchServe's description of each registered version; empty where there is no such model."""
+    def models(self) -> list[str]:
+        reply = self.manage("GET", "/models")
+        with _understanding(reply):
+            return [str(one["modelName"]) for one in _json(reply)["models"]]
+
+    def versions(self, name: str) -> dict[float, Version]:
+        """Each registered version; empty where there is no such model."""
         reply = self.manage("GET", f"/models/{name}/all")
-        return {} if reply.status_code == 404 else {float(one["modelVersion"]): one for one in _json(reply)}
+        return {} if reply.status_code == 404 else Version.read(reply)
 
     def default(self, name: str) -> str:
-        return str(_json(self.manage("GET", f"/models/{name}"))[0]["modelVersion"])
+        return next(iter(Version.read(self.manage("GET", f"/models/{name}")).values())).number
 
     def workers(self, name: str, version: str) -> set[int]:
         """The process ids of those that are ready."""
-        state = self.versions(name).get(float(version), {"workers": []})
-        return {worker["pid"] for worker in state["workers"] if worker["status"] == "READY"}
+        state = self.versions(name).get(float(version))
+        return state.ready if state else set()
 
     def set_default(self, name: str, version: str) -> None:
         _json(self.manage("PUT", f"/models/{name}/{version}/set-default"))
@@ -228,7 +283,9 @@ class Server:
             reply = self._send("GET", self.metrics, "inference", ANSWER_SECONDS)
         except requests.RequestException:
             return None
-        found = re.findall(r"^(\w+\{[^}]*\}) (\S+)$", reply.text, re.MULTILINE) if reply.ok else []
+        found = (
+            re.findall(r"^(\w+\{[^}]*\}) (\d[\d.]*(?:[eE][+-]?\d+)?)$", reply.text, re.MULTILINE) if reply.ok else []
+        )
         return {series: float(value) for series, value in found} or None
 
     def _send(self, method: str, url: str, kind: str, seconds: float, body: bytes | None = None) -> requests.Response:
@@ -263,84 +320,120 @@ def rollout(
     """
     if not store.is_dir():
         raise Mistake(f"--store {store}: no such folder; it is the server's --model-store")
-    server.check()
+    with _changing_nothing():
+        server.check()
     with _alone(store):
-        name, new, file = archive.name, archive.version, store / archive.stored
-        old, start = _old_version(archive, server), store / f"{name}.mar"
-        if archive.path.resolve() == start.resolve():
-            raise Mistake(f"{start}: the next start takes it, good or not; export elsewhere and pass --store {store}")
-        if not file.exists():
-            is_copy = True
-        elif _same(file, archive.path):
-            is_copy = False  # an earlier version's: it stays if this is rolled back
-        else:
-            raise Mistake(f"{file}: is another archive of this version; export with another --version, or delete it")
+        with _changing_nothing():
+            task = _plan(archive, store, server)
+        serves = False
         try:
-            if float(server.default(name)) == float(new):
-                pids = server.workers(name, new)
-            else:
-                if float(new) in server.versions(name):  # left by a rollout that was killed, or by --keep-old
-                    _drop(server, name, new)
-                say(f"{name} {old} serves; {new} goes into the store as {file}")
-                if is_copy:
-                    _copy(archive.path, file)
-                pids = _register(archive, server, archive.workers or len(server.workers(name, old)), store, say)
+            pids = _register(task, server, say)
             _prove(archive, server, len(pids), say)
             before = server.counters()
-            server.set_default(name, new)
-            say(f"{new} is the default; watching for {watch:g} s")
+            server.set_default(archive.name, archive.version)
+            say(f"{archive.version} is the default; watching for {watch:g} s")
             _watch(archive, server, pids, before, watch, max_errors, say)
+            serves = True
+            _finish(task, server, keep_old, say)
         except BaseException as error:  # Ctrl-C too
-            say(f"rolling back: {_reason(error)}")
-            try:
-                _undo(server, name, old, new)
-                if is_copy:
-                    file.unlink(missing_ok=True)
-            except (OSError, Failed) as second:
-                raise Failed(
-                    f"{_reason(error)}; and rolling back failed: {_reason(second)}; do the same again to clean up"
+            if serves:
+                raise Unfinished(
+                    f"{archive.name} {archive.version} serves, but the rest was not done: {_reason(error)}"
                 ) from error
-            say(f"rolled back, {old} serves")
+            _roll_back(task, server, error, say)
             if isinstance(error, (Mistake, KeyboardInterrupt)):
                 raise
             raise Failed(_reason(error)) from error
-        try:
-            kept = store / f"{name}-{old}.mar"
-            if not kept.exists() and _is_version(start, old):  # an export may have written the new one there
-                _copy(start, kept)
-            _copy(file, start)
-            say(f"{start} is {new} now, for the next start")
-            if not keep_old:
-                _drop(server, name, old)
-                say(f"{old} is dropped")
-        except (OSError, Failed) as error:
-            raise Unfinished(f"{name} {new} serves, but the rest was not done: {_reason(error)}") from error
-        say(f"{name} {new} serves")
+        say(f"{archive.name} {archive.version} serves")
+
+
+@dataclass(frozen=True)
+class Task:
+    archive: Archive
+    store: Path
+    old: str  # the version that is to be replaced
+    default: str  # the one that serves: the new one if a rollout was killed
+    registered: set[float]
+    is_copy: bool  # whether the archive must go into the store, and out of it again if this is rolled back
+
+    @property
+    def file(self) -> Path:
+        return self.store / self.archive.stored
+
+    @property
+    def start(self) -> Path:
+        """What the next start of the server takes."""
+        return self.store / f"{self.archive.name}.mar"
+
+
+def _plan(archive: Archive, store: Path, server: Server) -> Task:
+    """Looks, and changes nothing."""
+    old, default = _old_version(archive, server), server.default(archive.name)
+    file, start = store / archive.stored, store / f"{archive.name}.mar"
+    if archive.path.resolve() == start.resolve():
+        raise Mistake(f"{start}: the next start takes it, good or not; export elsewhere and pass --store {store}")
+    if file.exists() and not _same(file, archive.path):
+        raise Mistake(f"{file}: is another archive of this version; export with another --version, or delete it")
+    # One that is there is an earlier version's: it stays if this is rolled back.
+    return Task(archive, store, old, default, set(server.versions(archive.name)), is_copy=not file.exists())
+
+
+def _roll_back(task: Task, server: Server, error: BaseException, say: Say) -> None:
+    say(f"rolling back: {_reason(error)}")
+    try:
+        _undo(server, task.archive.name, task.old, task.archive.version)
+        if task.is_copy:
+            task.file.unlink(missing_ok=True)
+    except (OSError, Failed, KeyboardInterrupt) as second:
+        raise Failed(
+            f"{_reason(error)}; and rolling back failed: {_reason(second)}; do the same again to clean up"
+        ) from error
+    say(f"rolled back, {task.old} serves")
+
+
+def _finish(task: Task, server: Server, keep_old: bool, say: Say) -> None:
+    """Step 6."""
+    name, kept = task.archive.name, task.store / f"{task.archive.name}-{task.old}.mar"
+    if not kept.exists() and _is_version(task.start, task.old):  # an export may have written the new one there
+        _copy(task.start, kept)
+    _copy(task.file, task.start)
+    say(f"{task.start} is {task.archive.version} now, for the next start")
+    if not keep_old:
+        _drop(server, name, task.old)
+        say(f"{task.old} is dropped")
 
 
 def _old_version(archive: Archive, server: Server) -> str:
     """The version that is to be replaced. One that serves already is no mistake if a killed rollout has left it so."""
     versions = server.versions(archive.name)
     if not versions:
-        models = ", ".join(one["modelName"] for one in _json(server.manage("GET", "/models"))["models"]) or "none"
+        models = ", ".join(server.models()) or "none"
         raise Mistake(f"{archive.path} is of the model {archive.name}, and the server has {models}")
     default = server.default(archive.name)
     if float(default) != float(archive.version):
         return default
-    others = [one["modelVersion"] for number, one in versions.items() if number != float(archive.version)]
+    others = [one.number for number, one in versions.items() if number != float(archive.version)]
     if len(others) != 1:
         raise Mistake(f"{archive.name} {archive.version} is what the server serves; export with another --version")
-    return str(others[0])
+    return others[0]
 
 
-def _register(archive: Archive, server: Server, workers: int, store: Path, say: Say) -> set[int]:
+def _register(task: Task, server: Server, say: Say) -> set[int]:
     """The process ids of the new version's workers, when all are ready."""
-    started = time.monotonic()
+    archive, started = task.archive, time.monotonic()
+    if float(task.default) == float(archive.version):
+        return server.workers(archive.name, archive.version)
+    if float(archive.version) in task.registered:  # left by a rollout that was killed, or by --keep-old
+        _drop(server, archive.name, archive.version)
+    say(f"{archive.name} {task.old} serves; {archive.version} goes into the store as {task.file}")
+    if task.is_copy:
+        _copy(archive.path, task.file)
+    workers = archive.workers or len(server.workers(archive.name, task.old))
     # The batch settings are those of the archive's model-config.yaml: TorchServe prefers them to any given here.
     query = f"url={archive.stored}&initial_workers={workers}&synchronous=true"
     reply = server.manage("POST", f"/models?{query}", LOAD_SECONDS)
     if reply.status_code == 404:
-        raise Mistake(f"the server does not find {archive.stored}: --store {store} is not its model store")
+        raise Mistake(f"the server does not find {archive.stored}: --store {task.store} is not its model store")
     if not reply.ok:
         raise Failed(f"{archive.version} does not load ({_message(reply)}); the server's model_log.log says why")
     while len(ready := server.workers(archive.name, archive.version)) < workers:
@@ -442,8 +535,8 @@ def _drop(server: Server, name: str, version: str) -> None:
     """
     started = time.monotonic()
     while state := server.versions(name).get(float(version)):
-        longest = state["responseTimeout"] + state["maxBatchDelay"] / 1000  # seconds
-        if not state["jobQueueStatus"]["pendingRequests"] or time.monotonic() - started >= longest:
+        longest = state.longest
+        if not state.pending or time.monotonic() - started >= longest:
             break
         time.sleep(0.1)
     else:
@@ -497,7 +590,10 @@ def _same(a: Path, b: Path) -> bool:
 def _read_keys(path: Path) -> dict[str, str]:
     try:
         content = json.loads(path.read_text())
-        return {kind: content[kind]["key"] for kind in ("management", "inference")}
+        keys = {kind: content[kind]["key"] for kind in ("management", "inference")}
+        if not all(re.fullmatch(r"[!-~]+", key) for key in keys.values()):
+            raise ValueError
+        return keys
     except OSError as error:
         raise Mistake(f"{path}: {error.strerror}; it lies in the folder where TorchServe was started") from None
     except (ValueError, KeyError, TypeError):
@@ -508,6 +604,24 @@ def _json(reply: requests.Response) -> Any:
     if not reply.ok:
         raise Failed(f"{reply.request.method} {reply.request.path_url} is answered with {_message(reply)}")
     return reply.json()
+
+
+@contextmanager
+def _understanding(reply: requests.Response) -> Iterator[None]:
+    """Raises Failed where the block finds something else in the reply than it looks for."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError):
+        text = " ".join(reply.text[:100].split())
+        raise Failed(f"{reply.request.method} {reply.url} is answered as TorchServe never does: {text}") from None
+
+
+@contextmanager
+def _changing_nothing() -> Iterator[None]:
+    try:
+        yield
+    except Failed as error:
+        raise Mistake(f"nothing was changed: {error}") from None
 
 
 def _body(reply: requests.Response) -> dict[str, Any]:
@@ -529,7 +643,18 @@ def _message(reply: requests.Response) -> str:
 def _reason(error: BaseException) -> str:
     if isinstance(error, requests.RequestException):
         return f"{error.request.url if error.request else 'the server'} does not answer ({type(error).__name__})"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     return str(error) or type(error).__name__
+
+
+def _say(line: str, *, is_error: bool = False) -> None:
+    """Whoever reads the output may be gone (`| head`, a closed terminal); what is under way is done all the same."""
+    stream = sys.stderr if is_error else sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:  # what was not written would be tried again when Python ends, and the exit code be 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _neighbour(management: str, step: int) -> str:
@@ -589,7 +714,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # is undone as Ctrl-C is
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, signal.default_int_handler)  # is undone as Ctrl-C is
     try:
         server = Server(
             options.to,
@@ -604,19 +731,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             watch=options.watch,
             max_errors=options.max_errors,
             keep_old=options.keep_old,
-            say=lambda line: print(line, flush=True),
+            say=_say,
         )
     except (Mistake, OSError) as error:
-        print(f"rollout: {_reason(error)}", file=sys.stderr)
+        _say(f"rollout: {_reason(error)}", is_error=True)
         return 2
     except Failed as error:
-        print(f"rollout: {error}", file=sys.stderr)
+        _say(f"rollout: {error}", is_error=True)
         return 1
     except Unfinished as error:
-        print(f"rollout: {error}", file=sys.stderr)
+        _say(f"rollout: {error}", is_error=True)
         return 3
     except KeyboardInterrupt:
-        print("rollout: interrupted", file=sys.stderr)
+        _say("rollout: interrupted", is_error=True)
         return 130
     return 0
 

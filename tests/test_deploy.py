@@ -13,9 +13,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import jsonschema
@@ -489,13 +492,41 @@ def door(nginx, folder, work, ports, tokens):
             process.kill()
 
 
+def raw(url, path, token, body=b"", **headers):
+    """(status, body) of a POST to a path as it is written: requests would tidy it up."""
+    with contextlib.closing(HTTPConnection(url.removeprefix("http://"), timeout=30)) as connection:
+        connection.request("POST", path, body, {"Authorization": f"Bearer {token}", **headers})
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+
+
+def check_explanations_need_a_token_that_allows_them(url, predict, explain, sample):
+    for path in (
+        "/explanations/digits",
+        "/v1/models/digits:explain",
+        "/v1/models/digits%3aexplain",
+        "/predictions/../explanations/digits",
+    ):
+        assert raw(url, path, predict, sample)[0] == 403, path
+        assert raw(url, path, "wrong", sample)[0] == 401, path
+        assert raw(url, path, explain, sample)[0] not in (401, 403), path  # TorchServe's to answer
+    # A path that nginx reads as one to /predictions/ and TorchServe, as it is written, as one to /explanations/.
+    status, body = raw(url, "/explanations/digits/1.0/../../../predictions/digits", predict, sample)
+    assert (status, next(iter(json.loads(body)))) == (
+        200,
+        next(iter(json.loads(raw(url, "/predictions/digits", predict, sample)[1]))),
+    )
+
+
 @needs_root
 @pytest.mark.server
 def test_the_door_lets_in_who_has_a_token_and_only_where_clients_may_go(root, python, nginx, sample, label, tmp_path):
     ports, tokens, scraper = Ports.from_first(first_of_five()), ["a" * 64, "b" * 64], "c" * 64
+    explainer = "d" * 64
+    may = {**dict.fromkeys(tokens, "predict"), explainer: "explain", scraper: "scrape"}
     with (
         contained(root, python, tmp_path, "--loopback", "--port", str(ports.inference)) as (process, work),
-        door(nginx, tmp_path, work, ports, {**dict.fromkeys(tokens, "predict"), scraper: "scrape"}) as (url, metrics),
+        door(nginx, tmp_path, work, ports, may) as (url, metrics),
     ):
         found = listening(process)
         assert {found[port] for port in vars(ports).values()} <= {"0100007F", "0000000000000000FFFF00000100007F"}
@@ -511,7 +542,9 @@ def test_the_door_lets_in_who_has_a_token_and_only_where_clients_may_go(root, py
             assert ask("predictions/digits", token).status_code == 401
             assert ask("metrics", token, metrics).status_code == 401
         assert ask("predictions/digits", scraper).status_code == ask("metrics", tokens[0], metrics).status_code == 401
-        assert ask("explanations/digits").json()["type"] == "explanations_off"  # passed on, and answered by the model
+        assert (
+            ask("explanations/digits", explainer).json()["type"] == "explanations_off"
+        )  # passed on, and answered by the model
         instances = json.dumps({"instances": [{"b64": base64.b64encode(sample).decode()}]})
         assert next(iter(ask("v1/models/digits:predict", data=instances).json()["predictions"][0])) == label
         assert ask("predictions/nobody").status_code == 404
@@ -527,6 +560,9 @@ def test_the_door_lets_in_who_has_a_token_and_only_where_clients_may_go(root, py
         assert "ts_inference_requests_total" in answer.text
         assert requests.get(f"{url}/ping", timeout=30).json()["status"] == "Healthy"
 
+        check_explanations_need_a_token_that_allows_them(url, *tokens[:1], explainer, sample)
+        assert ask("predictions/digits", explainer).status_code == 200
+
         # TorchServe's key is read for each request: a restart brings a new one.
         keys = (work / "key_file.json").read_text()
         (work / "key_file.json").write_text(keys.replace(key, "another"))
@@ -539,6 +575,110 @@ def test_the_door_lets_in_who_has_a_token_and_only_where_clients_may_go(root, py
         gone = ask("predictions/digits")
         assert (gone.status_code, gone.headers["Retry-After"]) == (502, "1")
     assert not running_in(root)
+
+
+@contextlib.contextmanager
+def fake_torchserve():
+    """Answers requests to /predictions/slow when it is told to, and others at once with what it got. Yields its ports,
+    a semaphore that lets one slow request go, and the list of those that came."""
+    came, go = [], threading.Semaphore(0)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            came.append(self.path)
+            if self.path.endswith("slow"):
+                go.acquire(timeout=60)
+            answer = json.dumps(
+                {"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()}}
+            ).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+            assert len(body) <= 1000
+
+        do_GET = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 256
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        port = server.server_address[1]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield Ports(port, port, port, port, port), go, came
+        finally:
+            go.release(1000)
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def faked(nginx, tmp_path):
+    """The door before a server that is not TorchServe: its URL, and what `fake_torchserve` yields."""
+    (tmp_path / "key_file.json").write_text(json.dumps({"inference": {"key": "the key"}}))
+    tmp_path.chmod(0o755)
+    tokens = {"a" * 64: "predict", "b" * 64: "predict", "d" * 64: "explain"}
+    with fake_torchserve() as (ports, go, came), door(nginx, tmp_path, tmp_path, ports, tokens) as (url, _):
+        yield url, go, came
+
+
+@needs_root
+def test_the_door_passes_on_no_header_that_asks_for_a_description_or_an_explanation(faked):
+    url, _, _ = faked
+    for token in ("a" * 64, "d" * 64):
+        status, body = raw(
+            url, "/predictions/x", token, b"x", describe="True", Explain="True", DESCRIBE="True", other="1"
+        )
+        got = json.loads(body)["headers"]
+        assert status == 200
+        assert (got.get("describe"), got.get("explain"), got["other"]) == (None, None, "1")
+        assert got["authorization"] == "Bearer the key"
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("path", "token", "most"), [("/predictions/slow", "a" * 64, 100), ("/explanations/slow", "d" * 64, 2)]
+)
+def test_one_client_has_a_bounded_number_of_requests_under_way(faked, path, token, most):
+    """What is more is refused at once, with the time to come again; other clients are answered."""
+    url, go, came = faked
+
+    def ask(path=path, token=token):
+        return requests.post(url + path, data=b"x", headers={"Authorization": f"Bearer {token}"}, timeout=60)
+
+    with ThreadPoolExecutor(most) as pool:
+        waiting = [pool.submit(ask) for _ in range(most)]
+        deadline = time.monotonic() + 60
+        while len(came) < most:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        refused = ask()
+        assert (refused.status_code, refused.json()["type"]) == (429, "too_many_requests")
+        assert refused.headers["Retry-After"] == "1"
+        assert ask("/predictions/x", "b" * 64).status_code == 200
+        if most < 100:
+            assert ask("/predictions/x").status_code == 200  # explanations alone are bounded so
+        go.release(most)
+        assert [one.result().status_code for one in waiting] == [200] * most
+
+
+@needs_root
+def test_who_asks_for_ping_without_end_is_told_to_wait(faked):
+    url, _, _ = faked
+    statuses, deadline = [], time.monotonic() + 60
+    with requests.Session() as session:
+        while 429 not in statuses:
+            assert time.monotonic() < deadline
+            statuses.append(session.get(f"{url}/ping", headers={"content-length": "0"}, timeout=30).status_code)
+    assert statuses[:20] == [200] * 20
 
 
 # The programs on their own

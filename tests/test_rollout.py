@@ -13,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -251,9 +252,9 @@ def test_a_version_that_begins_to_fail_after_the_switch_is_rolled_back(site, tmp
     assert site.ask().headers["x-model-version"] == before[0]
 
 
-def start(site: Site, path: Path, *, until: str) -> subprocess.Popen[str]:
+def start(site: Site, path: Path, *, until: str, watch: int = 60) -> subprocess.Popen[str]:
     """The command, when it has printed a line with `until`."""
-    line = [sys.executable, "-u", "-m", "deploy.rollout", *site.arguments(path, watch="60")]
+    line = [sys.executable, "-u", "-m", "deploy.rollout", *site.arguments(path, watch=str(watch))]
     process = subprocess.Popen(line, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seen = []
     for text in process.stdout:
@@ -284,6 +285,30 @@ def test_ctrl_c_rolls_back(site):
         said = process.stdout.read()
     assert process.returncode == 130
     assert said.splitlines()[-2:] == [f"rolled back, {before[0]} serves", "rollout: interrupted"]
+    assert site.state == before
+
+
+def test_ctrl_c_in_the_last_step_says_that_the_new_version_serves(site):
+    """While the old version finishes what it has under way, which takes the model's time-out of 2 s."""
+    old, path = site.server.default("digits"), site.archive()
+    new = Archive.read(path).version
+    with start(site, path, until="for the next start", watch=0) as process:
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.read()
+    assert process.returncode == 3
+    assert said == f"rollout: digits {new} serves, but the rest was not done: interrupted\n"
+    assert site.state[:2] == (new, sorted([float(old), float(new)]))
+    site.roll(path)  # the same command goes on
+    assert site.state[:2] == (new, [float(new)])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_rollout_whose_terminal_is_closed_rolls_back(site, number):
+    before = site.state
+    with start(site, site.archive(), until="is the default") as process:
+        process.stdout.close()  # nobody reads what it says
+        process.send_signal(number)
+    assert process.returncode == 130
     assert site.state == before
 
 
@@ -383,3 +408,123 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# Answers that TorchServe does not give, and files that `python -m export` does not write
+
+STATE = {
+    "modelVersion": "1.0",
+    "workers": [{"pid": 1, "status": "READY"}],
+    "jobQueueStatus": {"pendingRequests": 0},
+    "responseTimeout": 2,
+    "maxBatchDelay": 1,
+}
+
+
+@contextlib.contextmanager
+def impostor(answers: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
+    """A server that gives these answers to GET, by path. Its URL, and the requests that it got."""
+    came: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            came.append(f"{self.command} {self.path}")
+            status, body = (400, b"{}") if self.command == "POST" else (200, answers.get(self.path, b"{}"))
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_PUT = do_DELETE = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", came
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def text(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+@pytest.mark.parametrize("path", ["/models/digits/all", "/models/digits"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(b"", b"<html>", b"\xff\xfe", text(None), text(7), text("x"), text({}), text([]), text([None]), text([[]])),
+        text([STATE | {"modelVersion": "a\nb"}]),
+        *(text([{name: value for name, value in STATE.items() if name != left}]) for left in STATE),
+        *(text([STATE | {name: None}]) for name in STATE),
+        text([STATE | {"workers": [{"status": "READY"}]}]),
+    ],
+)
+def test_a_server_that_answers_oddly_is_left_as_it_is_and_said_in_one_line(exported, tmp_path, path, answer, capsys):
+    (tmp_path / "store").mkdir()
+    archive = tmp_path / "digits.mar"
+    with zipfile.ZipFile(exported / "digits.mar") as packed:
+        files = {name: packed.read(name) for name in packed.namelist()}
+    manifest = json.loads(files["MAR-INF/MANIFEST.json"])
+    manifest["model"]["modelVersion"] = "2.0"
+    pack(files | {"MAR-INF/MANIFEST.json": text(manifest)}, archive)
+    right = {"/models/digits/all": text([STATE]), "/models/digits": text([STATE])}
+    with impostor(right | {path: answer}) as (url, came):
+        options = ["--to", url, "--inference", url, "--metrics", url, "--store", str(tmp_path / "store")]
+        assert command.main([str(archive), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"rollout: nothing was changed: GET {url}{path} is answered as TorchServe never does: ")
+    assert error.count("\n") == 1
+    assert {one for one in came if not one.startswith("GET")} == {"POST /models"}  # without a model: a question
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_a_list_of_models_that_is_none_is_said_in_one_line(exported, capsys):
+    for answer in (b"x", text([]), text({"models": [{}]}), text({"models": 7})):
+        with impostor({"/models": answer}) as (url, _):
+            server = Server(url, url, url, None)
+            with pytest.raises(Failed, match="as TorchServe never does"):
+                server.models()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("MAR-INF/MANIFEST.json", odd) for odd in ([], {"model": []})),
+        *(("MAR-INF/MANIFEST.json", {"model": {"modelName": n, "modelVersion": v}}) for n, v in ((1, "2.0"), ("a", 2))),
+        *(("spec.json", odd) for odd in ([], {"weights_sha256": 1, "labels": ["a"]})),
+        ("spec.json", {"weights_sha256": "x", "labels": 3}),
+        *(("golden.json", value) for value in ([], {"pictures": 1}, {"pictures": [{"b64": 1}]}, {"pictures": [1]})),
+    ],
+)  # fmt: skip
+def test_an_archive_whose_files_hold_something_else_is_a_mistake(exported, tmp_path, name, value, capsys):
+    with zipfile.ZipFile(exported / "digits.mar") as packed:
+        files = {name: packed.read(name) for name in packed.namelist()}
+    whole = json.loads(files["golden.json"])
+    values = [value]
+    if name == "golden.json":
+        values += [
+            whole | {"probabilities": odd}
+            for odd in (None, [], whole["probabilities"][:-1], [["a"]] * len(whole["pictures"]))
+        ]
+        values += [whole | {"tolerance": odd} for odd in ([], {"onnx": "much"}, {})]
+    for odd in values:
+        pack(files | {name: text(odd)}, tmp_path / "odd.mar")
+        assert command.main([str(tmp_path / "odd.mar")]) == 2, odd
+        error = capsys.readouterr().err
+        assert error.startswith(f"rollout: {tmp_path}/odd.mar: "), odd
+        assert error.count("\n") == 1
+
+
+def test_settings_that_are_no_mapping_are_a_mistake(exported, tmp_path, capsys):
+    with zipfile.ZipFile(exported / "digits.mar") as packed:
+        files = {name: packed.read(name) for name in packed.namelist()}
+    for settings in (b"- a", b"minWorkers: many", b"minWorkers: -1", b"a: [", b"7"):
+        pack(files | {"model-config.yaml": settings}, tmp_path / "odd.mar")
+        assert command.main([str(tmp_path / "odd.mar")]) == 2, settings
+        assert capsys.readouterr().err.count("\n") == 1
