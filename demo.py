@@ -63,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def demo(options: argparse.Namespace, folder: Path) -> int:
     # Here and not above: torchvision makes a folder in the temporary one as soon as it is imported.
-    from export.__main__ import export_run
+    from export.__main__ import export_run, name_of
     from train import train
     from training.config import TrainConfig
     from training.data import read_split
 
-    started, name = time.perf_counter(), options.out.resolve().name
+    started = time.perf_counter()
     config = TrainConfig(data=options.data, arch=options.arch, epochs=options.epochs, out=str(options.out))
     print("── 1 of 4: train", flush=True)
     metrics = train(config)
@@ -76,6 +76,7 @@ def demo(options: argparse.Namespace, folder: Path) -> int:
     if not all(row.passed for row in export_run(options.out)):
         return 1
     print("\n── 3 of 4: serve", flush=True)
+    name = name_of(options.out)
     archive = options.out / "export" / f"{name}.mar"
     with serving([archive], folder, ports=Ports.free()) as server:
         print(f"TorchServe is ready on {server.url}")

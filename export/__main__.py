@@ -5,8 +5,9 @@
     python -m export --check runs/digits/export
 
 Writes runs/NAME/export: NAME.pt, NAME.onnx, NAME.crops.onnx, NAME.pixels.onnx, the same as .pt2, NAME.mar, parity.json,
-golden.json, model-config.yaml, MODEL_CARD.md and SHA256SUMS. Ends with 1 and leaves no archive if any runtime's answer
-lies outside its tolerance.
+golden.json, model-config.yaml, MODEL_CARD.md, manifest.json and SHA256SUMS: all of them at the end, in the place of the
+earlier export, so that one of the two is whole at any moment. If any runtime's answer lies outside its tolerance, it
+ends with 1, the earlier export stays, and RUN/export.failed holds what was compared.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import re
 import shlex
 import sys
-import tempfile
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,9 +29,11 @@ from export import (
     golden,
     integrity,
     onnx,
+    output_folder,
     parity,
     pictures,
     programs,
+    progress,
     reduced,
     runtimes,
     torchscript,
@@ -38,6 +41,9 @@ from export import (
 from handler.backends import FILES
 from model import Classifier, load_run
 from model.files import sha256, write_text
+from model.spec import ModelSpec
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a model: what TorchServe's URLs and archives take
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fp16=options.fp16,
             sign=options.sign,
             wanted=options.backend,
+            golden_pictures=options.golden,
+            keep_reduced=options.keep_reduced,
         )
+    except KeyboardInterrupt:
+        print(f"export: stopped; {options.run / output_folder.EXPORT} is as it was", file=sys.stderr)
+        return 130
     except parity.ParityError as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
@@ -80,75 +91,137 @@ def export_run(
     fp16: bool = False,
     sign: Path | None = None,
     wanted: str = "auto",
+    golden_pictures: str = "samples",
+    keep_reduced: str = "auto",
 ) -> list[parity.Row]:
-    """Exports `run`, prints the parity table and, only if no row failed, packs the archive.
+    """Exports `run`, prints the parity table and, only if no row failed, packs the archive and replaces RUN/export.
 
     Args:
+        name: of the model and its files; by default made from that of the run's folder.
         everywhere: compare in every runtime of this machine, on at least 1,000 pictures of the test split.
         data: where the run's data lies now; needed for `everywhere`, `int8` and `fp16` if it was moved.
         int8, fp16: write these too, if they earn it.
         sign: a private key; writes model.sig.
         wanted: the backend of the archive's CPU workers; `auto` takes the fastest.
+        golden_pictures: those in the archive, one of export.golden.SOURCES.
+        keep_reduced: whether int8 and fp16 files must earn it, one of export.reduced.KEEP.
 
     Raises:
-        ValueError: the run or its data cannot be read, or the name or the backend cannot be used.
+        ValueError: the run or its data cannot be read, the name or the backend cannot be used, or RUN/export holds
+            what must not be replaced.
         ParityError: parity could not be established at all.
     """
     spec, network = load_run(run)
-    name = name or run.resolve().name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise ValueError(f"--name {name}: must be letters, digits, '_', '-' and '.', as TorchServe's URLs need")
+    name = _checked_name(name) if name else name_of(run)
     if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", version):
         raise ValueError(f"--version {version}: must be a number such as 1.0 or 2, as TorchServe orders by it")
     if not any((run / "samples").glob("*")):
         raise ValueError(f"{run / 'samples'}: no pictures for the golden answers; re-run train.py, or put some there")
     if wanted == "onnx-int8" and not int8:
         raise ValueError("--backend onnx-int8: add --int8, which writes its file")
-    shown = pictures.of_test_split(run, data) if everywhere else pictures.of_samples(run / "samples")
-    classifier = Classifier(network, spec).eval()
-    target = run / "export"
-    for file in (f"{name}.mar", card.CARD, integrity.SUMS, integrity.SIGNATURE):
-        (target / file).unlink(missing_ok=True)  # of other weights, or of none that are proven
-    with tempfile.TemporaryDirectory(dir=run, prefix=".export-") as temporary:
-        folder = Path(temporary)
+    archive.check_paths(run)
+    target = run / output_folder.EXPORT
+    with output_folder.alone(run):
+        output_folder.check(target, output_folder.all_files(name))
+        shown = pictures.of_test_split(run, data) if everywhere else pictures.of_samples(run / "samples")
+        classifier = Classifier(network, spec).eval()
+        with output_folder.building(run) as folder:
+            _write_graphs(classifier, spec, folder, name)
+            compared = runtimes.RUNTIMES if everywhere else runtimes.INSTALLED
+            rows = parity.verify(classifier, spec, shown, folder, name, compared, progress.say)
+            print(f"\n{parity.table(rows)}")
+            if any(row.failed for row in rows):
+                _keep_failed(rows, spec, folder, run, name, version)
+                return rows
+            smaller = []
+            if int8 or fp16:
+                with progress.step("smaller files, on the test split"):
+                    smaller = reduced.reduce_run(
+                        run, folder, name, spec, classifier, data, int8=int8, fp16=fp16, keep=keep_reduced
+                    )
+                print(f"\n{reduced.table(smaller)}")
+            with progress.step("speed of each backend"):
+                speeds = backend.measure(folder, name, spec, wanted)
+            print(f"\n{backend.table(speeds)}")
+            backend.write_config(speeds, folder / backend.CONFIG_FILE)
+            served = backend.chosen(speeds).backend
+            seen = golden.write(run, folder, name, spec, classifier, served, golden_pictures)
+            parity.write_json(rows, spec, folder / "parity.json", smaller, speeds)
+            _pack(run, folder, name, version, served)
+            _finish(run, folder, name, version, seen, sign)
+    print(f"next: {_next(run)}")
+    return rows
+
+
+def name_of(run: Path) -> str:
+    """The run folder's name, with '-' for what TorchServe's URLs do not take.
+
+    Raises:
+        ValueError: nothing of it can be used.
+    """
+    folder = run.resolve().name
+    if re.fullmatch(NAME, folder):
+        return folder
+    plain = unicodedata.normalize("NFKD", folder).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-_.")
+    if not name:
+        raise ValueError(f"{folder}: TorchServe's URLs take none of these letters; name the model, e.g. --name model")
+    return name
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(NAME, name):
+        raise ValueError(f"--name {name}: must be letters, digits, '_', '-' and '.', as TorchServe's URLs need")
+    return name
+
+
+def _write_graphs(classifier: Classifier, spec: ModelSpec, folder: Path, name: str) -> None:
+    with progress.step("TorchScript"):
         torchscript.save(classifier, spec, folder / f"{name}.pt")
+    with progress.step("torch.export"):
         traced = programs.trace(classifier)
         programs.save(traced, spec, folder, name)
+    with progress.step("ONNX"):
         onnx.save(traced, spec, folder, name)
-        index_to_name = {str(i): label for i, label in enumerate(spec.labels)}  # as TorchServe's own handlers have it
-        write_text(folder / "index_to_name.json", json.dumps(index_to_name, indent=2, ensure_ascii=False) + "\n")
-        compared = runtimes.RUNTIMES if everywhere else runtimes.INSTALLED
-        rows = parity.verify(classifier, spec, shown, folder, name, compared)
-        print(parity.table(rows))
-        smaller = []
-        if int8 or fp16:
-            smaller = reduced.reduce_run(run, folder, name, spec, classifier, data, int8=int8, fp16=fp16)
-            print(f"\n{reduced.table(smaller)}")
-        speeds = backend.measure(folder, name, spec, wanted)
-        print(f"\n{backend.table(speeds)}")
-        backend.write_config(speeds, folder / backend.CONFIG_FILE)
-        served = backend.chosen(speeds).backend
-        golden.write(run, folder, name, spec, classifier, served)
-        parity.write_json(rows, spec, folder / "parity.json", smaller, speeds)
-        target.mkdir(exist_ok=True)
-        for path in target.glob("*"):
-            if re.fullmatch(rf"{re.escape(name)}\.((crops|pixels)\.)?((int8|fp16)\.)?(pt|pt2|onnx)", path.name):
-                path.unlink()  # nothing of an earlier export is left that this one did not write
+    index_to_name = {str(i): label for i, label in enumerate(spec.labels)}  # as TorchServe's own handlers have it
+    write_text(folder / "index_to_name.json", json.dumps(index_to_name, indent=2, ensure_ascii=False) + "\n")
+
+
+def _keep_failed(rows: list[parity.Row], spec: ModelSpec, folder: Path, run: Path, name: str, version: str) -> None:
+    parity.write_json(rows, spec, folder / "parity.json")
+    integrity.write_manifest(folder, name, version)
+    kept = output_folder.put_failed(folder, run)
+    before = run / output_folder.EXPORT
+    state = f"{before} is as it was" if before.is_dir() else "nothing was exported"
+    print(f"\nparity FAILED: no archive was made, and {state}; see {kept / 'parity.json'}")
+
+
+def _pack(run: Path, folder: Path, name: str, version: str, served: str) -> None:
+    card.write_card(run, name, folder)
+    with progress.step("archive"):
+        archive.build(run, folder, name, version, served)
+    target = run / output_folder.EXPORT
+    print(f"\n{shlex.join(archive.command(run, target, name, version, served, target))}\n")
+
+
+def _finish(run: Path, folder: Path, name: str, version: str, seen: dict[str, float], sign: Path | None) -> None:
+    """The manifest, the sums and the signature; then the folder takes its place."""
+    target = run / output_folder.EXPORT
+    integrity.write_manifest(folder, name, version, seen)
+    with output_folder.replacing(folder, target):
+        integrity.write_sums(folder)
+        if sign:
+            integrity.sign(folder, sign)
         for path in sorted(folder.iterdir()):
-            path.replace(target / path.name)
-    if any(row.failed for row in rows):
-        print(f"parity FAILED: no archive was made; see {target / 'parity.json'}")
-        return rows
-    card.write_card(run, name, target)
-    archive.build(run, name, version, served)
-    print(f"\n{shlex.join(archive.command(run, name, version, served, target))}\n")
-    integrity.write_sums(target)
-    if sign:
-        integrity.sign(target, sign)
-    for path in sorted(target.iterdir()):
-        print(f"{path.stat().st_size:>12,}  {sha256(path)[:12]}  {path}")
-    print(f"next: make serve RUN={run}")
-    return rows
+            if path.is_file():
+                print(f"{path.stat().st_size:>12,}  {sha256(path)[:12]}  {target / path.name}")
+    output_folder.remove_failed(run)
+
+
+def _next(run: Path) -> str:
+    """make hands a path with spaces on as several words."""
+    quoted = shlex.quote(str(run))
+    return f"make serve RUN={run}" if quoted == str(run) else f"python serve.py {quoted}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,14 +247,28 @@ def _parser() -> argparse.ArgumentParser:
         "Runtime, on the run's samples)",
     )
     proof.add_argument("--data", help="where the run's data lies now, if not where it was trained from")
-    smaller = parser.add_argument_group("smaller files, written only if the test accuracy falls by at most 0.5 points")
+    smaller = parser.add_argument_group("smaller files, written only if they are no worse and fast enough")
     smaller.add_argument("--int8", action="store_true", help="NAME.int8.onnx and NAME.crops.int8.onnx, for CPUs")
     smaller.add_argument("--fp16", action="store_true", help="NAME.fp16.onnx and NAME.crops.fp16.onnx, for GPUs")
+    smaller.add_argument(
+        "--keep-reduced",
+        choices=reduced.KEEP,
+        default="auto",
+        help="always, or never, whatever accuracy and speed they have (auto: not if the test split shows a loss)",
+    )
+    parser.add_argument(
+        "--golden",
+        choices=golden.SOURCES,
+        default="samples",
+        help="the pictures in the archive, by which a worker proves itself: crops of the run's samples, which whoever "
+        "has the archive can look at, or synthetic ones, with none of yours (samples)",
+    )
     trust = parser.add_argument_group("integrity")
     trust.add_argument("--check", type=Path, metavar="DIR", help="check an export folder against its SHA256SUMS, and "
         "that its files belong together; exports nothing")  # fmt: skip
     trust.add_argument("--sign", type=Path, metavar="KEY", help="sign the export with this private key (PEM)")
-    trust.add_argument("--public-key", type=Path, metavar="KEY", help="with --check: check the signature too")
+    trust.add_argument("--public-key", type=Path, metavar="KEY", help="with --check: check the signature, then "
+        "run the graphs and compare their answers")  # fmt: skip
     return parser
 
 

@@ -5,10 +5,12 @@ It holds NAME.pt, which GPU workers run, the file of the backend that CPU worker
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 from export.backend import CONFIG_FILE
@@ -23,17 +25,43 @@ BESIDE_HANDLER = (
     *("worker.py", "sitecustomize.py"),
 )
 FROM_EXPORT = ("index_to_name.json", GOLDEN, CARD)
+ENTRY = "classifier_handler.py"
+CODE = {  # the archive's programs, and where they come from
+    ENTRY: HANDLER / ENTRY,
+    **{file: HANDLER / file for file in BESIDE_HANDLER},
+    "pictures.py": PROJECT / "model" / "pictures.py",
+}
+MANIFEST = "MAR-INF/MANIFEST.json"
 
 
-def command(run: Path, name: str, version: str, backend: str, export_path: Path) -> list[str]:
+def members(name: str, backend: str) -> set[str]:
+    """The names of all files in an archive."""
+    served = {f"{name}.pt", FILES[backend].format(name)}
+    return {MANIFEST, *CODE, "spec.json", *FROM_EXPORT, CONFIG_FILE, *served}
+
+
+def hashes(archive: Path) -> dict[str, str]:
+    """The SHA-256 of each file in the archive."""
+    found = {}
+    with zipfile.ZipFile(archive) as files:
+        for name in files.namelist():
+            digest = hashlib.sha256()
+            with files.open(name) as member:
+                for block in iter(lambda: member.read(1 << 20), b""):
+                    digest.update(block)
+            found[name] = digest.hexdigest()
+    return found
+
+
+def command(run: Path, folder: Path, name: str, version: str, backend: str, export_path: Path) -> list[str]:
     """The torch-model-archiver line, with paths as seen from the current folder.
 
     Args:
-        backend: one of handler.backends.FILES; the one in export/model-config.yaml.
+        folder: that of the exported files.
+        backend: one of handler.backends.FILES; the one in the folder's model-config.yaml.
     """
-    folder = run / "export"
-    extra = [HANDLER / file for file in BESIDE_HANDLER]
-    extra += [PROJECT / "model" / "pictures.py", run / "spec.json", *(folder / file for file in FROM_EXPORT)]
+    extra = [path for file, path in CODE.items() if file != ENTRY]
+    extra += [run / "spec.json", *(folder / file for file in FROM_EXPORT)]
     if backend != "torchscript":
         extra.append(folder / FILES[backend].format(name))
     return [
@@ -41,7 +69,7 @@ def command(run: Path, name: str, version: str, backend: str, export_path: Path)
         *("--model-name", name),
         *("--version", version),
         *("--serialized-file", _short(folder / f"{name}.pt")),
-        *("--handler", _short(HANDLER / "classifier_handler.py")),
+        *("--handler", _short(CODE[ENTRY])),
         *("--extra-files", ",".join(map(_short, extra))),
         *("--config-file", _short(folder / CONFIG_FILE)),
         *("--export-path", _short(export_path)),
@@ -49,17 +77,17 @@ def command(run: Path, name: str, version: str, backend: str, export_path: Path)
     ]
 
 
-def build(run: Path, name: str, version: str, backend: str) -> Path:
-    """Writes NAME.mar into the run's export folder, whole or not at all.
+def build(run: Path, folder: Path, name: str, version: str, backend: str) -> Path:
+    """Writes NAME.mar into the folder of the exported files, whole or not at all.
 
     The archiver empties and uses the folder `$TMPDIR/NAME`, whosever it is: it gets a temporary folder of its own.
 
     Raises:
         RuntimeError: the archiver failed; the message is its own.
     """
-    target = run / "export" / f"{name}.mar"
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".archive-") as temporary:
-        line = command(run, name, version, backend, Path(temporary))
+    target = folder / f"{name}.mar"
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".archive-") as temporary:
+        line = command(run, folder, name, version, backend, Path(temporary))
         line[0] = str(Path(sys.executable).with_name(line[0]))
         environment = {**os.environ, "TMPDIR": temporary, "TEMP": temporary, "TMP": temporary}
         done = subprocess.run(line, env=environment, capture_output=True, text=True)
@@ -67,6 +95,16 @@ def build(run: Path, name: str, version: str, backend: str) -> Path:
             raise RuntimeError(f"torch-model-archiver failed: {(done.stderr or done.stdout).strip()[-2000:]}")
         (Path(temporary) / f"{name}.mar").replace(target)
     return target
+
+
+def check_paths(run: Path) -> None:
+    """
+    Raises:
+        ValueError: a path holds a comma, at which torch-model-archiver would cut it.
+    """
+    for path in (run, PROJECT):
+        if "," in _short(path):
+            raise ValueError(f"{path}: torch-model-archiver takes no comma in a path; rename the folder")
 
 
 def _short(path: Path) -> str:

@@ -6,12 +6,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from handler.golden import FILE as GOLDEN
 from model.files import write_text
 from model.spec import ModelSpec
 
@@ -48,6 +49,7 @@ class Facts:
     metrics: Mapping[str, Any]
     config: Mapping[str, Any]
     parity: Mapping[str, Any]
+    golden: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def data(self) -> str:
@@ -60,7 +62,8 @@ class Facts:
 
 
 def write_card(run: Path, name: str, folder: Path) -> None:
-    """Writes folder/MODEL_CARD.md from the run's spec.json, metrics.json and config.yaml and from folder/parity.json.
+    """Writes folder/MODEL_CARD.md from the run's spec.json, metrics.json and config.yaml, and from the folder's
+    parity.json and golden.json.
 
     A run without metrics.json or config.yaml (weights from elsewhere) gets a card without what stands in them.
 
@@ -73,6 +76,7 @@ def write_card(run: Path, name: str, folder: Path) -> None:
         metrics=_read(run / "metrics.json", json.loads),
         config=_read(run / "config.yaml", yaml.safe_load),
         parity=_read(folder / "parity.json", json.loads),
+        golden=_read(folder / GOLDEN, json.loads),
     )
     try:
         parts = [part(facts) for part in PARTS]
@@ -151,13 +155,15 @@ def _usage(facts: Facts) -> str:
     name = facts.name
     return f"""## How to use it
 
-With ONNX Runtime and a decoded RGB picture of any size (apply its EXIF orientation first, where it has one):
+With ONNX Runtime, from a picture of any size, upright and on white:
 
 ```python
-import json, numpy, onnxruntime, PIL.Image
+import json, numpy, onnxruntime
+from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession("{name}.pixels.onnx")
-picture = numpy.asarray(PIL.Image.open("picture.jpg").convert("RGB"))
-(probabilities,) = session.run(None, {{"images": picture[None]}})
+upright = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGBA")
+on_white = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
+(probabilities,) = session.run(["probabilities"], {{"images": numpy.asarray(on_white)[None]}})
 print(json.loads(session.get_modelmeta().custom_metadata_map["spec"])["labels"][probabilities[0].argmax()])
 ```
 
@@ -240,16 +246,33 @@ def _parity(facts: Facts) -> str:
 def _smaller(facts: Facts) -> str:
     if not (rows := facts.parity.get("reduced")):
         return ""
-    cells = [
-        (
-            *(row["file"], f"{row['pictures']:,}", f"{row['accuracy_fp32']:.2%}", f"{row['accuracy']:.2%}"),
-            "not measured" if row["speedup"] is None else f"×{row['speedup']:.2f}",
-            "kept" if row["kept"] else f"not written: {row['reason']}",
-        )
-        for row in rows
-    ]
-    head = ("file", "test pictures", "accuracy of fp32", "its accuracy", "speed", "verdict")
-    return f"## Smaller files\n\n{_table(head, cells)}"
+    head = ("file", "test pictures", "accuracy of fp32", "its accuracy", "loss, points (95%)", "speed", "verdict")
+    return f"## Smaller files\n\n{_table(head, map(_smaller_cells, rows))}"
+
+
+def _smaller_cells(row: Mapping[str, Any]) -> Sequence[str]:
+    low, high = row["interval"]
+    verdict = "kept" if row["kept"] else "not written"
+    return (
+        *(row["file"], f"{row['pictures']:,}", f"{row['accuracy_fp32']:.2%}", f"{row['accuracy']:.2%}"),
+        f"{row['loss_points']:+.2f} ({low:+.2f} to {high:+.2f})",
+        "not measured" if row["speedup"] is None else f"×{row['speedup']:.2f}",
+        f"{verdict}: {row['reason']}" if row["reason"] else verdict,
+    )
+
+
+def _archive(facts: Facts) -> str:
+    """Which pictures go along, since whoever has the archive can look at them."""
+    if not (pictures := facts.golden.get("pictures")):
+        return ""
+    kind = {
+        "samples": "samples of the data, as the network sees them and without their metadata",
+        "synthetic": "synthetic pictures, none of the data",
+    }[facts.golden["source"]]
+    return (
+        f"## The archive's pictures\n\n`{facts.name}.mar` holds {len(pictures)} golden pictures, in `{GOLDEN}`, that a "
+        f"worker must answer rightly before it serves: {kind}. (`--golden {facts.golden['source']}`)"
+    )
 
 
 def _limits(facts: Facts) -> str:
@@ -303,7 +326,7 @@ header before you publish."""
 
 PARTS: tuple[Callable[[Facts], str], ...] = (
     *(_header, _introduction, _usage, _labels, _metrics),
-    *(_data, _training, _parity, _smaller, _limits, _provenance),
+    *(_data, _training, _parity, _smaller, _archive, _limits, _provenance),
 )
 
 

@@ -1,63 +1,131 @@
-"""The pictures that travel in the archive with their answers; handler/golden.py checks them when a worker starts."""
+"""The pictures that travel in the archive with their answers; handler/golden.py checks them when a worker starts.
+
+Whoever has the archive can look at them. They are the run's samples as the network sees them, drawn anew from their
+pixels, so that no metadata comes along (EXIF with its GPS position, names of files); or synthetic ones.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from handler.backends import HALF_TOLERANCE, load
+from export import reduced
+from handler.backends import FILES, HALF_TOLERANCE, load
 from handler.golden import FILE
 from model.classifier import Classifier
 from model.files import write_text
-from model.pictures import read
+from model.pictures import crop, decode, read
 from model.spec import ModelSpec
 
 PICTURES = 8
-FILE_BYTES = 100_000  # of one picture; of a larger one its crop is taken
+SOURCES = ("samples", "synthetic")
+JPEG_QUALITY = 95
 EXACT = 1e-3  # of a probability: fp32 in another runtime or processor; parity was proven within a tenth of it
 INT8 = 0.02  # the same for int8, or twice what it departs from fp32 on these pictures, if that is more
 
+Classify = Callable[[np.ndarray], np.ndarray]  # crops uint8 (N, S, S, 3) to probabilities float32 (N, C)
 
-def write(run: Path, folder: Path, name: str, spec: ModelSpec, classifier: Classifier, backend: str) -> None:
-    """Writes folder/golden.json from the run's samples, with the answers of eager PyTorch.
+
+def write(
+    run: Path,
+    folder: Path,
+    name: str,
+    spec: ModelSpec,
+    classifier: Classifier,
+    backend: str,
+    source: str = "samples",
+) -> dict[str, float]:
+    """Writes folder/golden.json, with the answers of eager PyTorch.
 
     Args:
         folder: that of the exported files.
         backend: what the archive's CPU workers run, one of handler.backends.FILES.
+        source: `samples` of the run, or `synthetic` pictures, with none of the user's.
+
+    Returns:
+        For each file that can serve, the largest difference of a probability from them.
 
     Raises:
         ValueError: the backend is not within its own tolerance of PyTorch.
     """
-    files = sorted(path for path in (run / "samples").iterdir() if path.is_file())
-    chosen = [files[i * len(files) // PICTURES] for i in range(PICTURES)] if len(files) > PICTURES else files
-    bodies = [_small(path.read_bytes(), spec) for path in chosen]
+    bodies = [_encode(pixels, i) for i, pixels in enumerate(_SOURCES[source](run, spec))]
     crops = np.stack([read(body, spec.size, spec.resize) for body in bodies])
     with torch.inference_mode():
         expected = classifier.classify_crops(torch.from_numpy(crops)).numpy()
-    seen = float(np.abs(load(backend, folder, name)(crops) - expected).max())
-    exact = backend != "onnx-int8"
-    if exact and seen > EXACT:
-        raise ValueError(f"{backend} is {seen:.2g} of a probability off on the golden pictures, {EXACT} is allowed")
+    seen = {file: float(np.abs(answer(crops) - expected).max()) for file, answer in servable(folder, name).items()}
+    served = FILES[backend].format(name)
+    if backend != "onnx-int8" and seen[served] > EXACT:
+        raise ValueError(
+            f"{backend} is {seen[served]:.2g} of a probability off on the golden pictures, {EXACT} is allowed"
+        )
     content = {
+        "source": source,
         "pictures": [
-            {"name": path.name, "b64": base64.b64encode(body).decode()}
-            for path, body in zip(chosen, bodies, strict=True)
+            {"name": f"{i} ({spec.labels[row.argmax()]})", "b64": base64.b64encode(body).decode()}
+            for i, (body, row) in enumerate(zip(bodies, expected, strict=True))
         ],
         "probabilities": [[round(value, 7) for value in row] for row in expected.tolist()],
-        "tolerance": {"cpu": EXACT if exact else max(INT8, round(2 * seen, 3)), "gpu": HALF_TOLERANCE},
+        "tolerance": {"cpu": tolerance(served, seen[served]), "gpu": HALF_TOLERANCE},
     }
     write_text(folder / FILE, json.dumps(content, ensure_ascii=False) + "\n")
+    return seen
 
 
-def _small(body: bytes, spec: ModelSpec) -> bytes:
-    if len(body) <= FILE_BYTES:
-        return body
+def tolerance(file: str, seen: float) -> float:
+    """Of a probability: how far a crop graph may be from the golden answers.
+
+    Args:
+        file: its name.
+        seen: how far it was when it was exported.
+    """
+    if ".int8." in file:
+        return max(INT8, round(2 * seen, 3))
+    return HALF_TOLERANCE if ".fp16." in file else EXACT
+
+
+def servable(folder: Path, name: str) -> dict[str, Classify]:
+    """Each exported file that a worker could run, by its name."""
+    files = {file.format(name): backend for backend, file in FILES.items()}
+    found = {file: load(backend, folder, name) for file, backend in files.items() if (folder / file).is_file()}
+    half = f"{name}.crops.fp16.onnx"
+    if (folder / half).is_file():
+        found[half] = reduced.runner(folder / half)
+    return found
+
+
+def _samples(run: Path, spec: ModelSpec) -> list[np.ndarray]:
+    files = sorted(path for path in (run / "samples").iterdir() if path.is_file())
+    chosen = [files[i * len(files) // PICTURES] for i in range(PICTURES)] if len(files) > PICTURES else files
+    return [crop(decode(path.read_bytes()), spec.resize, spec.resize) for path in chosen]
+
+
+def _synthetic(run: Path, spec: ModelSpec) -> list[np.ndarray]:
+    """Soft patches of random colours, of a grid that is finer in each next one."""
+    draw = np.random.default_rng(0)
+    grids = [draw.integers(0, 256, (i + 2, i + 2, 3), np.uint8) for i in range(PICTURES)]
+    side = (spec.resize, spec.resize)
+    return [np.asarray(Image.fromarray(grid).resize(side, Image.Resampling.BICUBIC)) for grid in grids]
+
+
+_SOURCES = {"samples": _samples, "synthetic": _synthetic}
+
+
+def _encode(pixels: np.ndarray, i: int) -> bytes:
+    """A JPEG or a PNG file in turns, so that both decoders are checked; its pixels are the truth from here on.
+
+    Args:
+        pixels: uint8 (R, R, 3) of the spec's `resize`, whose centre is what the network sees.
+    """
     file = io.BytesIO()
-    Image.fromarray(read(body, spec.size, spec.resize)).save(file, "PNG", optimize=True)
+    if i % 2:
+        Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    else:
+        Image.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY)
     return file.getvalue()

@@ -3,37 +3,41 @@
     python -m export --check runs/digits/export
     python -m export --check runs/digits/export --public-key key.pub
 
-SHA256SUMS finds damage; anyone can write it anew. That the files are of one training shows in what they carry and
-answer; that they are from whom they should be shows only in the signature.
+SHA256SUMS finds damage; anyone can write it anew. What the files say of themselves, and whether the archive's programs
+are this checkout's, is compared without running or unpickling anything. Only a signature says from whom the files are:
+where it holds, the graphs are run too, and their answers compared.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import re
+import struct
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from export import onnx
-from export.archive import BESIDE_HANDLER, FROM_EXPORT
+from export import archive, backend, golden, onnx, output_folder, reduced
 from export.card import CARD
+from export.output_folder import MANIFEST, SIGNATURE, SUMS
 from export.programs import GRAPHS
-from export.runtimes import run_onnxruntime, run_torchscript
+from export.runtimes import Runtime, run_exported_program, run_onnxruntime, run_torchscript
+from handler.backends import FILES, HALF_TOLERANCE
+from handler.golden import FILE as GOLDEN
+from handler.golden import Golden
 from model.files import sha256, write_text
+from model.pictures import read
 from model.spec import ModelSpec
 
-SUMS = "SHA256SUMS"
-SIGNATURE = "model.sig"
-MANIFEST = "MAR-INF/MANIFEST.json"
 TOLERANCE = 1e-4  # of a probability, and of a logit times the largest: that of export/parity.py
 PICTURES = 8
+MOST_TEXT = 64_000_000  # bytes of a text inside an archive: a zip file can promise terabytes
 ANEW = "export again or restore the file"
 
 
@@ -50,13 +54,34 @@ def run_check(folder: Path, public_key: Path | None = None) -> int:
     if findings:
         print(*findings, sep="\n")
         return 1
-    unsigned = (folder / SIGNATURE).exists() and not public_key
-    print(
-        f"{len(_files(folder))} files, all as exported"
-        + (", signature included" if public_key else "")
-        + (f"; {SIGNATURE} was not checked: pass --public-key FILE" if unsigned else "")
-    )
+    count = len(_files(folder))
+    if public_key:
+        print(f"{count} files, all as exported: signature, sums, contents and answers")
+    else:
+        print(
+            f"{count} files: the sums agree. Nothing was run, and anyone can write files and sums anew: only a "
+            "signature says whose they are (--public-key FILE)"
+        )
+    if others := output_folder.foreign(folder):
+        print(f"no export wrote, though the sums cover: {', '.join(others)}")
     return 0
+
+
+def write_manifest(folder: Path, name: str, version: str, seen: Mapping[str, float] | None = None) -> None:
+    """Writes folder/manifest.json: which files this export wrote, and what its archive holds.
+
+    Args:
+        seen: for each file that can serve, how far it is from the golden answers.
+    """
+    packed = folder / f"{name}.mar"
+    content = {
+        "name": name,
+        "version": version,
+        "files": sorted({path.name for path in folder.iterdir()} | {MANIFEST, SUMS}),
+        "archive": archive.hashes(packed) if packed.is_file() else {},
+        "golden_difference": dict(seen or {}),
+    }
+    write_text(folder / MANIFEST, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_sums(folder: Path) -> None:
@@ -75,13 +100,17 @@ def write_sums(folder: Path) -> None:
     write_text(folder / SUMS, "".join(lines))
 
 
-def check(folder: Path) -> list[str]:
+def check(folder: Path, *, trusted: bool = False) -> list[str]:
     """What is wrong with an export folder: each finding names the file, the fault and the way out. Empty if nothing is.
 
     A file is opened only if its hash is the one in SHA256SUMS, and no pickle is loaded.
+
+    Args:
+        trusted: a signature vouches for the files. Then, if nothing else is wrong, the graphs are run and compared.
+            Otherwise none is, and the archive's programs must be this checkout's.
     """
     findings: list[str] = []
-    _check_contents(folder, _check_sums(folder, findings), findings)
+    _check_contents(folder, _check_sums(folder, findings), trusted, findings)
     return findings
 
 
@@ -139,7 +168,7 @@ def _check(folder: Path, public_key: Path | None) -> list[str]:
         raise ValueError(f"{folder}: is no export, for it has neither {SUMS} nor parity.json; {way_out}")
     findings = verify_signature(folder, public_key) if public_key else []
     if not findings:
-        return check(folder)
+        return check(folder, trusted=public_key is not None)
     _check_sums(folder, findings)
     return findings
 
@@ -198,11 +227,20 @@ def _read_sums(folder: Path, findings: list[str]) -> dict[str, str] | None:
 # What is inside
 
 
-def _check_contents(folder: Path, whole: Mapping[str, str], findings: list[str]) -> None:
+def _models(whole: Mapping[str, str]) -> list[str]:
+    """The names of the models; not of the archives NAME-VERSION.mar that a rollout keeps."""
+    return sorted(PurePosixPath(file).stem for file in whole if file.endswith(".pt") and "/" not in file)
+
+
+def _check_contents(folder: Path, whole: Mapping[str, str], trusted: bool, findings: list[str]) -> None:
     specs = _read_specs(folder, whole, findings)
-    names = sorted({PurePosixPath(file).stem for file in whole if file.endswith((".pt", ".mar"))})
-    needed = [f"{name}{end}" for name in names for end in (".pt", *(f"{m}.onnx" for m in GRAPHS.values()), ".mar")]
-    for file in (*needed, "index_to_name.json", "parity.json"):
+    names = _models(whole) or sorted(PurePosixPath(file).stem for file in whole if file.endswith(".mar"))
+    needed = [
+        f"{name}{end}"
+        for name in names
+        for end in (".pt", *(f"{m}.{kind}" for m in GRAPHS.values() for kind in ("onnx", "pt2")), ".mar")
+    ]
+    for file in (*needed, "index_to_name.json", "parity.json", GOLDEN, backend.CONFIG_FILE, MANIFEST):
         if not (folder / file).exists() and not any(finding.startswith(f"{file}: ") for finding in findings):
             findings.append(f"{file}: missing; {ANEW}")
     if not names and not findings:
@@ -213,18 +251,24 @@ def _check_contents(folder: Path, whole: Mapping[str, str], findings: list[str])
         _check_card(folder, specs, findings)
     if specs and "parity.json" in whole:
         _check_proof(folder, specs, findings)
+    if specs and {GOLDEN, backend.CONFIG_FILE, MANIFEST} <= whole.keys():
+        _check_golden(folder, names, specs, findings)
+    if backend.CONFIG_FILE in whole and not trusted:
+        _check_config(folder, findings)
     for name in names:
-        if f"{name}.mar" in whole:
-            _check_archive(folder, name, whole, findings)
-        if f"{name}.pt" in specs:
+        if {f"{name}.mar", backend.CONFIG_FILE, MANIFEST} <= whole.keys():
+            _check_archive(folder, name, whole, trusted, findings)
+    if trusted and not findings:
+        for name in names:
             _compare_answers(folder, name, specs, findings)
+            _compare_golden(folder, name, specs[f"{name}.pt"], findings)
 
 
 def _read_specs(folder: Path, whole: Mapping[str, str], findings: list[str]) -> dict[str, ModelSpec]:
     """The spec inside each artifact that could be read. Those that differ from the first one's become findings."""
     specs: dict[str, ModelSpec] = {}
     for file in sorted(whole, key=lambda file: (not file.endswith(".pt"), file)):  # the others were checked against it
-        if file.endswith((".pt", ".pt2", ".mar", ".onnx")):
+        if file.endswith((".pt", ".pt2", ".mar", ".onnx")) and not _is_kept(file, whole):
             with _noting(file, findings):
                 path = folder / file
                 specs[file] = onnx.read_spec(path) if file.endswith(".onnx") else _spec_in_zip(path)
@@ -246,7 +290,12 @@ def _spec_in_zip(path: Path) -> ModelSpec:
         inside = [name for name in file.namelist() if re.fullmatch(r"spec\.json|[^/]+/extra/spec\.json", name)]
         if len(inside) != 1:
             raise ValueError(f"{len(inside)} specs are inside, not one")
-        return ModelSpec.from_json(file.read(inside[0]).decode(), source=inside[0])
+        return ModelSpec.from_json(_text(file, inside[0]), source=inside[0])
+
+
+def _is_kept(file: str, whole: Mapping[str, str]) -> bool:
+    """Whether it may be an archive that a rollout keeps as NAME-VERSION.mar: of another training, on purpose."""
+    return file.endswith(".mar") and f"{PurePosixPath(file).stem.rpartition('-')[0]}.mar" in whole
 
 
 def _check_labels(folder: Path, specs: Mapping[str, ModelSpec], findings: list[str]) -> None:
@@ -277,48 +326,170 @@ def _check_proof(folder: Path, specs: Mapping[str, ModelSpec], findings: list[st
             findings.append("parity.json: nothing was compared; export again")
 
 
-def _check_archive(folder: Path, name: str, whole: Mapping[str, str], findings: list[str]) -> None:
-    """The archive's members: undamaged, those that its manifest and its handler need, the same as in the folder."""
+def _check_golden(folder: Path, names: list[str], specs: Mapping[str, ModelSpec], findings: list[str]) -> None:
+    """They must be there, be probabilities, and allow no more than an export would."""
+    spec = next(iter(specs.values()))
+    with _noting(GOLDEN, findings):
+        found, rows = Golden(folder), len(_read_json(folder / GOLDEN)["probabilities"])
+        good = found.bodies and all(found.bodies) and found.expected.shape == (len(found.bodies), len(spec.labels))
+        if not (good and rows and np.allclose(found.expected.sum(axis=1), 1, atol=1e-4) and found.expected.min() >= 0):
+            findings.append(f"{GOLDEN}: holds no pictures, or no probability of each label for each; export again")
+        seen = _read_json(folder / MANIFEST)["golden_difference"]
+        for name in names:
+            served = FILES[_backend(folder)].format(name)
+            allowed = {"cpu": golden.tolerance(served, float(seen.get(served, 0))), "gpu": HALF_TOLERANCE}
+            if found.tolerance != allowed:
+                findings.append(f"{GOLDEN}: allows {found.tolerance}, and an export {allowed}; export again")
+
+
+def _check_config(folder: Path, findings: list[str]) -> None:
+    """What TorchServe is told about the model, but for the two values that an export sets."""
+    with _noting(backend.CONFIG_FILE, findings):
+        texts = [path.read_text(encoding="utf-8") for path in (folder / backend.CONFIG_FILE, backend.CONFIG)]
+        if len({re.sub(r"(?m)^(backend|batchSize): \S+", r"\1:", text) for text in texts}) > 1:
+            findings.append(_differs(f"{backend.CONFIG_FILE}:", "handler/model-config.yaml"))
+
+
+def _check_archive(folder: Path, name: str, whole: Mapping[str, str], trusted: bool, findings: list[str]) -> None:
+    """The archive's members: those of an export and no other, undamaged, the same as in the folder and the checkout."""
     file = f"{name}.mar"
-    with _noting(file, findings), zipfile.ZipFile(folder / file) as archive:
-        if damaged := archive.testzip():
+    with _noting(file, findings), zipfile.ZipFile(folder / file) as packed:
+        if wrong := _wrong_members(folder, packed, name):
+            findings += [f"{file}: {words}; export again" for words in wrong]
+            return
+        if damaged := packed.testzip():
             findings.append(f"{file}: '{damaged}' inside is damaged; {ANEW}")
             return
-        members = archive.namelist()
-        model = json.loads(archive.read(MANIFEST))["model"]
-        if model["serializedFile"] != f"{name}.pt":
-            findings.append(f"{file}: its manifest names {model['serializedFile']}, not {name}.pt; export again")
-        needed = [f"{name}.pt", model["handler"], model.get("configFile"), "pictures.py", "spec.json"]
-        needed += [*BESIDE_HANDLER, *FROM_EXPORT]
-        for member in needed:
-            if member and members.count(member) != 1:
-                findings.append(f"{file}: '{member}' is inside {members.count(member)} times, not once; export again")
-        for member in sorted(set(members) & whole.keys()):
-            with archive.open(member) as content:
-                if _sha256_of(content) != whole[member]:
-                    findings.append(f"{file}: '{member}' inside is not the {member} beside it; export again")
+        listed = _read_json(folder / MANIFEST)
+        findings += [f"{file}: {words}; export again" for words in _wrong_manifest(packed, name, listed["version"])]
+        for member, digest in sorted(archive.hashes(folder / file).items()):
+            if member in whole and digest != whole[member]:
+                findings.append(f"{file}: '{member}' inside is not the {member} beside it; export again")
+            elif digest != listed["archive"].get(member):
+                findings.append(f"{file}: '{member}' inside is not the one that was packed ({MANIFEST}); export again")
+            if not trusted and member in archive.CODE and digest != sha256(archive.CODE[member]):
+                source = archive.CODE[member].relative_to(archive.PROJECT).as_posix()
+                findings.append(_differs(f"{file}: '{member}' inside", source))
+
+
+def _wrong_members(folder: Path, packed: zipfile.ZipFile, name: str) -> list[str]:
+    """What is wrong with the names of the members, before any of them is read."""
+    there, needed = packed.namelist(), archive.members(name, _backend(folder))
+    wrong = [f"'{one}' is inside {there.count(one)} times, not once" for one in sorted(needed) if there.count(one) != 1]
+    for info in packed.infolist():
+        if info.filename not in needed:
+            wrong.append(f"'{info.filename}' inside is nothing that an export packs")
+        elif (info.external_attr >> 28) not in (0, 8):  # the kind of file, of POSIX: 8 is an ordinary one
+            wrong.append(f"'{info.filename}' inside is not an ordinary file")
+    if not wrong and not _is_plain(packed):
+        wrong.append("it holds bytes that its table of contents does not name")
+    return wrong
+
+
+def _is_plain(packed: zipfile.ZipFile) -> bool:
+    """Whether a reader of the local headers, as Java's streams are, sees what one of the table of contents sees."""
+    end, file = 0, packed.fp
+    assert file is not None
+    for info in sorted(packed.infolist(), key=lambda info: info.header_offset):
+        file.seek(info.header_offset)
+        header = file.read(30)
+        flags, method = struct.unpack("<HH", header[6:10])
+        crc, packed_size, size, name_length, extra_length = struct.unpack("<IIIHH", header[14:30])
+        same = (method, crc) == (info.compress_type, info.CRC) and file.read(name_length) == info.filename.encode()
+        sizes = {packed_size, size} == {0xFFFFFFFF} or (packed_size, size) == (info.compress_size, info.file_size)
+        if info.header_offset != end or flags & 8 or not same or not sizes:
+            return False
+        end = info.header_offset + 30 + name_length + extra_length + info.compress_size
+    return end == packed.start_dir
+
+
+def _wrong_manifest(packed: zipfile.ZipFile, name: str, version: str) -> list[str]:
+    """What is wrong with what the archive tells TorchServe to load."""
+    content = json.loads(_text(packed, archive.MANIFEST))
+    model, runtime = content["model"], content.get("runtime")
+    expected = {
+        "modelName": name,
+        "modelVersion": version,
+        "serializedFile": f"{name}.pt",
+        "handler": archive.ENTRY,
+        "configFile": backend.CONFIG_FILE,
+    }
+    wrong = [f"its manifest names {model.get(key)} as {key}, not {value}" for key, value in expected.items()
+             if model.get(key) != value]  # fmt: skip
+    wrong += [f"its manifest has '{key}', which no export writes" for key in sorted(model.keys() - expected.keys())]
+    return wrong + [f"its manifest names {runtime} as runtime, not python"] * (runtime != "python")
+
+
+def _backend(folder: Path) -> str:
+    """What the archive's CPU workers run, by the folder's model-config.yaml.
+
+    Raises:
+        ValueError: it names none of handler.backends.FILES.
+    """
+    found = re.findall(r"(?m)^backend: (\S+)", (folder / backend.CONFIG_FILE).read_text(encoding="utf-8"))
+    if len(found) != 1 or found[0] not in FILES:
+        raise ValueError(f"{backend.CONFIG_FILE} names {found or 'none'} as backend, not one of {', '.join(FILES)}")
+    return str(found[0])
+
+
+def _differs(what: str, source: str) -> str:
+    return (
+        f"{what} differs from this checkout's {source}; export again, or, if another checkout made it, check it there "
+        "or by its signature (--public-key FILE)"
+    )
 
 
 def _compare_answers(folder: Path, name: str, specs: Mapping[str, ModelSpec], findings: list[str]) -> None:
-    """The three graphs of NAME.pt against those of the ONNX files, on the same seeded pictures."""
+    """The three graphs of NAME.pt against those of the other files, on the same seeded pictures."""
     script = f"{name}.pt"
     for graph, middle in GRAPHS.items():
-        file = f"{name}{middle}.onnx"
-        if file not in specs or specs[file] != specs[script]:  # it is a finding already
-            continue
         batch = _pictures(specs[script], graph)
-        expected = got = None
+        expected = None
         with _noting(script, findings):
             expected = run_torchscript(folder, name, graph, [batch]).outputs[0]
-        with _noting(file, findings):
-            got = run_onnxruntime(folder, name, graph, [batch]).outputs[0]
-        if expected is None or got is None:
+        if expected is None:
             continue
-        tolerance = TOLERANCE * (float(np.abs(expected).max()) if graph == "network" else 1)
-        difference = float(np.abs(expected - got).max()) if got.shape == expected.shape else float("nan")
-        if not difference <= tolerance:  # nor if it is no number
-            what = f"answers differ by up to {difference:.1e}, and {tolerance:.1e} is allowed"
-            findings.append(f"{file}: is of another training than {script} ({what}); export again")
+        largest = float(np.abs(expected).max()) if graph == "network" else 1.0
+        runs: dict[str, Runtime] = {"onnx": run_onnxruntime, "pt2": run_exported_program}
+        for kind, run in runs.items():
+            file = f"{name}{middle}.{kind}"
+            with _noting(file, findings):
+                got = run(folder, name, graph, [batch]).outputs[0]
+                _compare(file, script, got, expected, TOLERANCE * largest, findings)
+    for small, tolerance in (("int8", golden.INT8), ("fp16", HALF_TOLERANCE)):
+        if {f"{name}.{small}.onnx", f"{name}.crops.{small}.onnx"} <= specs.keys():
+            _compare_smaller(folder, name, small, tolerance, specs[script], findings)
+
+
+def _compare_smaller(
+    folder: Path, name: str, small: str, tolerance: float, spec: ModelSpec, findings: list[str]
+) -> None:
+    """The network of an int8 or fp16 pair against its crop graph, which the golden pictures judge."""
+    file, crops = f"{name}.{small}.onnx", f"{name}.crops.{small}.onnx"
+    with _noting(file, findings):
+        logits = reduced.outputs(folder / file, _pictures(spec, "network")) / spec.temperature
+        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+        expected = reduced.outputs(folder / crops, _pictures(spec, "crops"))
+        _compare(file, crops, powers / powers.sum(axis=1, keepdims=True), expected, tolerance, findings)
+
+
+def _compare_golden(folder: Path, name: str, spec: ModelSpec, findings: list[str]) -> None:
+    """Each file that could serve against the archive's golden pictures."""
+    seen, found = _read_json(folder / MANIFEST)["golden_difference"], Golden(folder)
+    crops = np.stack([read(body, spec.size, spec.resize) for body in found.bodies])
+    for file, classify in golden.servable(folder, name).items():
+        with _noting(file, findings):
+            tolerance = golden.tolerance(file, float(seen.get(file, 0)))
+            _compare(file, GOLDEN, classify(crops), found.expected, tolerance, findings)
+
+
+def _compare(
+    file: str, reference: str, got: np.ndarray, expected: np.ndarray, tolerance: float, findings: list[str]
+) -> None:
+    difference = float(np.abs(expected - got).max()) if got.shape == expected.shape else math.nan
+    if not difference <= tolerance:  # nor if it is NaN
+        what = f"answers differ by up to {difference:.1e}, and {tolerance:.1e} is allowed"
+        findings.append(f"{file}: is of another training than {reference} ({what}); export again")
 
 
 def _pictures(spec: ModelSpec, graph: str) -> np.ndarray:
@@ -360,11 +531,14 @@ def _model_signing() -> tuple[Any, Any, Any]:
     return signing, verifying, config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)
 
 
-def _sha256_of(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    for block in iter(lambda: file.read(1 << 20), b""):
-        digest.update(block)
-    return digest.hexdigest()
+def _text(packed: zipfile.ZipFile, name: str) -> str:
+    """
+    Raises:
+        ValueError: it is larger than any text of an export.
+    """
+    if packed.getinfo(name).file_size > MOST_TEXT:
+        raise ValueError(f"'{name}' inside is larger than {MOST_TEXT:,} bytes")
+    return packed.read(name).decode()
 
 
 def _read_json(path: Path) -> Any:

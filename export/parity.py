@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -67,8 +68,12 @@ def verify(
     folder: Path,
     name: str,
     runtimes: Iterable[str] = INSTALLED,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
     """Compares all artifacts in `folder` with `classifier` on `pictures`, in each of `runtimes`.
+
+    Args:
+        say: is given a line for each graph and runtime as it is done, which may take minutes.
 
     Raises:
         ParityError: an artifact carries another spec, or one of `INSTALLED` cannot run its graph.
@@ -101,7 +106,10 @@ def verify(
     with tqdm(pairs, unit="graphs", leave=False, disable=None) as bar:  # on a terminal only
         for graph, runtime in bar:
             bar.set_description(f"comparing {graph}, {runtime}")
-            rows.append(_row(graph, runtime, folder, name, batches[graph], reference[graph], tolerances[graph], names))
+            started = time.perf_counter()
+            row = _row(graph, runtime, folder, name, batches[graph], reference[graph], tolerances[graph], names)
+            say(f"{graph} in {runtime}: {_verdict(row)}, {time.perf_counter() - started:.1f} s")
+            rows.append(row)
     served = RUNTIMES["TorchScript"](folder, name, "crops", batches["crops"])  # as the handler: Pillow first
     got = torch.from_numpy(np.concatenate(served.outputs))
     rows.append(compare("pixels", "Pillow + crops", served.version, reference["pixels"], got, PIXEL_TOLERANCE, names))
@@ -165,7 +173,7 @@ def table(rows: list[Row]) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     if row.skipped:
-        return (row.graph, row.runtime, *[""] * 7, f"skipped: {row.skipped}")
+        return (row.graph, row.runtime, *[""] * 7, _verdict(row))
     top1 = "" if row.graph == "resize" else f"{row.top1_agreement:.1%}"
     if row.ties:
         top1 += f" ({len(row.ties)} tie{'s' * (len(row.ties) > 1)})"
@@ -179,8 +187,14 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.tolerance:.1e}",
         top1,
         "" if row.milliseconds is None else f"{row.milliseconds:.3f}",
-        "ok" if row.passed else f"FAILED on {row.worst}",
+        _verdict(row),
     )
+
+
+def _verdict(row: Row) -> str:
+    if row.skipped:
+        return f"skipped: {row.skipped}"
+    return "ok" if row.passed else f"FAILED on {row.worst}"
 
 
 def _check_specs(folder: Path, name: str, spec: ModelSpec) -> None:

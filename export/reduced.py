@@ -4,17 +4,18 @@
 
 int8 is ONNX Runtime's static quantisation (Jacob et al. 2018): activations uint8, weights int8 with a scale for each
 channel, written as QuantizeLinear and DequantizeLinear, which are plain ONNX. The crop graph is judged, on the whole
-test split and on the clock. A file that loses too much or wins too little is not written.
+test split and on the clock. A file that is shown to lose accuracy, or that wins too little time, is not written.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,13 @@ from model.spec import ModelSpec
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when ONNX Runtime is imported, which the functions do
 
+# Two right answers of 372 that int8 lost are no proof that it is worse, nor are 0.6 points of them: a loss counts where
+# the two files' answers to the same pictures show it (McNemar 1947, exact), or where it is both of these.
+SIGNIFICANCE = 0.05
 MAX_LOSS = 0.5  # points of top-1 accuracy on the test split
+FEW_PICTURES = 2
+KEEP = ("auto", "always", "never")
+Z = 1.959964  # standard deviations on either side of the mean that hold 95% of a normal distribution
 MIN_SPEEDUP = {"int8": 2.5, "fp16": 1.0}  # times fp32 ONNX Runtime
 
 CALIBRATION = 512  # training pictures
@@ -66,6 +73,10 @@ class ReducedRow:
     accuracy_fp32: float
     accuracy: float
     loss_points: float  # of top-1 accuracy; negative where it gained
+    interval: tuple[float, float]  # of the loss, 95%
+    lost: int  # pictures that fp32 names rightly and this does not
+    won: int  # the reverse
+    p_value: float  # of as many lost by chance, were the two equally good
     speedup: float | None  # times fp32; None where it was not measured
     batch: int  # pictures, when the speed was measured
     threads: int
@@ -88,11 +99,13 @@ def reduce_run(
     fp16: bool,
     max_loss: float = MAX_LOSS,
     min_speedup: Mapping[str, float] = MIN_SPEEDUP,
+    keep: str = "auto",
 ) -> list[ReducedRow]:
     """Makes the smaller files of an export, judges them, and keeps the good ones in `folder`, where the fp32 ones lie.
 
     Args:
         data: where the run's data lies now, if not where config.yaml says.
+        keep: `always` or `never`, whatever the judgement, or `auto`.
 
     Raises:
         ValueError: the data cannot be found, or is not what the run was trained on.
@@ -112,6 +125,7 @@ def reduce_run(
             labelled_crops(run, spec, data),
             max_loss=max_loss,
             min_speedup=min_speedup,
+            keep=keep,
         )
         for row in rows:
             for file in (f"{name}.{row.precision}.onnx", row.file):
@@ -167,37 +181,48 @@ def judge(
     *,
     max_loss: float = MAX_LOSS,
     min_speedup: Mapping[str, float] = MIN_SPEEDUP,
+    keep: str = "auto",
 ) -> list[ReducedRow]:
     """Compares crop graphs with that in fp32.
 
     Args:
         candidates: files by precision.
         test: batches of crops uint8 (n, S, S, 3) and their targets int64 (n,); at least one.
-        max_loss: points of top-1 accuracy that may be lost.
+        max_loss: points of top-1 accuracy that may be lost, unless the loss is shown to be none by chance.
         min_speedup: times fp32, by precision; asked for only where the hardware has what the precision is for.
+        keep: one of KEEP.
     """
     sessions = {"fp32": _session(fp32), **{key: _session(path, _provider(key)) for key, path in candidates.items()}}
-    right, count, shown = _count_right(sessions, test)
+    right, shown = _right(sessions, test)
+    count, before = len(right["fp32"]), right["fp32"]
     rows = []
     for precision, path in candidates.items():
-        loss = 100 * (right["fp32"] - right[precision]) / count
+        after = right[precision]
+        lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+        p_value, interval = mcnemar(lost, won), paired_interval(lost, won, count)
         speedup, unjudged = _speed(precision, fp32, path, shown)
-        faults = [f"loses {loss:.2f} points of accuracy, more than {max_loss:g}"] * (loss > max_loss)
+        faults = [fault] if (fault := _loss(lost, won, count, max_loss)) else []
         if speedup is not None and not unjudged and speedup < min_speedup[precision]:
             faults.append(f"×{speedup:.2f} as fast as fp32, less than ×{min_speedup[precision]:g}")
+        kept = keep == "always" or (keep == "auto" and not faults)
+        asked = [f"--keep-reduced {keep}"] * (keep != "auto")
         note = json.loads(sessions[precision].get_modelmeta().custom_metadata_map.get("quantisation", "{}"))
         row = ReducedRow(
             precision,
             path.name,
             pictures=count,
-            accuracy_fp32=right["fp32"] / count,
-            accuracy=right[precision] / count,
-            loss_points=loss,
+            accuracy_fp32=float(before.mean()),
+            accuracy=float(after.mean()),
+            loss_points=100 * (lost - won) / count,
+            interval=(100 * interval[0], 100 * interval[1]),
+            lost=lost,
+            won=won,
+            p_value=p_value,
             speedup=speedup,
             batch=BATCH[precision],
             threads=THREADS,
-            kept=not faults,
-            reason="; ".join([*faults, *unjudged]),
+            kept=kept,
+            reason="; ".join([*asked, *faults, *unjudged]),
             calibration_pictures=note.get("pictures", 0),
             seed=note.get("seed"),
             versions=_versions(),
@@ -206,12 +231,43 @@ def judge(
     return rows
 
 
+def mcnemar(lost: int, won: int) -> float:
+    """The two-sided p-value of McNemar's exact test: of pictures that only one of two classifiers names rightly, as
+    many or more on one side, were each side as likely (McNemar 1947).
+    """
+    total, fewer = lost + won, min(lost, won)
+    if total > 1000:  # the normal approximation with continuity correction: the sum below is of huge integers
+        return math.erfc(max(abs(lost - won) - 1, 0) / math.sqrt(2 * total))
+    tail = sum(math.comb(total, i) for i in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**total)
+
+
+def paired_interval(lost: int, won: int, count: int) -> tuple[float, float]:
+    """The 95% interval of the loss as a share of `count` pictures that both classifiers saw (Agresti and Min 2005)."""
+    b, c, n = lost + 0.5, won + 0.5, count + 2
+    centre, half = (b - c) / n, Z * math.sqrt(b + c - (b - c) ** 2 / n) / n
+    return centre - half, centre + half
+
+
+def _loss(lost: int, won: int, count: int, max_loss: float) -> str:
+    """Why so many lost pictures are held against a file; empty if they are not."""
+    loss = 100 * (lost - won) / count
+    low, high = (100 * end for end in paired_interval(lost, won, count))
+    said = f"loses {loss:.2f} points of accuracy (95% interval {low:+.2f} to {high:+.2f})"
+    if lost > won and mcnemar(lost, won) < SIGNIFICANCE:
+        return f"{said}, more than chance: {lost} pictures lost, {won} won"
+    if loss > max_loss and lost - won > FEW_PICTURES:
+        return f"{said}, more than {max_loss:g}"
+    return ""
+
+
 def table(rows: list[ReducedRow]) -> str:
     """The rows as text, for the terminal."""
-    lines = [("precision", "file", "pictures", "fp32 top-1", "top-1", "loss", "speed", "verdict")]
+    lines = [("precision", "file", "pictures", "fp32 top-1", "top-1", "loss, points (95%)", "speed", "verdict")]
     for row in rows:
         speed = "" if row.speedup is None else f"×{row.speedup:.2f}"
-        numbers = (f"{row.accuracy_fp32:.2%}", f"{row.accuracy:.2%}", f"{row.loss_points:+.2f}", speed)
+        loss = f"{row.loss_points:+.2f} ({row.interval[0]:+.2f} to {row.interval[1]:+.2f})"
+        numbers = (f"{row.accuracy_fp32:.2%}", f"{row.accuracy:.2%}", loss, speed)
         verdict = ("kept" if row.kept else "NOT kept") + (f": {row.reason}" if row.reason else "")
         lines.append((row.precision, row.file, str(row.pictures), *numbers, verdict))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -261,6 +317,17 @@ def milliseconds(
     return clock.milliseconds({key: partial(_run, one, crops) for key, one in sessions.items()}, rounds=rounds)
 
 
+def runner(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The crop graph of a file as a function from crops uint8 (N, S, S, 3) to probabilities (N, C), on the CPU."""
+    return partial(_run, _session(path, threads=THREADS))
+
+
+def outputs(path: Path, batch: np.ndarray) -> np.ndarray:
+    """What a graph of one input and one output gives for the batch, on the CPU."""
+    session = _session(path, threads=THREADS)
+    return session.run(None, {session.get_inputs()[0].name: batch})[0]
+
+
 def has_vnni() -> bool:
     """Whether an x86 processor multiplies bytes in one instruction; without it int8 gains little and may saturate."""
     info = Path("/proc/cpuinfo")
@@ -289,17 +356,18 @@ class _Reader:
         return None if batch is None else {"input": batch}
 
 
-def _count_right(
+def _right(
     sessions: Mapping[str, Any], test: Iterable[tuple[np.ndarray, np.ndarray]]
-) -> tuple[dict[str, int], int, np.ndarray]:
-    """How many pictures each session names rightly, how many there are, and the first of them."""
-    right, count, first = dict.fromkeys(sessions, 0), 0, np.empty(0)
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Whether each session names each picture rightly, bool (N,), and the first pictures."""
+    right: dict[str, list[np.ndarray]] = {key: [] for key in sessions}
+    first: np.ndarray | None = None
     for crops, targets in test:
-        first = first if count else crops
-        count += len(targets)
+        first = crops if first is None else first
         for key, session in sessions.items():
-            right[key] += int((_run(session, crops).argmax(axis=1) == targets).sum())
-    return right, count, first
+            right[key].append(_run(session, crops).argmax(axis=1) == targets)
+    assert first is not None, "there is at least one batch"
+    return {key: np.concatenate(parts) for key, parts in right.items()}, first
 
 
 def _quantise(network_onnx: Path, batches: Iterator[np.ndarray]) -> onnx.ModelProto:

@@ -40,7 +40,8 @@ def copy(run, exported, tmp_path):
     (folder / "export").mkdir(parents=True)
     for name in ("spec.json", "metrics.json", "config.yaml"):
         shutil.copy(run / name, folder)
-    shutil.copy(exported / "parity.json", folder / "export")
+    for name in ("parity.json", "golden.json"):
+        shutil.copy(exported / name, folder / "export")
     return folder
 
 
@@ -129,6 +130,14 @@ def test_the_python_in_the_card_works_beside_the_files(card, exported, run, labe
     assert done.stdout.strip() == label, done.stderr
 
 
+@pytest.mark.parametrize(("source", "words"), [("samples", "samples of the data"), ("synthetic", "none of the data")])
+def test_the_card_says_which_pictures_the_archive_holds(card, copy, source, words):
+    change(copy / "export" / "golden.json", source=source)
+    section = card().split("## The archive's pictures")[1].split("##")[0]
+    assert "holds 8 golden pictures" in section
+    assert words in section
+
+
 def test_every_row_of_the_parity_report_is_in_the_card_and_a_skipped_one_says_why(card, copy):
     report = json.loads((copy / "export" / "parity.json").read_text())
     skipped = {"graph": "network", "runtime": "TensorRT", "passed": False, "skipped": "no GPU here", "unknown": 1}
@@ -142,10 +151,11 @@ def test_every_row_of_the_parity_report_is_in_the_card_and_a_skipped_one_says_wh
 
 def test_smaller_files_are_in_the_card_with_what_they_cost_and_those_that_were_not_kept(card, copy):
     row = {"file": "digits.crops.int8.onnx", "pictures": 360, "accuracy_fp32": 0.98, "accuracy": 0.975, "kept": True}
+    row |= {"loss_points": 0.5, "interval": [-0.25, 1.25]}
     rows = [{**row, "speedup": 3.21, "reason": ""}, {**row, "kept": False, "speedup": None, "reason": "too slow"}]
     change(copy / "export" / "parity.json", reduced=rows)
     section = card().split("## Smaller files")[1].split("##")[0]
-    assert "| 98.00% | 97.50% | ×3.21 | kept |" in section
+    assert cells(section)[2:7] == ["98.00%", "97.50%", "+0.50 (-0.25 to +1.25)", "×3.21", "kept"]
     assert cells(section)[-2:] == ["not measured", "not written: too slow"]
 
 

@@ -1,4 +1,6 @@
+import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from export import archive, integrity, parity, pictures, programs, runtimes, torchscript
 from export import onnx as onnx_files
-from export import parity, pictures, programs, torchscript
-from export.__main__ import export_run, main
+from export.__main__ import export_run, main, name_of
 from export.runtimes import INSTALLED
 from model import Classifier, architectures, checkpoint, load_run
 from model.files import sha256
@@ -31,7 +33,7 @@ def test_the_export_folder_holds_what_the_contract_names(exported):
     assert {path.name for path in exported.iterdir()} == {
         "digits.pt", "digits.onnx", "digits.crops.onnx", "digits.pixels.onnx", "digits.pt2", "digits.crops.pt2",
         "digits.pixels.pt2", "digits.mar", "parity.json", "index_to_name.json", "MODEL_CARD.md", "SHA256SUMS",
-        "golden.json", "model-config.yaml",
+        "golden.json", "model-config.yaml", "manifest.json",
     }  # fmt: skip
 
 
@@ -146,23 +148,149 @@ def test_an_artifact_with_another_spec_is_refused(exported, run, spec, tmp_path)
         parity.verify(Classifier(network, spec), spec, [("a", gradient())], tmp_path / "export", "digits")
 
 
-def test_outside_the_tolerance_export_fails_names_the_picture_and_leaves_no_archive(run, tmp_path, monkeypatch, capsys):
-    copy = tmp_path / "digits"
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("last.ckpt"))
-    (copy / "export").mkdir(exist_ok=True)
-    (copy / "export" / "digits.mar").write_bytes(b"of an earlier export")
+@pytest.fixture
+def copy(run, exported, tmp_path):
+    """A run of its own that was exported."""
+    shutil.copytree(run, tmp_path / "digits", ignore=shutil.ignore_patterns("last.ckpt", "report"))
+    return tmp_path / "digits"
+
+
+def content(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_outside_the_tolerance_export_fails_names_the_picture_and_leaves_the_earlier_export(
+    run, copy, monkeypatch, capsys
+):
+    before = content(copy / "export")
+    monkeypatch.setattr(runtimes, "INSTALLED", ("ONNX Runtime",))  # which is quicker
     monkeypatch.setattr(parity, "CROP_TOLERANCE", 0.0)
     monkeypatch.setattr(parity, "LOGIT_TOLERANCE", 0.0)
-    assert main([str(copy)]) == 1
-    out = capsys.readouterr().out
-    assert "FAILED on " in out
-    assert "no archive was made" in out
-    assert not (copy / "export" / "digits.mar").exists()
-    report = json.loads((copy / "export" / "parity.json").read_text())
+    for _ in range(2):  # again over what failed before
+        assert main([str(copy)]) == 1
+        out = capsys.readouterr().out
+        assert "FAILED on " in out
+        assert f"no archive was made, and {copy / 'export'} is as it was" in out
+        assert content(copy / "export") == before
+    report = json.loads((copy / "export.failed" / "parity.json").read_text())
     failed = [row for row in report["rows"] if not row["passed"]]
     assert failed
     assert failed[0]["worst"] in {name for name, _ in pictures.of_samples(run / "samples")}
+    assert not list((copy / "export.failed").glob("*.mar"))
     assert not list(copy.glob(".export-*"))
+    (copy / "export.failed" / "notes.txt").write_text("mine")
+    monkeypatch.undo()
+    assert main([str(copy)]) == 0
+    assert [path.name for path in (copy / "export.failed").iterdir()] == ["notes.txt"]
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "error", "code"),
+    [
+        (torchscript, "save", FULL, 2),
+        (parity, "verify", KeyboardInterrupt(), 130),
+        (archive, "build", RuntimeError("torch-model-archiver failed: No space left on device"), 2),
+        (integrity, "write_sums", FULL, 2),
+        (integrity, "sha256", KeyboardInterrupt(), 130),
+    ],
+)
+def test_whatever_stops_an_export_the_earlier_one_stays_whole(copy, monkeypatch, capsys, module, function, error, code):
+    before = content(copy)
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(module, function, fails)
+    monkeypatch.setattr(runtimes, "INSTALLED", ("ONNX Runtime",))
+    assert main([str(copy)]) == code
+    said = capsys.readouterr().err
+    assert said.startswith("export: ")
+    assert said.count("\n") == 1
+    assert (f"stopped; {copy / 'export'} is as it was" in said) == (code == 130)
+    assert content(copy) == before
+
+
+def test_a_disk_that_takes_no_more_leaves_the_earlier_export(copy, capsys):
+    """A real refusal by the system: of every write beyond 100 kB of a file."""
+    resource = pytest.importorskip("resource")
+    before = content(copy)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        code = main([str(copy)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert content(copy) == before
+
+
+def test_each_step_is_told_as_it_is_done(copy, capsys, monkeypatch):
+    monkeypatch.setattr(archive, "build", lambda *_: pytest.fail("far enough"))
+    with pytest.raises(pytest.fail.Exception):
+        main([str(copy)])
+    lines = capsys.readouterr().out.splitlines()
+    steps = [re.sub(r", [\d.]+ s$|: [\d.]+ s$", "", line) for line in lines[: lines.index("")]]
+    graphs = [f"{graph} in {runtime}: ok" for graph in ("network", "crops", "pixels") for runtime in INSTALLED]
+    assert steps == ["TorchScript", "torch.export", "ONNX", *graphs]
+
+
+def test_a_run_that_was_renamed_is_exported_under_its_new_name_alone(copy, monkeypatch, capsys):
+    """And its new name is none that TorchServe takes."""
+    monkeypatch.setattr(runtimes, "INSTALLED", ("ONNX Runtime",))  # which is quicker
+    moved = copy.with_name("Zwei Kätzchen")
+    copy.rename(moved)
+    (moved / "export" / "notes.txt").write_text("mine")
+    (moved / "export" / "digits-1.0.mar").write_bytes(b"kept by a rollout")
+    assert main([str(moved), "--backend", "onnx"]) == 0
+    assert f"next: python serve.py '{moved}'" in capsys.readouterr().out
+    names = {path.name for path in (moved / "export").iterdir()}
+    assert {"notes.txt", "digits-1.0.mar", "Zwei-Katzchen.mar", "Zwei-Katzchen.pt"} <= names
+    assert {name for name in names if name.startswith("digits")} == {"digits-1.0.mar"}
+    (moved / "export" / "digits-1.0.mar").unlink()
+    assert main(["--check", str(moved / "export")]) == 1  # it was there
+    assert main([str(moved), "--backend", "onnx"]) == 0
+    capsys.readouterr()
+    assert main(["--check", str(moved / "export")]) == 0
+    assert "no export wrote, though the sums cover: notes.txt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("digits", "digits"), ("a b", "a-b"), ("a,b", "a-b"), ("Ü1", "U1"), ("_x_", "x"), ("x_", "x_")]
+)
+def test_a_model_is_named_after_its_folder_as_far_as_urls_go(folder, name, tmp_path):
+    assert name_of(tmp_path / folder) == name
+
+
+def test_a_name_of_which_nothing_is_left_is_asked_for(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"日本: TorchServe's URLs take none of these letters; name the model, e.g. --name"
+    ):
+        name_of(tmp_path / "日本")
+
+
+@pytest.mark.parametrize("link", ["export", "export/digits.mar", "export/more", "export.failed"])
+def test_nothing_is_written_or_removed_through_a_link(copy, tmp_path, link, capsys, monkeypatch):
+    behind = tmp_path / "behind"
+    if (copy / link).is_dir() or (copy / link).is_file():
+        (copy / link).rename(behind)
+    else:
+        behind.mkdir()
+        (behind / "digits.pt").write_text("of another")
+    (copy / link).symlink_to(behind)
+    before = content(tmp_path)
+    if link == "export.failed":
+        monkeypatch.setattr(runtimes, "INSTALLED", ("ONNX Runtime",))
+        monkeypatch.setattr(parity, "LOGIT_TOLERANCE", 0.0)
+        monkeypatch.setattr(parity, "CROP_TOLERANCE", 0.0)
+    assert main([str(copy)]) == 2
+    said = capsys.readouterr().err
+    assert f"{copy / link}: is a link" in said
+    assert said.count("\n") == 1
+    assert content(tmp_path) == before
 
 
 def test_ties_are_counted_and_not_held_against_a_runtime():

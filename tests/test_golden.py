@@ -1,14 +1,18 @@
 """The golden pictures: what export writes, and that a worker with other answers does not serve."""
 
+import io
 import json
+import re
 import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from export import golden as export_golden
 from handler.golden import FILE, Golden
-from model import Classifier, load_run
+from model import Classifier, load_run, pictures
 from serve import Ports, ServerError, serving
 from tests.conftest import replace_in_archive
 from tests.kinds import gradient, save
@@ -25,28 +29,76 @@ def right(golden):
 
 def test_they_are_samples_of_the_run_with_the_answers_of_pytorch(content, run, exported):
     assert len(content["pictures"]) == export_golden.PICTURES
-    assert {picture["name"] for picture in content["pictures"]} <= {path.name for path in (run / "samples").iterdir()}
-    assert len({picture["name"].split("-")[0] for picture in content["pictures"]}) > 5  # of many classes
+    assert content["source"] == "samples"
+    samples = [pictures.read(path.read_bytes(), 32, 32) for path in sorted((run / "samples").iterdir())]
+    for body in Golden(exported).bodies:
+        crop = pictures.read(body, 32, 32).astype(int)
+        assert min(np.abs(crop - sample).mean() for sample in samples) < 4  # grey levels, of JPEG
     assert content["tolerance"] == {"cpu": 1e-3, "gpu": 0.02}
     with zipfile.ZipFile(exported / "digits.mar") as archive:
         assert json.loads(archive.read(FILE)) == content
 
 
-def test_a_large_picture_travels_as_its_crop(run, exported, tmp_path):
+def photograph(secret: bytes) -> bytes:
+    """A JPEG file as a telephone writes it: on its side, with position, serial number, thumbnail and comment."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    exif[0x010F] = secret.decode()  # maker
+    exif.get_ifd(0x8825)[2] = (48.0, 12.0, 30.0)  # latitude
+    exif.get_ifd(0x8769)[0xA431] = secret.decode()  # serial number
+    return save(gradient(300, 200), "JPEG", exif=exif, comment=secret, quality=90)
+
+
+@pytest.fixture
+def made(run, exported, tmp_path):
+    """A function that writes golden.json of a run whose samples are these files, and reads it."""
     spec, network = load_run(run)
     (tmp_path / "samples").mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (400, 300, 3), np.uint8)
-    from PIL import Image
-
-    (tmp_path / "samples" / "large.png").write_bytes(save(Image.fromarray(noise), "PNG"))
-    (tmp_path / "samples" / "small.png").write_bytes(save(gradient(), "PNG"))
     for file in exported.glob("digits*"):
         (tmp_path / file.name).symlink_to(file)
-    export_golden.write(tmp_path, tmp_path, "digits", spec, Classifier(network, spec).eval(), "onnx")
-    golden = Golden(tmp_path)
-    assert golden.names == ["large.png", "small.png"]
-    assert len(golden.bodies[0]) < export_golden.FILE_BYTES
-    assert golden.bodies[1] == save(gradient(), "PNG")
+
+    def write(samples, source="samples"):
+        for name, body in samples.items():
+            (tmp_path / "samples" / name).write_bytes(body)
+        export_golden.write(tmp_path, tmp_path, "digits", spec, Classifier(network, spec).eval(), "onnx", source)
+        return Golden(tmp_path)
+
+    return write
+
+
+def test_nothing_of_a_photograph_but_its_crop_travels_in_the_archive(made):
+    secret = b"SN-4711-of-Ann"
+    png = io.BytesIO()
+    notes = PngInfo()
+    notes.add_text("Author", secret.decode())
+    gradient(300, 200).save(png, "PNG", pnginfo=notes)
+    files = {"Ann at home.jpg": photograph(secret), "Ann's.png": png.getvalue(), "c.jpg": photograph(secret)}
+    assert all(secret in body for body in files.values())
+    golden = made(files)
+    text = json.dumps(golden.names)
+    assert "Ann" not in text
+    for body in golden.bodies:
+        assert secret not in body
+        picture = Image.open(io.BytesIO(body))
+        picture.load()
+        assert picture.size == (32, 32)  # not the whole
+        assert set(picture.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+        assert not picture.getexif()
+
+
+def test_both_decoders_are_checked_on_upright_pictures(made):
+    photo = photograph(b"x")
+    golden = made({"a.jpg": photo, "b.jpg": photo})
+    assert [body[:4] for body in golden.bodies] == [b"\xff\xd8\xff\xe0", b"\x89PNG"]
+    np.testing.assert_array_equal(pictures.read(golden.bodies[1], 32, 32), pictures.read(photo, 32, 32))
+
+
+def test_synthetic_ones_hold_no_picture_of_the_user_and_differ(made):
+    golden = made({"a.jpg": photograph(b"x")}, "synthetic")
+    again = made({"b.png": save(gradient(), "PNG")}, "synthetic")
+    assert golden.bodies == again.bodies
+    assert len(set(golden.bodies)) == export_golden.PICTURES
+    assert len({row.argmax() for row in golden.expected}) > 1
 
 
 def test_right_answers_pass_and_wrong_ones_are_named(exported):
@@ -58,7 +110,9 @@ def test_right_answers_pass_and_wrong_ones_are_named(exported):
         answers[3:4, 0] += 0.01
         return answers
 
-    with pytest.raises(ValueError, match=f"golden picture {golden.names[3]}: a probability is 0.01 off, and 0.001"):
+    with pytest.raises(
+        ValueError, match=f"golden picture {re.escape(golden.names[3])}: a probability is 0.01 off, and 0.001"
+    ):
         golden.check(wrong, "cpu")
     assert golden.check(wrong, "gpu") == pytest.approx(0.01 / 0.02, abs=1e-3)  # half precision is allowed more
     assert golden.check(wrong, "cpu", count=1) == 0

@@ -16,11 +16,19 @@ import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from export import integrity, torchscript
+from export import integrity
 from export.__main__ import export_run
 from export.card import write_card
-from export.integrity import SIGNATURE, SUMS, check, run_check, sign, verify_signature, write_sums
-from model import Classifier, load_run
+from export.integrity import (
+    SIGNATURE,
+    SUMS,
+    check,
+    run_check,
+    sign,
+    verify_signature,
+    write_manifest,
+    write_sums,
+)
 from tests.conftest import replace_in_archive
 from train import train
 from training.config import TrainConfig
@@ -99,11 +107,31 @@ def change(path: Path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values, ensure_ascii=False), encoding="utf-8")
 
 
+def forge(folder):
+    """What whoever alters a folder can write anew: the manifest and the sums."""
+    seen = json.loads((folder / "manifest.json").read_text())["golden_difference"]
+    write_manifest(folder, "digits", "1.0", seen)
+    write_sums(folder)
+
+
+def put(folder, name, content):
+    """A file of the folder, and in its archive where it is packed."""
+    (folder / name).write_bytes(content)
+    with zipfile.ZipFile(folder / "digits.mar") as packed:
+        members = {info: packed.read(info) for info in packed.infolist()}
+    with zipfile.ZipFile(folder / "digits.mar", "w") as packed:
+        for info, before in members.items():
+            packed.writestr(info, content if info.filename == name else before)
+
+
 def test_what_was_exported_is_whole(whole, capsys):
     assert check(whole) == []
     assert run_check(whole) == 0
     count = len((whole / SUMS).read_text().splitlines())
-    assert capsys.readouterr().out == f"{count} files, all as exported\n"
+    assert capsys.readouterr().out == (
+        f"{count} files: the sums agree. Nothing was run, and anyone can write files and sums anew: only a signature "
+        "says whose they are (--public-key FILE)\n"
+    )
 
 
 def test_sha256sum_agrees(folder):
@@ -168,8 +196,6 @@ def opened(monkeypatch):
     watch(integrity, "_read_json", lambda path: path.name)
     watch(integrity.onnx, "read_spec", lambda path: path.name)
     watch(integrity, "_check_archive", lambda folder, name, *_: f"{name}.mar")
-    watch(integrity, "run_torchscript", lambda folder, name, *_: f"{name}.pt")
-    watch(integrity, "run_onnxruntime", lambda folder, name, graph, _: f"{name}{integrity.GRAPHS[graph]}.onnx")
     return names
 
 
@@ -261,40 +287,60 @@ def test_a_whole_export_beside_the_weights_of_another_training_is_found(folder, 
     assert check(folder) == ["digits.pt: its spec names other weights than the run's model.pt; export the run again"]
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+def under_our_spec(folder, other, name):
+    """The other training's file with the spec of this one."""
+    spec = integrity.onnx.read_spec(folder / "digits.onnx")
+    if name.endswith(".onnx"):
+        model = onnx.load(other / name)
+        onnx.helper.set_model_props(model, {"spec": spec.to_json()})
+        return model.SerializeToString()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(other / name) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as new:
+        for info in old.infolist():
+            is_spec = info.filename.endswith("extra/spec.json")
+            new.writestr(info, spec.to_json().encode() if is_spec else old.read(info))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", [*GRAPHS, *PROGRAMS, "digits.pt"])
 def test_other_weights_under_the_same_spec_are_found_by_their_answers(folder, other, name):
-    model = onnx.load(other / name)
-    onnx.helper.set_model_props(model, {"spec": integrity.onnx.read_spec(folder / name).to_json()})
-    onnx.save(model, folder / name)
-    write_sums(folder)
-    *archive, finding = check(folder)
-    assert finding.startswith(f"{name}: is of another training than digits.pt (answers differ by up to ")
-    served = json.loads((folder / "parity.json").read_text())["backends"]
-    in_archive = name == "digits.crops.onnx" and any(row["backend"] == "onnx" and row["chosen"] for row in served)
-    assert archive == [f"digits.mar: '{name}' inside is not the {name} beside it; export again"] * in_archive
+    put(folder, name, under_our_spec(folder, other, name))
+    forge(folder)
+    assert check(folder) == []  # nothing is run where no signature vouches for it
+    findings = check(folder, trusted=True)
+    assert any(finding.startswith(f"{name}: is of another training than ") for finding in findings) or (
+        name == "digits.pt" and all("of another training than digits.pt (answers differ" in one for one in findings[:6])
+    ), findings
 
 
-def test_a_script_with_other_weights_under_the_same_spec_is_found_by_its_answers(folder, run, other):
-    spec, network = load_run(run)
-    with torch.no_grad():
-        next(network.parameters()).mul_(1.1)
-    torchscript.save(Classifier(network, spec).eval(), spec, folder / "digits.pt")
-    write_sums(folder)
-    findings = check(folder)
-    assert {finding.split(":")[0] for finding in findings} == {*GRAPHS, "digits.mar"}
-    assert all("digits.pt" in finding for finding in findings)
-
-
-def test_int8_and_fp16_files_need_not_answer_alike_but_carry_the_spec(folder, other):
-    model = onnx.load(other / "digits.onnx")
-    onnx.helper.set_model_props(model, {"spec": integrity.onnx.read_spec(folder / "digits.onnx").to_json()})
-    onnx.save(model, folder / "digits.int8.onnx")
-    write_sums(folder)
-    assert check(folder) == []
-    shutil.copy(other / "digits.onnx", folder / "digits.fp16.onnx")
-    write_sums(folder)
+@pytest.mark.parametrize("small", ["int8", "fp16"])
+def test_int8_and_fp16_files_are_of_this_training_too(folder, other, small):
+    for middle in ("", ".crops"):
+        shutil.copy(folder / f"digits{middle}.onnx", folder / f"digits{middle}.{small}.onnx")
+    forge(folder)
+    assert check(folder, trusted=True) == []
+    for middle in ("", ".crops"):
+        content = under_our_spec(folder, other, f"digits{middle}.onnx")
+        (folder / f"digits{middle}.{small}.onnx").write_bytes(content)
+        forge(folder)
+        files = {finding.split(":")[0] for finding in check(folder, trusted=True)}
+        assert files == {f"digits{middle}.{small}.onnx"}
+    shutil.copy(other / "digits.onnx", folder / f"digits.{small}.onnx")
+    forge(folder)
     (finding,) = check(folder)
-    assert finding.startswith("digits.fp16.onnx: carries another spec than digits.pt (")
+    assert finding.startswith(f"digits.{small}.onnx: carries another spec than digits.pt (")
+
+
+def test_golden_pictures_with_other_answers_are_found_where_the_graphs_are_run(folder):
+    content = json.loads((folder / "golden.json").read_text())
+    content["probabilities"].reverse()
+    put(folder, "golden.json", json.dumps(content).encode())
+    forge(folder)
+    assert check(folder) == []
+    findings = check(folder, trusted=True)
+    assert {one.split(": is of another training than ")[0] for one in findings} == {
+        "digits.crops.onnx", "digits.pt", "digits.crops.pt2",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*GRAPHS, "digits.pt", "digits.mar", "digits.pt2", "parity.json"])
@@ -351,11 +397,11 @@ def test_an_archive_with_a_damaged_member_is_found(folder):
         ({}, ("classifier_handler.py",), "'classifier_handler.py' is inside 0 times"),
         ({}, ("model-config.yaml",), "'model-config.yaml' is inside 0 times"),
         ({}, ("spec.json",), "cannot be read (0 specs are inside, not one)"),
-        ({}, ("MAR-INF/MANIFEST.json",), "cannot be read"),
+        ({}, ("MAR-INF/MANIFEST.json",), "'MAR-INF/MANIFEST.json' is inside 0 times"),
         (
             {"MAR-INF/MANIFEST.json": '{"model": {"serializedFile": "x.pt", "handler": "classifier_handler.py"}}'},
             (),
-            "its manifest names x.pt, not digits.pt",
+            "its manifest names x.pt as serializedFile, not digits.pt",
         ),
     ],
 )
@@ -374,7 +420,7 @@ def test_an_archive_that_does_not_hold_what_it_must_is_found(folder, whole, file
 def test_the_script_inside_the_archive_must_be_the_one_beside_it(folder, other):
     spec = integrity.onnx.read_spec(folder / "digits.onnx")
     replace_in_archive(other / "digits.mar", folder / "digits.mar", {"spec.json": spec.to_json()})
-    write_sums(folder)
+    forge(folder)
     assert check(folder) == [
         f"digits.mar: '{member}' inside is not the {member} beside it; export again"
         for member in ("MODEL_CARD.md", "digits.crops.onnx", "digits.pt", "golden.json")
@@ -386,9 +432,9 @@ def test_a_signature_holds_for_these_files_and_this_key_only(folder, keys, capsy
     assert sign(folder, private) == folder / SIGNATURE
     assert verify_signature(folder, public) == []
     assert run_check(folder, public) == 0
-    assert "signature included" in capsys.readouterr().out
+    assert "all as exported: signature, sums, contents and answers" in capsys.readouterr().out
     assert run_check(folder) == 0
-    assert f"{SIGNATURE} was not checked" in capsys.readouterr().out
+    assert "Nothing was run" in capsys.readouterr().out
     (finding,) = verify_signature(folder, theirs)
     assert finding.startswith(f"{SIGNATURE}: does not hold")
     for path in sorted(folder.iterdir()):
@@ -441,6 +487,207 @@ def test_without_the_package_the_error_says_what_to_install(folder, keys, monkey
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(ValueError, match="pip install model-signing"):
         sign(folder, keys[0][0])
+
+
+# Alterations of an export whose maker writes the manifest and the sums anew
+
+
+def altered(change_members):
+    """An alteration of the archive's members, given as a dict from names to content."""
+
+    def alter(folder):
+        with zipfile.ZipFile(folder / "digits.mar") as packed:
+            members = {info.filename: packed.read(info) for info in packed.infolist()}
+        extra = change_members(members) or []
+        with zipfile.ZipFile(folder / "digits.mar", "w") as packed:
+            for info, content in [*members.items(), *extra]:
+                packed.writestr(info, content)
+
+    return alter
+
+
+def appended(member):
+    return altered(lambda members: members.update({member: members[member] + b"\nimport os\n"}))
+
+
+def manifest_says(**values):
+    def change_members(members):
+        content = json.loads(members["MAR-INF/MANIFEST.json"])
+        content["model"] |= {key: value for key, value in values.items() if key != "runtime"}
+        content |= {key: value for key, value in values.items() if key == "runtime"}
+        members["MAR-INF/MANIFEST.json"] = json.dumps(content).encode()
+
+    return altered(change_members)
+
+
+def a_link(members):
+    del members["golden.json"]
+    info = zipfile.ZipInfo("golden.json")
+    info.external_attr = 0o120777 << 16
+    return [(info, b"/etc/passwd")]
+
+
+def twice(members):
+    return [(zipfile.ZipInfo("bodies.py"), b"import os")]
+
+
+def seen_by_a_stream_only(folder):
+    """A member without an entry in the table of contents: Java's stream unpacks it, Python does not see it."""
+    with zipfile.ZipFile(folder / "digits.mar", "a") as packed:
+        packed.writestr("yaml.py", b"import os")
+        del packed.filelist[-1], packed.NameToInfo["yaml.py"]
+
+
+def golden_says(**values):
+    def alter(folder):
+        content = json.loads((folder / "golden.json").read_text()) | values
+        put(folder, "golden.json", json.dumps(content).encode())
+
+    return alter
+
+
+def config_says(old, new):
+    def alter(folder):
+        text = (folder / "model-config.yaml").read_text()
+        assert old in text
+        put(folder, "model-config.yaml", text.replace(old, new).encode())
+
+    return alter
+
+
+def labels_swapped(folder):
+    names = json.loads((folder / "index_to_name.json").read_text())
+    put(folder, "index_to_name.json", json.dumps(names | {"3": names["4"], "4": names["3"]}).encode())
+
+
+def a_script_that_writes(folder):
+    class Writes(torch.nn.Module):
+        def forward(self, images):
+            torch.save(images, "written-by-a-script")
+            return images
+
+    spec = integrity.onnx.read_spec(folder / "digits.onnx")
+    path = folder / "prepared"
+    with contextlib.suppress(DeprecationWarning):
+        torch.jit.save(torch.jit.script(Writes()), str(path), _extra_files={"spec.json": spec.to_json()})
+    content = path.read_bytes()
+    path.unlink()
+    put(folder, "digits.pt", content)
+
+
+def int8_of_anything(folder):
+    shutil.copy(folder / "digits.crops.onnx", folder / "digits.int8.onnx")
+
+
+def proof_of_nothing(folder):
+    change(folder / "parity.json", rows=[])
+
+
+def card_that_praises(folder):
+    put(folder, "MODEL_CARD.md", (folder / "MODEL_CARD.md").read_bytes() + b"\nAccuracy: 100%\n")
+
+
+def program_removed(folder):
+    (folder / "digits.pixels.pt2").unlink()
+
+
+def another_model(folder):
+    shutil.copy(folder / "digits.pt", folder / "cats.pt")
+
+
+# name: (alteration, whether it is found without a key; with one, all are)
+ALTERATIONS = {
+    "trojaned handler": (appended("classifier_handler.py"), True),
+    "trojaned parser of requests": (appended("bodies.py"), True),
+    "trojaned decoder": (appended("pictures.py"), True),
+    "trojaned sitecustomize": (appended("sitecustomize.py"), True),
+    "module that shadows yaml": (altered(lambda members: [("yaml.py", b"import os")]), True),
+    "member outside": (altered(lambda members: [("../evil.py", b"import os")]), True),
+    "member at an absolute path": (altered(lambda members: [("/tmp/evil.py", b"import os")]), True),
+    "member twice": (altered(twice), True),
+    "member that is a link": (altered(a_link), True),
+    "member that only a stream sees": (seen_by_a_stream_only, True),
+    "handler of TorchServe's own": (manifest_says(handler="image_classifier"), True),
+    "packages to install": (manifest_says(requirementsFile="requirements.txt"), True),
+    "another runtime": (manifest_says(runtime="LSP"), True),
+    "emptied golden.json": (golden_says(pictures=[], probabilities=[]), True),
+    "golden.json that allows all": (golden_says(tolerance={"cpu": 1.0, "gpu": 1.0}), True),
+    "golden.json of no pictures": (golden_says(pictures=[{"name": "0", "b64": ""}] * 8), True),
+    "settings of TorchServe": (config_says("responseTimeout: ", "startupTimeout: 9999\nresponseTimeout: "), True),
+    "backend whose file is not packed": (config_says("\nbackend: ", "\nbackend: onnx-int8 #"), True),
+    "swapped labels": (labels_swapped, True),
+    "proof of nothing": (proof_of_nothing, True),
+    "a program removed": (program_removed, True),
+    "another model beside": (another_model, True),
+    "script that writes a file": (a_script_that_writes, False),
+    "int8 of anything": (int8_of_anything, False),
+    "card that praises": (card_that_praises, False),
+    "golden.json of other answers": (golden_says(probabilities=[[1.0] + [0.0] * 9] * 8), False),
+}
+
+
+@pytest.fixture(scope="module")
+def signed(whole, keys, tmp_path_factory):
+    target = tmp_path_factory.mktemp("signed") / "digits"
+    shutil.copytree(whole.parent, target)
+    sign(target / "export", keys[0][0])
+    return target
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+@pytest.mark.parametrize("name", ALTERATIONS)
+def test_an_alteration_is_found_and_nothing_is_run(signed, keys, name, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "digits" / "export"
+    shutil.copytree(signed, folder.parent)
+    monkeypatch.chdir(tmp_path)
+    alter, found = ALTERATIONS[name]
+    alter(folder)
+    forge(folder)
+    for runs in ("run_torchscript", "run_exported_program", "run_onnxruntime"):
+        monkeypatch.setattr(integrity, runs, lambda *_: pytest.fail("a graph was run"))
+    code = run_check(folder)
+    out = capsys.readouterr().out
+    assert code == found, out
+    assert found or "Nothing was run" in out  # and no word that the files are good
+    assert run_check(folder, keys[0][1]) == 1
+    assert "does not hold for these files" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
+def test_one_who_does_not_know_of_the_manifest_is_found_by_it(folder):
+    appended("classifier_handler.py")(folder)
+    write_sums(folder)
+    assert (
+        "digits.mar: 'classifier_handler.py' inside is not the one that was packed (manifest.json); export again"
+        in (check(folder))
+    )
+
+
+def test_a_handler_of_another_checkout_is_said_to_be_one_and_passes_with_a_signature(
+    folder, keys, tmp_path, monkeypatch
+):
+    newer = tmp_path / "bodies.py"
+    newer.write_text("# of a newer checkout")
+    monkeypatch.setattr(integrity.archive, "PROJECT", tmp_path)
+    monkeypatch.setattr(integrity.archive, "CODE", integrity.archive.CODE | {"bodies.py": newer})
+    others = {name: tmp_path / name for name in integrity.archive.CODE if name != "bodies.py"}
+    for name, path in others.items():
+        shutil.copy(integrity.archive.CODE[name], path)
+    monkeypatch.setattr(integrity.archive, "CODE", others | {"bodies.py": newer})
+    (finding,) = check(folder)
+    assert finding == (
+        "digits.mar: 'bodies.py' inside differs from this checkout's bodies.py; export again, or, if another checkout "
+        "made it, check it there or by its signature (--public-key FILE)"
+    )
+    sign(folder, keys[0][0])
+    assert run_check(folder, keys[0][1]) == 0
+
+
+def test_what_no_export_wrote_is_named(folder, capsys):
+    (folder / "notes.txt").write_text("x")
+    write_sums(folder)
+    assert run_check(folder) == 0
+    assert capsys.readouterr().out.endswith("no export wrote, though the sums cover: notes.txt\n")
 
 
 def test_a_folder_that_is_no_export_is_one_line_and_exit_code_2(folder, run, tmp_path, capsys):

@@ -96,7 +96,8 @@ def test_the_check_works_as_it_is_printed(exported, run, tmp_path):
     (program,) = blocks(section("The ONNX files"), "sh")
     python = f'python() {{ "{sys.executable}" "$@"; }}'
     done = shell(f"{python}\nexport PYTHONPATH='{PROJECT}'\n{program}", tmp_path)
-    assert (done.returncode, done.stdout) == (0, "13 files, all as exported\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("14 files: the sums agree. Nothing was run")
 
 
 @pytest.mark.server

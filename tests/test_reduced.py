@@ -216,21 +216,75 @@ def test_what_loses_too_much_accuracy_is_not_written(run, folder, loaded, monkey
     (row,) = reduced.reduce_run(run, folder, "digits", spec, classifier, int8=True, fp16=False, min_speedup=ANY_SPEED)
     assert not row.kept
     assert row.loss_points > 0.5
-    assert row.reason == f"loses {row.loss_points:.2f} points of accuracy, more than 0.5"
+    assert row.reason.startswith(f"loses {row.loss_points:.2f} points of accuracy (95% interval ")
     assert not (folder / "digits.int8.onnx").exists()
     assert not (folder / "digits.crops.int8.onnx").exists()
 
 
-def test_a_loss_of_exactly_half_a_point_is_kept_and_one_picture_more_is_not(exported, tmp_path, loaded):
-    """The targets make fp32 right on all of 200 pictures, and the other file on 199 or 198."""
+@pytest.mark.parametrize(
+    ("count", "lost", "won", "kept"),
+    [
+        (372, 2, 0, True),  # 0.54 points, but two pictures
+        (372, 3, 0, False),  # 0.81 points, and more than two
+        (372, 9, 7, True),  # 0.54 points of many that differ: two pictures again
+        (372, 20, 17, False),  # 0.81 points, more than two
+        (5000, 25, 1, False),  # 0.48 points, and no chance
+        (5000, 25, 14, True),  # 0.22 points, as chance gives them
+        (5000, 0, 30, True),  # it gained
+    ],
+)
+def test_a_loss_counts_if_it_is_shown_or_if_it_is_large_and_more_than_two_pictures(count, lost, won, kept):
+    fault = reduced._loss(lost, won, count, reduced.MAX_LOSS)
+    assert bool(fault) != kept, fault
+    assert kept or "95% interval" in fault
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "p_value"),
+    [(0, 0, 1.0), (1, 0, 1.0), (5, 0, 0.0625), (6, 0, 0.03125), (10, 2, 0.038574), (3, 3, 1.0)],
+)
+def test_the_paired_test_is_mcnemars_exact_one(lost, won, p_value):
+    """Two-sided binomial tests with p = 1/2, as a statistics table gives them."""
+    assert reduced.mcnemar(lost, won) == reduced.mcnemar(won, lost) == pytest.approx(p_value, abs=1e-6)
+
+
+def test_of_many_pictures_the_paired_test_goes_on_where_the_exact_one_ended():
+    assert reduced.mcnemar(540, 460) == pytest.approx(reduced.mcnemar(541, 460), rel=0.1)
+    assert reduced.mcnemar(60_000, 50_000) < 1e-100
+    assert reduced.mcnemar(60_000, 60_000) == 1
+
+
+def test_the_interval_is_of_the_paired_difference():
+    """Agresti and Min 2005, Section 2.2: half a picture is added to each of the four cells."""
+    low, high = reduced.paired_interval(20, 10, 1000)
+    assert (low, high) == pytest.approx((-0.00088, 0.02084), abs=1e-4)
+    assert reduced.paired_interval(10, 20, 1000) == pytest.approx((-high, -low))
+
+
+def test_the_two_files_are_compared_picture_by_picture(exported, tmp_path, loaded):
+    """The targets make fp32 right on all of 200 pictures, and the other file wrong on 1, 2 or 3."""
     crops = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), np.uint8)
     best = ask(exported / "digits.crops.onnx", crops).argmax(axis=1)
-    for lost, kept in ((1, True), (2, False)):
+    for lost, kept in ((1, True), (2, True), (3, False)):
         path = lose(exported / "digits.crops.onnx", crops[:lost], tmp_path / f"{lost}.onnx")
         (row,) = reduced.judge(
             exported / "digits.crops.onnx", {"fp16": path}, [(crops[:90], best[:90]), (crops[90:], best[90:])]
         )
-        assert (row.pictures, row.loss_points, row.kept) == (200, 0.5 * lost, kept)
+        assert (row.pictures, row.lost, row.won, row.loss_points, row.kept) == (200, lost, 0, 0.5 * lost, kept)
+        assert row.interval[0] < row.loss_points < row.interval[1]
+        assert f"{row.interval[0]:+.2f} to {row.interval[1]:+.2f}" in reduced.table([row])
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("always", True), ("never", False)])
+@pytest.mark.parametrize("lost", [1, 9])
+def test_a_flag_overrules_the_judgement_either_way(exported, tmp_path, keep, kept, lost):
+    crops = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), np.uint8)
+    best = ask(exported / "digits.crops.onnx", crops).argmax(axis=1)
+    path = lose(exported / "digits.crops.onnx", crops[:lost], tmp_path / "x.onnx")
+    (row,) = reduced.judge(exported / "digits.crops.onnx", {"fp16": path}, [(crops, best)], keep=keep)
+    assert row.kept == kept
+    assert row.reason.startswith(f"--keep-reduced {keep}")
+    assert ("loses 9.00 points" in row.reason) == (lost == 9)
 
 
 def lose(source, pictures, path):

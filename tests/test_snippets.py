@@ -1,0 +1,79 @@
+"""The few lines that the README and the card print for ONNX Runtime: they see a picture as the handler does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+
+from model.pictures import crop, decode
+from model.spec import ModelSpec
+from tests.conftest import PROJECT
+from tests.kinds import save
+
+# What a reader adds to look closer: all probabilities. Both snippets end with `probabilities` of one picture.
+LOOK = "\nprint(*probabilities[0])\n"
+
+
+def on_its_side(digit: Image.Image) -> bytes:
+    """A JPEG file whose pixels lie on their side and whose EXIF says so (orientation 6), as telephones write them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return save(digit.convert("RGB").transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
+
+
+def on_nothing(digit: Image.Image) -> bytes:
+    """A PNG file whose background is transparent, over a colour that must not show."""
+    pixels = np.full((*digit.size[::-1], 4), 255, np.uint8)
+    pixels[..., :3] = np.asarray(digit.convert("RGB"))
+    pixels[digit.height // 2 :, :, 3] = 0
+    return save(Image.fromarray(pixels), "PNG")
+
+
+PICTURES = {"jpeg on its side": on_its_side, "png with alpha": on_nothing}
+
+
+def snippet_of_the_readme(body: bytes, exported: Path, folder: Path) -> str:
+    (folder / "runs" / "digits" / "samples").mkdir(parents=True)
+    (folder / "runs" / "digits" / "export").symlink_to(exported)
+    (folder / "runs" / "digits" / "samples" / "7-0.png").write_bytes(body)  # Pillow looks at the content
+    section = (PROJECT / "README.md").read_text().split("\n## The ONNX files\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
+    return code
+
+
+def snippet_of_the_card(body: bytes, exported: Path, folder: Path) -> str:
+    shutil.copy(exported / "digits.pixels.onnx", folder)
+    (folder / "picture.jpg").write_bytes(body)
+    (code,) = re.findall(r"```python\n(.*?)```", (exported / "MODEL_CARD.md").read_text(), flags=re.DOTALL)
+    return code
+
+
+@pytest.mark.parametrize("snippet", [snippet_of_the_readme, snippet_of_the_card])
+@pytest.mark.parametrize("kind", PICTURES)
+def test_a_snippet_answers_as_the_handler_would(snippet, kind, run, exported, tmp_path):
+    digit = Image.open(run / "samples" / "7-0.png").convert("L").resize((60, 48))
+    body = PICTURES[kind](digit)
+    code = snippet(body, exported, tmp_path) + LOOK
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    got = np.array(done.stdout.splitlines()[-1].split(), dtype=np.float32)
+    spec = ModelSpec.load(run)
+    session = onnxruntime.InferenceSession(exported / "digits.crops.onnx", providers=["CPUExecutionProvider"])
+
+    def answer(picture: Image.Image) -> np.ndarray:
+        return session.run(["probabilities"], {"images": crop(picture, spec.size, spec.resize)[None]})[0][0]
+
+    expected = answer(decode(body))
+    with (tmp_path / "naive").open("wb+") as file:
+        file.write(body)
+        naive = answer(Image.open(file).convert("RGB"))
+    assert np.abs(naive - expected).max() > 0.01  # so that this test can tell
+    np.testing.assert_allclose(got, expected, atol=1e-3)
