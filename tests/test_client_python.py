@@ -62,7 +62,11 @@ class Scripted:
 
 
 @contextlib.contextmanager
-def scripted(answer: Callable[[bytes, int], object], key: str = "") -> Iterator[Scripted]:
+def scripted(
+    answer: Callable[[bytes, int], object],
+    key: str = "",
+    prepare: Callable[[ThreadingHTTPServer], object] = lambda _: None,
+) -> Iterator[Scripted]:
     script = Scripted(answer, key)
 
     class Handler(BaseHTTPRequestHandler):
@@ -102,6 +106,7 @@ def scripted(answer: Callable[[bytes, int], object], key: str = "") -> Iterator[
             pass
 
     server = Server(("127.0.0.1", 0), Handler)
+    prepare(server)
     script.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -145,7 +150,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 507])
 def test_a_server_that_fails_for_a_while_is_asked_again(quick, status):
-    failure = (status, {"code": status, "type": "InternalServerException", "message": "Worker died."})
+    failure = (status, {"code": status, "type": "ServiceUnavailableException", "message": "no worker is up"})
     with scripted(in_turn(failure, failure, failure, (200, ANSWER))) as server:
         assert Client(server.url, "m").classify(b"picture") == ANSWER
     assert server.bodies == [b"picture"] * 4
@@ -393,7 +398,7 @@ def test_the_names_of_pictures_are_those_of_the_model():
 
 def read_rows(path: Path) -> list[Row]:
     """As another program would read the file."""
-    if path.suffix == ".jsonl":
+    if ".jsonl" in path.suffixes:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return [Row(line["picture"], line.get("answer", {}), line.get("error", "")) for line in lines]
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -418,6 +423,7 @@ def test_the_command_writes_a_row_for_each_picture(tmp_path, capsys, kind):
     assert [line["picture"] for line in printed] == [row.picture for row in rows]
     assert [line.get("answer", {}) for line in printed] == [row.answer for row in rows]
     assert [line.get("error", "") for line in printed] == [row.error for row in rows]
+    assert {line["model"] for line in printed if "answer" in line} == {"m"}
     assert list(tmp_path.glob("*.part")) == []
 
 
@@ -439,10 +445,11 @@ def test_a_run_that_was_stopped_at_any_byte_is_continued_without_loss(tmp_path, 
         for size in range(len(whole) + 1):
             part.write_bytes(whole[:size])
             rest = find_pictures([tmp_path / "pictures"])
-            done, refused = classify._keep(part, rest)
+            done, refused, model = classify._keep(part, rest)
             kept = part.read_bytes()
             assert whole.startswith(kept)
             assert [*rest] == pictures[done:]
+            assert model == ("m" if done > refused else "")
             assert refused == sum(bool(row.error) for row in read_rows(out)[:done])
             ends.add((done, len(kept)))
         assert sorted(done for done, _ in ends) == list(range(len(pictures) + 1))  # one end for each number of rows
@@ -571,6 +578,98 @@ def test_a_wrong_command_is_told_in_one_line(tmp_path, capsys, monkeypatch):
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("classify.py: ")
         assert said in line
+
+
+def test_a_folder_without_pictures_is_a_mistake_without_out_too(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for options in ([], ["--out", str(tmp_path / "out.csv")]):
+        assert main([str(tmp_path / "empty"), "--model", "m", *options]) == 2
+        assert "empty: holds no pictures" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv.part").exists()
+
+
+def test_two_commands_do_not_write_one_file(tmp_path, capsys):
+    folder, out, released = folder_of(tmp_path / "p", 20), tmp_path / "out.csv", threading.Event()
+    first = [path.read_bytes() for path in sorted(folder.rglob("*.png"))][:5]
+
+    def answer_first(body, _):
+        if body not in first:
+            released.wait(120)
+        return by_name(body)
+
+    with scripted(answer_first) as server:
+        common = [str(folder), "--url", server.url, "--model", "m", "--out", str(out)]
+        part = tmp_path / "out.csv.part"
+        try:
+            with started(*common, "--threads", "1") as process:
+                wait_for(lambda: part.exists() and part.read_bytes().count(b"\r\n") >= 6, process)
+                before = part.read_bytes()
+                for options in ([], ["--resume"]):
+                    assert main([*common, *options]) == 2
+                    said = capsys.readouterr().err
+                    assert "another classify.py writes it" in said
+                    assert "delete" not in said
+                assert part.read_bytes() == before
+                released.set()
+                process.communicate(timeout=60)
+                assert process.returncode == 1
+        finally:
+            released.set()
+    assert [row.picture for row in read_rows(out)] == [str(path) for path in sorted(folder.rglob("*.png"))]
+    assert not part.exists()
+
+
+def test_a_file_that_got_its_name_while_its_lock_was_waited_for_is_not_written(tmp_path, monkeypatch):
+    """Opened before the first command ended, locked after it."""
+    part, out = tmp_path / "out.csv.part", tmp_path / "out.csv"
+    part.write_text("whole")
+    monkeypatch.setattr(classify.fcntl, "flock", lambda *_: part.replace(out))
+    with pytest.raises(classify.InUse), classify._locked(part):
+        raise AssertionError
+    assert out.read_text() == "whole"
+
+
+def version(number: str) -> Callable[[bytes, int], object]:
+    """Answers of a model that names its version and weights."""
+    headers = {"x-model-version": number, "x-model-weights-sha256": number[0] * 64}
+    return lambda body, _: (*by_name(body), headers)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_one_file_holds_the_answers_of_one_model(tmp_path, capsys, kind):
+    folder, out = folder_of(tmp_path / "p", 30), tmp_path / f"out.{kind}"
+    part, old, new = tmp_path / f"out.{kind}.part", version("1.0"), version("2.0")
+    with scripted(lambda body, place: (old if place < 10 else new)(body, place)) as server:
+        common = [str(folder), "--url", server.url, "--out", str(out), "--threads", "1"]
+        for options in ([], ["--resume"]):  # changed in the middle; and before the command goes on
+            assert main([*common, "--model", "m", *options]) == 2
+            said = capsys.readouterr().err
+            assert f"was answered by m/2.0@{'2' * 64}, the images before by m/1.0@{'1' * 64}" in said
+            assert "--model m/1.0; " in said
+            assert "--resume goes on, or delete it" in said
+            assert len(read_rows(part)) == 10
+        server.answer = old  # as TorchServe answers at /predictions/m/1.0
+        assert main([*common, "--model", "m/1.0", "--resume"]) == 1
+        assert len(read_rows(out)) == 30
+        text = out.read_text()
+        assert text.count(f"m/1.0@{'1' * 64}") == sum(not row.error for row in read_rows(out))
+        out.rename(part)
+        assert main([*common, "--model", "other", "--resume"]) == 1  # nothing is left to ask
+        server.answer = new
+        assert main([*common, "--model", "m"]) == 1  # anew
+        assert f"m/2.0@{'2' * 64}" in out.read_text()
+
+
+def test_a_file_of_an_earlier_version_of_the_program_is_not_continued_and_not_cut(tmp_path, capsys):
+    folder, part = folder_of(tmp_path / "p", 3), tmp_path / "out.csv.part"
+    first, *_ = find_pictures([folder])
+    before = f'picture,label,probability,error,answer\r\n{first},cat,0.5,,"{{""cat"": 0.5}}"\r\n'
+    part.write_text(before, newline="")
+    with scripted(by_name) as server:
+        command = [str(folder), "--url", server.url, "--model", "m", "--out", str(tmp_path / "out.csv"), "--resume"]
+        assert main(command) == 2
+    assert "another version of classify.py" in capsys.readouterr().err
+    assert part.read_bytes() == before.encode()
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch):

@@ -9,6 +9,8 @@ through all its folders for names that end like pictures; hidden ones are left o
 
 A server that is full, starting anew or gone is asked again for --retry seconds; asking twice is harmless. The rows go
 into OUT.part, which becomes OUT at the end. If the command is stopped before, the same command with --resume goes on.
+Each answer names the model, its version and the SHA-256 of its weights; one file holds the answers of one model only.
+In a .csv a cell that begins with = + - @ or ' has another ' before it, so that no spreadsheet runs it as a formula.
 
 Ends with 0 if every picture was answered, with 1 if some were refused, and with 2 if the command was wrong, or the
 server could not be reached or refuses every request (a wrong key, an unknown model).
@@ -18,23 +20,33 @@ from __future__ import annotations
 
 import argparse
 import csv
+import http.client
 import io
 import json
 import logging
 import os
 import random
+import socket
+import ssl
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import requests
+import urllib3
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two commands from writing one file
+    fcntl = None  # type: ignore[assignment]
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -46,12 +58,22 @@ TRANSIENT = frozenset({429, 500, 502, 503, 504, 507})
 
 PICTURES_FAULT = frozenset({400, 413, 415, 422})  # these would be the same at every try
 
+# What TorchServe says to the whole batch of an image that kills its worker, or makes the handler or its memory fail.
+# The image is then asked about alone, as its neighbours may be innocent, and after MOST_DEATHS no more.
+DEATHS = ("Worker died", "Prediction failed", "Out of resources")
+MOST_DEATHS = 2
+DEADLY_IN_A_ROW = 10  # images: then it is the server that is broken
+
+LARGEST_ANSWER = 4_000_000  # bytes: 1,000 labels for each of 100 images
+LONGEST_MESSAGE = 500  # characters of what a server says
+
 FIRST_WAIT = 0.1  # seconds before the second try; doubled at each further one, and shortened at random by up to a half
 LONGEST_WAIT = 6.4  # seconds: a restarted TorchServe is found soon after it is ready
 
 IN_FLIGHT = 32  # pictures for each thread that may be ahead of the oldest unanswered one; bounds the memory
 
-HEADER = ("picture", "label", "probability", "error", "answer")  # of the .csv; `answer` is JSON, as in the .jsonl
+HEADER = ("picture", "label", "probability", "error", "answer", "model")  # of the .csv; `answer` is JSON
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")  # a cell that begins so gets a ' before it; a reader drops one
 
 log = logging.getLogger("classify")
 
@@ -61,12 +83,16 @@ class ClassifierError(RuntimeError):
 
     def __init__(self, code: int, type: str, message: str) -> None:
         super().__init__(f"{code} {type}: {message}")
-        self.code, self.type = code, type
+        self.code, self.type, self.message = code, type, message
 
     @property
     def is_about_the_picture(self) -> bool:
         """False where every other picture would be refused too: a wrong key, an unknown model."""
-        return self.code in PICTURES_FAULT and self.type != "InvalidKeyException"
+        return self.type == "worker_died" or (self.code in PICTURES_FAULT and self.type != "InvalidKeyException")
+
+    @property
+    def is_a_death(self) -> bool:
+        return self.code in TRANSIENT and self.message.startswith(DEATHS)
 
 
 class Unavailable(ConnectionError):
@@ -75,6 +101,18 @@ class Unavailable(ConnectionError):
 
 class KeyFileError(ValueError):
     """A key file that is missing or holds no inference key."""
+
+
+class InUse(ValueError):
+    """Another command writes the same file."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one image, and which model it was."""
+
+    labels: dict[str, float]  # {label: probability}, best first
+    model: str  # NAME/VERSION@SHA-256 of the weights, as far as the server names them
 
 
 class Client:
@@ -90,34 +128,43 @@ class Client:
         key_file: Path | str | None = None,
         connect_timeout: float = 5.0,
         retry_seconds: float = 60.0,
+        cacert: Path | str | None = None,
     ) -> None:
         """
         Args:
             token: the inference key, where it does not change.
             key_file: TorchServe's key_file.json, read again whenever the key is refused: each start of the server
                 writes another key.
-            timeout: seconds for each answer; above the server's own 30, so that its word comes first.
+            timeout: seconds to the last byte of each answer; above the server's own 30, so that its word comes first.
             connect_timeout: seconds for connecting.
             retry_seconds: from a request's first failure to giving up; 0 for a single try.
+            cacert: a PEM file with the certificate of an https server, or of the authority that signed it; without it,
+                those that `requests` trusts.
 
         Raises:
             KeyFileError: the key file is missing or holds no key.
+            ValueError: the certificate file cannot be read.
         """
         if token and key_file:
             raise ValueError("both a token and a key file are given; give one of them")
+        if cacert:
+            check_certificates(cacert)
         self.url, self.model, self.retry_seconds = url.rstrip("/"), model, retry_seconds
         self._timeouts = (connect_timeout, timeout)
         self._key_file = key_file
         self._key = read_key(key_file) if key_file else token
+        self._cacert = cacert
         self._lock = threading.Lock()
         self._threads = threading.local()
+        self._turns = _Turns()
         self._is_out = False
+        self._deadly = 0  # images in a row that killed workers
 
     def is_healthy(self) -> bool:
         """One question, without another try."""
         try:
             return self._send("GET", "/ping").ok
-        except (requests.RequestException, KeyFileError):
+        except (requests.RequestException, KeyFileError, ClassifierError):
             return False
 
     def classify(self, picture: bytes, *, cancelled: threading.Event | None = None) -> dict[str, float]:
@@ -130,7 +177,17 @@ class Client:
             ClassifierError: refused; `type` says why. Final: another try would be refused too.
             Unavailable: no answer within the retry time.
         """
-        return self._ask(cancelled, data=picture, headers={"Content-Type": "application/octet-stream"})
+        return self.answer(picture, cancelled=cancelled).labels
+
+    def answer(self, picture: bytes, *, cancelled: threading.Event | None = None) -> Answer:
+        """As `classify`, with the model that answered."""
+        reply = self._ask(cancelled, data=picture, headers={"Content-Type": "application/octet-stream"})
+        labels = _read(reply)
+        if not all(isinstance(probability, (int, float)) for probability in labels.values()):
+            raise _no_answer(reply)
+        version, weights = (_plain(reply.headers.get(f"x-model-{name}", "")) for name in ("version", "weights-sha256"))
+        model = self.model.split("/")[0] + (f"/{version}" if version else "") + (f"@{weights}" if weights else "")
+        return Answer(labels, model)
 
     def classify_many(self, pictures: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
         """Several in one request: {name: answer}, where the answer of a refused one is its error.
@@ -144,29 +201,31 @@ class Client:
         if len(pictures) == 1:
             ((name, body),) = pictures.items()
             return {name: self.classify(body)}
-        return self._ask(
-            None, files={name: ("picture", body, "application/octet-stream") for name, body in pictures.items()}
-        )
+        files = {name: ("picture", body, "application/octet-stream") for name, body in pictures.items()}
+        return _read(self._ask(None, files=files))
 
-    def _ask(self, cancelled: threading.Event | None, **body: Any) -> dict[str, Any]:
+    def _ask(self, cancelled: threading.Event | None, **body: Any) -> requests.Response:
         """Asks until there is an answer that stays. A request only asks and changes nothing: twice is harmless."""
         cancelled = cancelled or threading.Event()
-        attempt, failed_first = 0, None
+        attempt, deaths, failed_first = 0, 0, None
         while True:
             at_least = 0.0
             try:
-                reply = self._send("POST", f"/predictions/{self.model}", **body)
+                with self._turns.take(alone=deaths > 0):
+                    reply = self._send("POST", f"/predictions/{self.model}", **body)
                 if reply.status_code not in TRANSIENT:
-                    self._is_out = False
-                    return _read(reply)
-                failure: Exception = _refusal(reply)
+                    self._is_out, self._deadly = False, 0
+                    return reply
+                failure: Exception = (refusal := _refusal(reply))
                 at_least = _retry_after(reply)
-            except (
-                requests.ConnectionError,
-                requests.Timeout,
-                requests.exceptions.ChunkedEncodingError,  # cut off within the answer
-                KeyFileError,  # a server that starts has removed the file, or has not written all of it
-            ) as error:
+                deaths += refusal.is_a_death
+                if deaths == MOST_DEATHS:
+                    raise self._deadly_image(refusal)
+            except (requests.ConnectionError, requests.Timeout) as error:
+                if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                    raise Unavailable(f"{self.url}: {_reason(error)}; name whom to trust with --cacert") from error
+                failure = error
+            except KeyFileError as error:  # a server that starts has removed the file, or has not written all of it
                 failure = error
             now = time.monotonic()
             failed_first = now if failed_first is None else failed_first
@@ -182,7 +241,9 @@ class Client:
         """One request; another one for each new key that the key file holds where the key is refused."""
         while True:
             key = self._key
-            reply = self._session.request(method, self.url + path, timeout=self._timeouts, **body)
+            reply = self._session.request(
+                method, self.url + path, timeout=self._timeouts, allow_redirects=False, **body
+            )
             refused = reply.status_code == 400 and _values(reply).get("type") == "InvalidKeyException"
             if not refused or not self._has_another_key(key):
                 return reply
@@ -194,6 +255,10 @@ class Client:
         if session is None:
             session = self._threads.session = requests.Session()
             session.trust_env = False  # no proxy and no .netrc between a client and its own server
+            session.verify = str(self._cacert) if self._cacert else True
+            session.headers["Accept-Encoding"] = "identity"  # a few bytes could be unpacked to gigabytes
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, _BoundedAdapter())
         if self._key:
             session.headers["Authorization"] = f"Bearer {self._key}"
         return session
@@ -204,6 +269,14 @@ class Client:
             if self._key == refused and self._key_file:
                 self._key = read_key(self._key_file)
             return self._key != refused
+
+    def _deadly_image(self, refusal: ClassifierError) -> Exception:
+        with self._lock:
+            self._deadly += 1
+        if self._deadly >= DEADLY_IN_A_ROW:
+            return Unavailable(f"{self.url}: fails at every image ({refusal})")
+        message = f"the server failed {MOST_DEATHS} times at this image, the last time alone ({refusal.message})"
+        return ClassifierError(refusal.code, "worker_died", message)
 
     def _unavailable(self, failure: Exception, at_least: float) -> Unavailable:
         asked = f", which asks to wait {at_least:.0f} s" if at_least > self.retry_seconds else ""
@@ -217,6 +290,104 @@ class Client:
             self._is_out = True
 
 
+class _Turns:
+    """Requests run side by side, but one that may have killed a worker runs alone: then it is known whether it did."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = self._waiting = 0  # requests; of those that run alone
+
+    @contextmanager
+    def take(self, *, alone: bool) -> Iterator[None]:
+        with self._changed:
+            self._waiting += alone
+            self._changed.wait_for(lambda: not self._running if alone else not self._waiting)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._waiting -= alone
+                self._changed.notify_all()
+
+
+class _DeadlineReader(io.RawIOBase):
+    """What a socket sends within its time-out from now. The socket's own time-out begins anew with each byte."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock, self._bytes = sock, sock.makefile("rb", buffering=0)
+        seconds = sock.gettimeout()
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def makefile(self, *_: object) -> io.BufferedReader:
+        """What http.client asks a socket for."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._end is not None:
+            left = self._end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("the answer took too long")
+            self._sock.settimeout(left)
+        return self._bytes.readinto(buffer)
+
+    def close(self) -> None:
+        self._bytes.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(_DeadlineReader(sock), *args, **options)  # type: ignore[arg-type]
+
+
+class _HTTPConnection(urllib3.connection.HTTPConnection):
+    response_class = _Response
+
+
+class _HTTPSConnection(urllib3.connection.HTTPSConnection):
+    response_class = _Response
+
+
+class _HTTPPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _HTTPConnection
+
+
+class _HTTPSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _HTTPSConnection
+
+
+class _BoundedAdapter(requests.adapters.HTTPAdapter):
+    """Answers of a bounded size, in a bounded time, and never a way to another server."""
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, **options)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
+        """
+        Raises:
+            ClassifierError: the answer is too long.
+        """
+        reply, body = super().send(request, *args, **options | {"stream": True}), bytearray()
+        try:
+            for chunk in reply.raw.stream(1 << 16, decode_content=False):
+                body += chunk
+                if len(body) > LARGEST_ANSWER:
+                    reply.close()
+                    message = f"more than {LARGEST_ANSWER:,} bytes; name a classifier, or ask about fewer images"
+                    raise ClassifierError(reply.status_code, "answer_too_long", message)
+        except (urllib3.exceptions.HTTPError, OSError) as error:  # cut off, or too slow
+            raise requests.ConnectionError(error, request=request) from error
+        reply.raw = io.BytesIO(body)
+        reply.headers.pop("Location", None)  # requests would look at where it leads
+        return reply
+
+
 @dataclass(frozen=True)
 class Row:
     """What became of one picture."""
@@ -224,16 +395,17 @@ class Row:
     picture: str
     answer: dict[str, float]  # {label: probability}, best first; empty if refused
     error: str = ""
+    model: str = ""  # that answered, as in Answer
 
     def as_json(self) -> str:
-        outcome = {"error": self.error} if self.error else {"answer": self.answer}
+        outcome = {"error": self.error} if self.error else {"answer": self.answer, "model": self.model}
         return json.dumps({"picture": self.picture} | outcome) + "\n"
 
     def as_csv(self) -> str:
         if self.error:
-            return _csv_line(self.picture, "", "", self.error, "")
+            return _csv_line(self.picture, "", "", self.error, "", "")
         label, probability = next(iter(self.answer.items()))
-        return _csv_line(self.picture, label, probability, "", json.dumps(self.answer))
+        return _csv_line(self.picture, _plain(label), probability, "", json.dumps(self.answer), self.model)
 
 
 def classify_files(client: Client, paths: Iterable[Path], *, threads: int = 8) -> Iterator[Row]:
@@ -288,13 +460,25 @@ def read_key(path: Path | str) -> str:
     return key
 
 
+def check_certificates(path: Path | str) -> None:
+    """
+    Raises:
+        ValueError: the file holds no certificates.
+    """
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}; name a PEM file with the server's certificate") from None
+
+
 def _classify_file(client: Client, path: Path, cancelled: threading.Event) -> Row:
     try:
         body = path.read_bytes()
     except OSError as error:
         return Row(str(path), {}, f"cannot be read: {error.strerror}")
     try:
-        return Row(str(path), client.classify(body, cancelled=cancelled))
+        answer = client.answer(body, cancelled=cancelled)
+        return Row(str(path), answer.labels, model=answer.model)
     except ClassifierError as error:
         if not error.is_about_the_picture:
             raise
@@ -319,26 +503,38 @@ def _walk(folder: Path, around: frozenset[str]) -> Iterator[Path]:
 def _values(reply: requests.Response) -> dict[str, Any]:
     """The reply's JSON object; empty where it is none."""
     try:
-        values = reply.json()
-    except ValueError:
+        values = json.loads(reply.content)
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
 
 def _read(reply: requests.Response) -> dict[str, Any]:
-    if not reply.ok:
+    if reply.status_code != 200:
         raise _refusal(reply)
     if not (values := _values(reply)):
-        raise ClassifierError(reply.status_code, "no_answer", f"{reply.url} is no classifier: it answers no labels")
+        raise _no_answer(reply)
     return values
+
+
+def _no_answer(reply: requests.Response) -> ClassifierError:
+    return ClassifierError(reply.status_code, "no_answer", f"{reply.url} is no classifier: it answers no labels")
 
 
 def _refusal(reply: requests.Response) -> ClassifierError:
     values = _values(reply)
     message = values.get("message") or reply.reason or "no message"
     if reply.status_code == 413 and not values:  # TorchServe's own, which names no limit
-        message += "; the server's limit is max_request_size in its config.properties, 10 MB unless it was raised"
-    return ClassifierError(reply.status_code, values.get("type", "http"), message)
+        message = f"{message}; the server's limit is max_request_size in its config.properties, 10 MB unless it was raised"
+    if 300 <= reply.status_code < 400:
+        message = f"{message}: sends to another address, where images are not sent; name the right one with --url"
+    return ClassifierError(reply.status_code, _plain(values.get("type", "http")), _plain(message))
+
+
+def _plain(text: object, longest: int | None = LONGEST_MESSAGE) -> str:
+    """On one line, without what a terminal would obey, and not longer than a message is."""
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[:longest])
+    return "".join(escaped)
 
 
 def _retry_after(reply: requests.Response) -> float:
@@ -348,7 +544,7 @@ def _retry_after(reply: requests.Response) -> float:
         return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 
@@ -361,11 +557,12 @@ def _reason(error: BaseException) -> str:
     """What lies under requests' and urllib3's wrappings."""
     while under := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = under
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return _plain(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it shows a traceback for a header that it cannot read
     try:
         return _run(options)
     except KeyboardInterrupt:
@@ -373,9 +570,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = 130
     except (ClassifierError, OSError, ValueError) as caught:  # requests' errors are OSErrors
         error, status = caught, 2
-    if options.out and _has_rows(_part(options.out)):
+    if options.out and not isinstance(error, InUse) and _has_rows(_part(options.out)):
         error = f"{error}; {_part(options.out)} holds the rows so far: --resume goes on, or delete it to begin anew"
-    print(f"classify.py: {error}", file=sys.stderr)
+    print(f"classify.py: {_plain(error, None)}", file=sys.stderr)
     return status
 
 
@@ -386,6 +583,7 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--url", default="http://127.0.0.1:8080", help="its address (http://127.0.0.1:8080)")
     server.add_argument("--model", required=True, help="name of the served model")
     server.add_argument("--key-file", type=Path, help="TorchServe's key_file.json; or set TORCHSERVE_KEY")
+    server.add_argument("--cacert", type=Path, metavar="FILE", help="trust the certificates of this PEM file for https")
     server.add_argument("--threads", type=int, default=8, help="pictures asked about at once: 2 for each worker (8)")
     server.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds for each answer (60)")
     server.add_argument(
@@ -412,9 +610,20 @@ def _run(options: argparse.Namespace) -> int:
             raise ValueError(f"{path}: no such picture or folder")
     token = "" if options.key_file else os.environ.get("TORCHSERVE_KEY", "")
     retry = options.retry if options.retry is not None else (60.0 if options.out else 5.0)
-    client = Client(options.url, options.model, token, options.timeout, key_file=options.key_file, retry_seconds=retry)
+    client = Client(
+        options.url,
+        options.model,
+        token,
+        options.timeout,
+        key_file=options.key_file,
+        retry_seconds=retry,
+        cacert=options.cacert,
+    )
+    if next(find_pictures(options.paths), None) is None:
+        raise ValueError(f"{options.paths[0]}: holds no pictures ({', '.join(SUFFIXES)})")
     if options.out:
-        return _to_file(client, options)
+        with _locked(_part(options.out)) as file:
+            return _to_file(client, options, file)
     refused = 0
     for row in classify_files(client, find_pictures(options.paths), threads=options.threads):
         print(row.as_json(), end="", flush=True)
@@ -422,30 +631,65 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if refused else 0
 
 
-def _to_file(client: Client, options: argparse.Namespace) -> int:
+def _to_file(client: Client, options: argparse.Namespace, file: BinaryIO) -> int:
     out, part, pictures = options.out, _part(options.out), find_pictures(options.paths)
     if _has_rows(part) and not options.resume:
         raise ValueError(f"{out}: an earlier run was stopped")
-    total = sum(1 for _ in find_pictures(options.paths))
-    if not total:
-        raise ValueError(f"{options.paths[0]}: holds no pictures ({', '.join(SUFFIXES)})")
-    done, refused = _keep(part, pictures) if part.exists() else (0, 0)
+    done, refused, model = _keep(part, pictures)
     started = time.monotonic()
-    with (
-        part.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file,  # names may be any bytes
-        _Progress(total, done) as progress,
-    ):
-        if out.suffix == ".csv" and not file.tell():
-            file.write(_csv_line(*HEADER))
+
+    def write(line: str) -> None:
+        file.write(line.encode("utf-8", "surrogateescape"))  # names may be any bytes
+        file.flush()  # a killed command loses no row
+
+    with _Progress(sum(1 for _ in find_pictures(options.paths)), done) as progress:
+        if out.suffix == ".csv" and not part.stat().st_size:
+            write(_csv_line(*HEADER))
         for row in classify_files(client, pictures, threads=options.threads):
-            file.write(row.as_csv() if out.suffix == ".csv" else row.as_json())
-            file.flush()  # a killed command loses no row
+            model = _same_model(model, row)
+            write(row.as_csv() if out.suffix == ".csv" else row.as_json())
             refused += bool(row.error)
             progress.step()
-        os.fsync(file.fileno())
+    os.fsync(file.fileno())
     part.replace(out)
     print(f"{out}: {progress.done} pictures, {refused} refused, {time.monotonic() - started:.0f} s", file=sys.stderr)
     return 1 if refused else 0
+
+
+@contextmanager
+def _locked(part: Path) -> Iterator[BinaryIO]:
+    """Opens the file for this command alone, to append; it is removed again if it stays empty.
+
+    Raises:
+        InUse: another command writes it.
+    """
+    with part.open("ab") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                raise FileNotFoundError  # it has got its final name in between, and now another has this one
+        except (BlockingIOError, FileNotFoundError):
+            raise InUse(f"{part}: another classify.py writes it; wait for its end, or name another --out") from None
+        try:
+            yield file
+        finally:
+            if part.exists() and not part.stat().st_size:
+                part.unlink()
+
+
+def _same_model(model: str, row: Row) -> str:
+    """The model of the rows so far, and of this one; empty while no image was answered.
+
+    Raises:
+        ValueError: another model has answered.
+    """
+    if row.error or model in ("", row.model):
+        return model or row.model
+    raise ValueError(
+        f"{row.picture} was answered by {row.model}, the images before by {model}, and one file holds the answers of "
+        f"one model; ask for that version, if it is still served, as --model {model.partition('@')[0]}"
+    )
 
 
 def _part(out: Path) -> Path:
@@ -456,29 +700,32 @@ def _has_rows(part: Path) -> bool:
     return part.exists() and any(_whole_rows(part))
 
 
-def _keep(part: Path, pictures: Iterator[Path]) -> tuple[int, int]:
+def _keep(part: Path, pictures: Iterator[Path]) -> tuple[int, int, str]:
     """Cuts off what is not whole rows, and takes the pictures of the rows from `pictures`.
 
     Returns:
-        How many rows there are, and how many of them are errors.
+        How many rows there are, how many of them are errors, and the model that answered the others.
 
     Raises:
-        ValueError: the rows are not those of `pictures`.
+        ValueError: the rows are not those of `pictures`, or were written by another version of this program.
     """
-    done = refused = size = 0
-    for picture, error, end in _whole_rows(part):
+    done, refused, model, size = 0, 0, "", 0
+    for row, end in _whole_rows(part):
         expected = next(pictures, "nothing")
-        if picture != str(expected):
+        if row.picture != str(expected):
             raise ValueError(
-                f"row {done + 1} of {part} is {picture} where {expected} is now; name the same, unchanged PATH"
+                f"row {done + 1} of {part} is {row.picture} where {expected} is now; name the same, unchanged PATH"
             )
-        done, refused, size = done + 1, refused + bool(error), end
+        if not row.error and not row.model:
+            raise ValueError(f"{part}: was begun by another version of classify.py, which named no models")
+        model = _same_model(model, row)
+        done, refused, size = done + 1, refused + bool(row.error), end
     os.truncate(part, size)
-    return done, refused
+    return done, refused, model
 
 
-def _whole_rows(part: Path) -> Iterator[tuple[str, str, int]]:
-    """Picture, error and the place of the end of each row, up to the first that was not written to its end."""
+def _whole_rows(part: Path) -> Iterator[tuple[Row, int]]:
+    """Each row without its answer, and the offset of its end, up to the first that was not written to its end."""
     with part.open("rb") as file:
         try:
             yield from (_csv_rows if part.name.endswith(".csv.part") else _json_rows)(file)
@@ -486,18 +733,19 @@ def _whole_rows(part: Path) -> Iterator[tuple[str, str, int]]:
             return
 
 
-def _json_rows(file: Iterable[bytes]) -> Iterator[tuple[str, str, int]]:
+def _json_rows(file: Iterable[bytes]) -> Iterator[tuple[Row, int]]:
     end = 0
     for line in file:
         if not line.endswith(b"\n"):
             return
         end += len(line)
         values = json.loads(line)
-        yield values["picture"], values.get("error", ""), end
+        yield Row(values["picture"], {}, values.get("error", ""), values.get("model", "")), end
 
 
-def _csv_rows(file: Iterable[bytes]) -> Iterator[tuple[str, str, int]]:
+def _csv_rows(file: Iterable[bytes]) -> Iterator[tuple[Row, int]]:
     end, last = 0, b""
+    csv.field_size_limit(2 * LARGEST_ANSWER)
 
     def lines() -> Iterator[str]:
         nonlocal end, last
@@ -507,16 +755,21 @@ def _csv_rows(file: Iterable[bytes]) -> Iterator[tuple[str, str, int]]:
 
     rows = csv.reader(lines(), strict=True)  # takes no line ahead; strict: a file that ends within quotes is an error
     next(rows, None)  # the header
-    for picture, _, _, error, _ in rows:
+    for picture, _, _, error, _, *model in rows:
         if not last.endswith(b"\r\n"):
             return
-        yield picture, error, end
+        yield Row(picture.removeprefix("'"), {}, error, *(name.removeprefix("'") for name in model)), end
 
 
 def _csv_line(*fields: object) -> str:
     line = io.StringIO(newline="")
-    csv.writer(line).writerow(fields)
+    csv.writer(line).writerow([_cell(field) if isinstance(field, str) else field for field in fields])
     return line.getvalue()
+
+
+def _cell(text: str) -> str:
+    """What no spreadsheet takes for a formula. One ' at its beginning is not part of the text."""
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 class _Progress:

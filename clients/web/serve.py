@@ -3,7 +3,8 @@
     python clients/web/serve.py runs/digits/export/digits.pixels.onnx --torchserve http://127.0.0.1:8080
 
 The page cannot ask TorchServe directly: a browser's preflight request carries no key, and TorchServe refuses it for
-that, whatever its cors_… settings are. Here both have one origin; only `POST /predictions/NAME` is forwarded.
+that, whatever its cors_… settings are. Here both have one origin; only `POST /predictions/NAME` is forwarded. A
+TorchServe with https and a certificate of its own is trusted by --cacert FILE.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import ssl
 import sys
+import time
 from collections.abc import Sequence
 from functools import cache, partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +26,7 @@ import requests
 
 FOLDER = Path(__file__).resolve().parent
 LARGEST_BODY = 10_485_760  # bytes: max_request_size of config.properties
+LARGEST_ANSWER = 4_000_000  # bytes
 SECONDS = 60  # for TorchServe to answer
 
 # By the suffix, and not as this machine's own tables say: a browser runs no module and no WebAssembly of another type.
@@ -50,8 +54,10 @@ class Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = SECONDS  # a connection that says nothing ends
 
-    def __init__(self, *args: Any, model: Path | None, torchserve: str, **options: Any) -> None:
-        self.model, self.torchserve = model, torchserve
+    def __init__(
+        self, *args: Any, model: Path | None, torchserve: str, cacert: Path | None = None, **options: Any
+    ) -> None:
+        self.model, self.torchserve, self.cacert = model, torchserve, cacert
         super().__init__(*args, directory=str(FOLDER), **options)
 
     def send_head(self) -> Any:
@@ -81,7 +87,7 @@ class Handler(SimpleHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not self._is_ours():
             return
-        if not re.fullmatch(r"/predictions/[A-Za-z0-9_.-]+", self.path):
+        if not re.fullmatch(r"/predictions/[A-Za-z0-9_-][A-Za-z0-9_.-]*", self.path):
             self._answer(404, "not_found", "only POST /predictions/NAME is forwarded")
         elif not self.torchserve:
             self._answer(502, "no_torchserve", "start this server with --torchserve http://127.0.0.1:8080")
@@ -96,10 +102,13 @@ class Handler(SimpleHTTPRequestHandler):
         headers = {name: self.headers[name] for name in ("Authorization", "Content-Type") if name in self.headers}
         session = requests.Session()
         session.trust_env = False  # no proxy and no .netrc on the way
+        session.verify = str(self.cacert) if self.cacert else True
         try:
             url = self.torchserve + self.path
-            with session.post(url, data=body, headers=headers, timeout=SECONDS, allow_redirects=False) as reply:
-                self._send(reply.status_code, reply.content)
+            with session.post(
+                url, data=body, headers=headers, timeout=SECONDS, allow_redirects=False, stream=True
+            ) as reply:
+                self._send(reply.status_code, _content(reply))
         except requests.RequestException as error:
             self._answer(502, "unreachable", f"{self.torchserve} does not answer ({type(error).__name__})")
 
@@ -127,14 +136,30 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
 
-def create(port: int = 0, *, model: Path | None = None, torchserve: str = "") -> ThreadingHTTPServer:
+def _content(reply: requests.Response) -> bytes:
+    """
+    Raises:
+        requests.RequestException: it is longer than an answer, or takes too long.
+    """
+    content, end = bytearray(), time.monotonic() + SECONDS
+    for part in reply.iter_content(1 << 16):
+        content += part
+        if len(content) > LARGEST_ANSWER or time.monotonic() > end:
+            raise requests.RequestException
+    return bytes(content)
+
+
+def create(
+    port: int = 0, *, model: Path | None = None, torchserve: str = "", cacert: Path | None = None
+) -> ThreadingHTTPServer:
     """A server on loopback that is not running yet; port 0 takes a free one.
 
     Args:
         model: an ONNX file, served as /ITS_NAME.
         torchserve: the one address that is forwarded to; without it, nothing is.
+        cacert: a PEM file with the certificate of its https, or of the authority that signed it.
     """
-    handler = partial(Handler, model=model and model.resolve(), torchserve=torchserve.rstrip("/"))
+    handler = partial(Handler, model=model and model.resolve(), torchserve=torchserve.rstrip("/"), cacert=cacert)
     return ThreadingHTTPServer(("127.0.0.1", port), handler)
 
 
@@ -142,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="NAME.pixels.onnx, for the page to open with")
     parser.add_argument("--torchserve", default="", metavar="URL", help="e.g. http://127.0.0.1:8080")
+    parser.add_argument("--cacert", type=Path, metavar="FILE", help="PEM file with the certificate of its https")
     parser.add_argument("--port", type=int, default=8000, help="of the page (8000)")
     options = parser.parse_args(arguments)
     if options.model and not (options.model.is_file() and options.model.suffix == ".onnx"):
@@ -151,7 +177,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"serve.py: --torchserve {options.torchserve}: must begin with http:// or https://", file=sys.stderr)
         return 2
     try:
-        server = create(options.port, model=options.model, torchserve=options.torchserve)
+        if options.cacert:
+            ssl.create_default_context(cafile=options.cacert)
+    except OSError as error:
+        said = error.strerror or error
+        print(f"serve.py: {options.cacert}: {said}; name a PEM file with TorchServe's certificate", file=sys.stderr)
+        return 2
+    try:
+        server = create(options.port, model=options.model, torchserve=options.torchserve, cacert=options.cacert)
     except OSError as error:
         print(f"serve.py: port {options.port} cannot be used ({error.strerror}); choose another", file=sys.stderr)
         return 2
