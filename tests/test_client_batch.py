@@ -7,14 +7,17 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import requests
 
-from clients.batch.classify import main
+from clients.batch.classify import Model, main
+from model import pictures
 from tests.conftest import PROJECT
 
 if importlib.util.find_spec("ray") is None:
@@ -180,3 +183,25 @@ def test_an_archive_that_answers_its_golden_pictures_wrongly_is_not_used(archive
     status, _, error = end(start(tmp_path / "digits.mar", run / "samples", tmp_path / "answers"))
     assert (status, "golden" in error) == (2, True), error
     assert rows(tmp_path / "answers") == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [(MemoryError(), "too_large"), (RuntimeError("of a decoder"), "unreadable"), (RecursionError(), "unreadable")],
+)
+def test_an_image_at_which_a_decoder_fails_in_any_way_is_a_row_and_the_part_ends(tmp_path, failure, kind):
+    def read(body, *_):
+        if body == b"1":
+            raise failure
+        return np.full((8, 8, 3), int(body), np.uint8)
+
+    model = Model.__new__(Model)  # without an archive
+    model.reader = types.SimpleNamespace(read=read, PictureError=pictures.PictureError)
+    model.labels, model.size, model.resize, model.topk, model.max_pixels = ["a", "b"], 8, 8, 2, None
+    model.probabilities = lambda crops: np.stack([[0.25, 0.75]] * len(crops))
+    for name in "012":
+        (tmp_path / name).write_text(name)
+    rows = model.rows([str(tmp_path / name) for name in "012"])
+    assert [row["error"] for row in rows] == [None, kind, None]
+    assert [row["label"] for row in rows] == ["b", None, "b"]
+    assert rows[1]["message"]

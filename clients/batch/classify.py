@@ -291,6 +291,10 @@ class Model:
             return "unreadable", f"the file cannot be read ({error.strerror or error})"
         except self.reader.PictureError as error:
             return error.cause, str(error)
+        except MemoryError:
+            return "too_large", "the image needs more memory than there is"
+        except Exception as error:  # of a decoder: if it ended the part, no start of this command could ever finish it
+            return "unreadable", f"the image cannot be read ({type(error).__name__}: {error})"
 
     def _answers(self, crops: np.ndarray) -> list[dict[str, float]]:
         """uint8 (N, S, S, 3) to the best labels of each and their probabilities, as the handler gives them."""
