@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -693,6 +694,22 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch
 # ── a real server ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+# What is added to the archive's handler: a worker that dies of an image.
+DEADLY = """
+import os
+_handle = ClassifierHandler.handle
+
+
+def _deadly(self, data, context):
+    if any(bytes(row.get("body") or row.get("data") or b"") == b"poison" for row in data):
+        os._exit(1)
+    return _handle(self, data, context)
+
+
+ClassifierHandler.handle = _deadly
+"""
+
+
 @pytest.mark.server
 @pytest.mark.timeout(600)  # two starts of TorchServe, and of the trained run where nothing has asked for it before
 def test_a_torchserve_that_is_killed_and_started_anew_costs_no_picture(exported, run, tmp_path, capsys, monkeypatch):
@@ -705,7 +722,9 @@ def test_a_torchserve_that_is_killed_and_started_anew_costs_no_picture(exported,
         (pictures / f"{i:03}.png").write_bytes(b"no picture" if i % 50 == 7 else samples[i % len(samples)])
     archive, folder, ports = tmp_path / "digits.mar", tmp_path / "server", Ports.free()
     slow = "batchSize: 32\nmaxBatchDelay: 30\nminWorkers: 1\nmaxWorkers: 1\n"  # so that it is killed in the middle
-    replace_in_archive(exported / "digits.mar", archive, {"model-config.yaml": slow})
+    with zipfile.ZipFile(exported / "digits.mar") as files:
+        deadly = files.read("classifier_handler.py").decode() + DEADLY
+    replace_in_archive(exported / "digits.mar", archive, {"model-config.yaml": slow, "classifier_handler.py": deadly})
     out, part = tmp_path / "out.csv", tmp_path / "out.csv.part"
 
     with contextlib.ExitStack() as stack:
@@ -726,6 +745,13 @@ def test_a_torchserve_that_is_killed_and_started_anew_costs_no_picture(exported,
             _, said = client.communicate(timeout=200)
             assert client.returncode == 1, said
             assert b"300 pictures, 6 refused" in said
+            (tmp_path / "poison").mkdir()
+            for name, body in (("0.png", b"poison"), ("1.png", samples[0]), ("2.png", samples[1])):
+                (tmp_path / "poison" / name).write_bytes(body)
+            assert main([str(tmp_path / "poison"), *map(str, common[1:]), "--out", str(tmp_path / "poison.csv")]) == 1
+            bad, *good = read_rows(tmp_path / "poison.csv")
+            assert re.search(r"worker_died: the server failed 2 times at this image", bad.error)
+            assert [(row.error, len(row.answer)) for row in good] == [("", 5)] * 2
             undisturbed = tmp_path / "undisturbed.csv"
             assert main([*map(str, common), "--out", str(undisturbed)]) == 1
             (tmp_path / "seven.png").write_bytes(samples[0])
