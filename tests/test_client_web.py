@@ -301,7 +301,7 @@ def test_torchserve_answers_side_by_side(browser, exported, server, sample, labe
         visit = Visit(browser, f"{url}/?model=/digits.pixels.onnx")
         visit.wait_for_model()
         visit.page.check("#compare")
-        assert visit.page.input_value("#server-model") == "digits"
+        assert visit.page.text_content("#server-url") == f"{url}/predictions/digits"  # no name to type
         visit.page.fill("#server-key", server.key())
         visit.choose("seven.png", sample)
         visit.wait_for("#server-answer .headline", f"TorchServe: {label}, ")
@@ -326,7 +326,7 @@ def test_where_no_torchserve_is_named_the_page_says_so(browser, site, sample, la
     visit.wait_for_model()
     visit.page.check("#compare")
     visit.choose("seven.png", sample)
-    visit.wait_for("#server-answer .headline", "type the model's name and the inference key")
+    visit.wait_for("#server-answer .headline", "type the inference key")
     visit.page.fill("#server-key", "any")
     visit.page.click("#server button")
     visit.wait_for("#server-answer .headline", "start this server with --torchserve")
@@ -457,6 +457,113 @@ def test_on_a_phone_nothing_is_cut_off_and_a_finger_draws(browser, site, exporte
     assert visit.page.evaluate("document.documentElement.scrollWidth") == 320
     ground = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == {"light": "rgb(246, 247, 249)", "dark": "rgb(18, 22, 28)"}[scheme]
+    visit.context.close()
+
+
+def test_several_images_are_a_list_of_thumbnails_and_labels_of_which_one_is_shown_in_full(visit, run):
+    page, paths = visit.page, [run / "samples" / f"{digit}-0.png" for digit in (7, 3, 0)]
+    files = [{"name": path.name, "mimeType": "image/png", "buffer": path.read_bytes()} for path in paths]
+    files.insert(1, {"name": "bad.png", "mimeType": "image/png", "buffer": b"nothing"})
+    page.set_input_files("#picture-file", files)
+    visit.wait_for("#progress", "4 of 4 images")
+    buttons = page.locator("#results button")
+    assert buttons.locator(".name").all_text_contents() == ["7-0.png", "bad.png", "3-0.png", "0-0.png"]
+    assert buttons.evaluate_all("all => all.map(one => one.ariaCurrent)") == ["true", None, None, None]
+    assert "the browser cannot read this" in buttons.nth(1).text_content()
+    for i in (2, 3, 0):  # each shows the label and the share that it has when it is shown in full
+        buttons.nth(i).focus()
+        page.keyboard.press("Enter")
+        label = buttons.nth(i).locator(".label").text_content()
+        share = buttons.nth(i).locator(".percent").text_content()
+        visit.wait_for("#page-answer .headline", f"In this page: {label}, {share}")
+        assert buttons.nth(i).get_attribute("aria-current") == "true"
+        assert page.get_attribute("#preview", "alt") == files[i]["name"]
+        assert page.get_attribute("#preview", "src") == buttons.nth(i).locator("img").get_attribute("src")
+    assert buttons.nth(0).locator("img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 8
+    buttons.nth(1).click()
+    visit.wait_for("#page-answer .headline", "In this page: the browser cannot read this")
+    visit.choose(paths[0].name, paths[0].read_bytes())  # one alone needs no list
+    assert buttons.count() == 0
+
+
+def test_several_images_are_taken_by_one_drop_together_with_their_model(browser, site, exported, sample):
+    visit = Visit(browser, site)
+    model = list((exported / "digits.pixels.onnx").read_bytes())
+    visit.page.evaluate(
+        """(files) => {
+        const transfer = new DataTransfer();
+        for (const [name, bytes] of files) transfer.items.add(new File([Uint8Array.from(bytes)], name));
+        document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
+    }""",
+        [["a.png", list(sample)], ["my.digits.pixels.onnx", model], ["b.png", list(sample)]],
+    )
+    visit.wait_for("#progress", "2 of 2 images")
+    assert visit.page.locator("#results button").count() == 2
+    visit.page.check("#compare")
+    assert visit.page.text_content("#server-url").endswith("/predictions/my.digits")
+    assert visit.complaints == []
+    visit.context.close()
+
+
+def with_spec(path: Path, target: Path, **changes: str) -> Path:
+    """The ONNX file with another spec in its metadata."""
+    import onnx
+
+    proto = onnx.load(path)
+    (entry,) = [entry for entry in proto.metadata_props if entry.key == "spec"]
+    entry.value = json.dumps(json.loads(entry.value) | changes)
+    onnx.save(proto, target)
+    return target
+
+
+def test_only_a_model_of_digits_has_a_pad(visit, exported, tmp_path):
+    assert visit.page.is_visible("#pad")
+    visit.draw(DIGITS["7"])
+    visit.wait_for("#page-answer .headline", "In this page: ")
+    clothes = with_spec(
+        exported / "digits.pixels.onnx", tmp_path / "clothes.pixels.onnx", trained_on="clothes, 10 labels"
+    )
+    visit.page.set_input_files("#model-file", clothes)
+    visit.wait_for("#model-status", "clothes.pixels.onnx is ready")
+    assert not visit.page.is_visible("#drawing")
+    assert not visit.page.is_visible("#seen")
+    visit.wait_for("#page-answer .headline", "Nothing classified yet.")
+    visit.page.set_input_files("#model-file", exported / "digits.pixels.onnx")
+    visit.wait_for("#model-status", "digits.pixels.onnx is ready")
+    assert visit.page.is_visible("#pad")
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_on_a_phone_the_answer_stands_next_to_the_image(browser, site, run, width):
+    visit = Visit(
+        browser, f"{site}/?model=/digits.pixels.onnx", viewport={"width": width, "height": 844}, has_touch=True
+    )
+    visit.wait_for_model()
+
+    def boxes(image: str) -> tuple[dict[str, float], dict[str, float]]:
+        return visit.page.locator(image).bounding_box(), visit.page.locator("#page-answer .headline").bounding_box()
+
+    for image in ("#preview", "#seen"):
+        if image == "#preview":
+            visit.choose("7-0.png", (run / "samples" / "7-0.png").read_bytes())
+        else:
+            visit.draw_by_finger(DIGITS["0"])
+            visit.wait_for("#page-answer .headline", "In this page: 0, ")
+        its, answers = boxes(image)
+        assert its["x"] + its["width"] <= answers["x"] < width  # beside it,
+        assert abs(its["y"] - answers["y"]) < 16  # at one height,
+        assert visit.page.evaluate("document.documentElement.scrollWidth") == width
+        if image == "#preview":
+            assert visit.page.locator(image).evaluate("image => image.getBoundingClientRect().bottom") <= 844
+    pad = visit.page.locator("#pad").bounding_box()
+    assert 0 < answers["y"] + answers["height"] - pad["y"] < 844  # pad and answer are seen together
+    visit.page.set_input_files("#picture-file", sorted((run / "samples").iterdir())[:5])
+    visit.wait_for("#progress", "5 of 5 images")
+    for row in visit.page.locator("#results button").all():  # as a list of images each beside its label
+        image, label = row.locator("img").bounding_box(), row.locator(".label").bounding_box()
+        assert image["x"] + image["width"] <= label["x"]
+        assert image["y"] <= label["y"] < image["y"] + image["height"]
+    assert visit.page.evaluate("document.documentElement.scrollWidth") == width
     visit.context.close()
 
 

@@ -525,7 +525,8 @@ def _refusal(reply: requests.Response) -> ClassifierError:
     values = _values(reply)
     message = values.get("message") or reply.reason or "no message"
     if reply.status_code == 413 and not values:  # TorchServe's own, which names no limit
-        message = f"{message}; the server's limit is max_request_size in its config.properties, 10 MB unless it was raised"
+        limit = "the server's limit is max_request_size in its config.properties, 10 MB unless it was raised"
+        message = f"{message}; {limit}"
     if 300 <= reply.status_code < 400:
         message = f"{message}: sends to another address, where images are not sent; name the right one with --url"
     return ClassifierError(reply.status_code, _plain(values.get("type", "http")), _plain(message))

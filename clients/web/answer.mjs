@@ -17,6 +17,28 @@ export function showWaiting(place, message) {
   fill(place, message, [], "");
 }
 
+/**
+ * One of several images, to be put into a list.
+ * @returns {HTMLButtonElement} within its list item
+ */
+export function resultButton(name, url) {
+  const button = element("button");
+  const thumbnail = element("img");
+  Object.assign(button, { type: "button", title: name });
+  Object.assign(thumbnail, { loading: "lazy", decoding: "async", alt: "", src: url });
+  thumbnail.addEventListener("error", () => (thumbnail.hidden = true));
+  button.append(thumbnail, element("span", name, "name"), element("span", "…", "label"), element("span", "", "percent"));
+  element("li").append(button);
+  return button;
+}
+
+/** @param {{answer?: [string, number][], error?: string}} outcome goes to its button */
+export function showResult(button, { answer: [[label, probability]] = [[]], error }) {
+  button.classList.toggle("error", Boolean(error));
+  button.querySelector(".label").textContent = error ?? label;
+  button.querySelector(".percent").textContent = error ? "" : percent(probability);
+}
+
 /** @returns the entries of a definition list: what the spec says of its model */
 export function card(spec) {
   const { metrics = {} } = spec;

@@ -1,6 +1,6 @@
 // The page's wiring: what is chosen, dropped, pasted or drawn goes to the worker, and its answer into the page.
 
-import { card, showAnswer, showError, showWaiting } from "./answer.mjs";
+import { card, resultButton, showAnswer, showError, showResult, showWaiting } from "./answer.mjs";
 import { prepareDigit } from "./digit.mjs";
 import { Pad } from "./pad.mjs";
 import { askTorchServe, predictionUrl } from "./torchserve.mjs";
@@ -9,12 +9,10 @@ const find = (id) => document.getElementById(id);
 const HERE = "In this page";
 const THERE = "TorchServe";
 
-// Nearly all of scikit-learn's sevens have the bar; no preparation makes a model know what it has hardly seen.
-const ITS_DIGITS = "In this model's data a seven has a bar across its stem, and a one has no foot.";
-const NO_DIGITS = "Drawings are prepared for models of `train.py --data digits`; this is another.";
-
 let labels; // of the loaded model
-let current; // what is classified: {file: Blob or a promise of it, pixels?: RGB of a drawing}
+let model = ""; // its name, by which TorchServe knows it too
+let items = []; // what is classified: {name, file: Blob or a promise of it, pixels?: RGB of a drawing, outcome?, button?}
+let shown; // the one of them that is shown with all its bars
 let turn = 0; // an answer to anything but the latest question is dropped
 
 // The worker, as a function.
@@ -54,10 +52,11 @@ async function loadModel(name, file) {
     labels = spec.labels;
     find("card-entries").replaceChildren(...card(spec));
     find("card").hidden = false;
-    find("pad-note").textContent = spec.trained_on?.startsWith("digits,") ? ITS_DIGITS : NO_DIGITS;
-    find("server-model").value ||= name.split(".")[0];
+    model = name.replace(/(\.pixels)?\.onnx$/, "");
+    showPad(Boolean(spec.trained_on?.startsWith("digits,"))); // drawings are prepared for models of that data only
+    showServer();
     setStatus(`${name} is ready (onnxruntime-web ${version}).`);
-    if (current) await classify();
+    await classify();
   } catch (error) {
     setStatus(`${name}: ${error.message}`, true);
   }
@@ -80,57 +79,103 @@ function setStatus(text, failed = false) {
 
 async function classify() {
   const mine = ++turn;
-  const { file, pixels } = current;
-  await Promise.all([classifyHere(pixels ?? file, mine), find("compare").checked && compare(file, mine)]);
+  for (const item of items) item.outcome = undefined;
+  showShown();
+  if (!labels) return;
+  askServer();
+  for (const [i, item] of items.entries()) {
+    const outcome = await classifyHere(item.pixels ?? item.file);
+    if (mine !== turn) return;
+    item.outcome = outcome;
+    if (item.button) {
+      showResult(item.button, outcome);
+      find("progress").textContent = `${i + 1} of ${items.length} images`;
+    }
+    if (item === shown) showShown();
+  }
 }
 
-async function classifyHere(picture, mine) {
-  const place = find("page-answer");
-  if (!labels) return showWaiting(place, "Choose a model first.");
+/** @returns {Promise<{answer: [string, number][], note: string} | {error: string}>} */
+async function classifyHere(picture) {
   try {
     const { probabilities, width, height, decoding, running } = await ask("classify", picture);
-    if (mine !== turn) return;
     const answer = labels.map((label, i) => [label, probabilities[i]]).sort((a, b) => b[1] - a[1]);
     const parts = `decoding ${decoding.toFixed(1)}, graph ${running.toFixed(1)}`;
-    showAnswer(place, HERE, answer, `${(decoding + running).toFixed(1)} ms (${parts}), ${width}×${height} px`);
+    return { answer, note: `${(decoding + running).toFixed(1)} ms (${parts}), ${width}×${height} px` };
   } catch (error) {
-    if (mine === turn) showError(place, HERE, error.message);
+    return { error: error.message };
   }
 }
 
-async function compare(file, mine) {
-  const place = find("server-answer");
+function showShown() {
+  const place = find("page-answer");
+  if (!shown) showWaiting(place, "Nothing classified yet.");
+  else if (!labels) showWaiting(place, "Choose a model first.");
+  else if (!shown.outcome) showWaiting(place, "…");
+  else if (shown.outcome.error) showError(place, HERE, shown.outcome.error);
+  else showAnswer(place, HERE, shown.outcome.answer, shown.outcome.note);
+}
+
+async function askServer() {
+  const [place, item, mine] = [find("server-answer"), shown, turn];
+  if (!item || !find("compare").checked) return showWaiting(place, "");
   showWaiting(place, `${THERE}: …`);
+  const isLatest = () => item === shown && mine === turn;
   try {
-    const [model, key] = ["server-model", "server-key"].map((id) => find(id).value);
-    const { answer, milliseconds } = await askTorchServe(await file, model, key);
-    if (mine === turn) showAnswer(place, THERE, answer, `${milliseconds.toFixed(1)} ms, there and back`);
+    const { answer, milliseconds } = await askTorchServe(await item.file, model, find("server-key").value);
+    if (isLatest()) showAnswer(place, THERE, answer, `${milliseconds.toFixed(1)} ms, there and back`);
   } catch (error) {
-    if (mine === turn) showError(place, THERE, error.message);
+    if (isLatest()) showError(place, THERE, error.message);
   }
 }
 
-// Pictures: chosen, dropped, pasted.
+// Images: chosen, dropped, pasted.
 
-function takePicture(file) {
-  const preview = find("preview");
-  URL.revokeObjectURL(preview.src);
-  preview.src = URL.createObjectURL(file);
-  preview.hidden = false;
+function takeImages(files) {
   clearDrawing();
-  current = { file };
+  const taken = files.map((file) => ({ name: file.name, file, url: URL.createObjectURL(file) }));
+  if (taken.length > 1)
+    for (const item of taken) {
+      item.button = resultButton(item.name, item.url);
+      item.button.addEventListener("click", () => (show(item), showShown(), askServer()));
+    }
+  if (taken.length) find("result").scrollIntoView({ block: "nearest" }); // on a phone it may be below
+  return setItems(taken);
+}
+
+/** What is classified from now on, in the place of what was. */
+function setItems(next) {
+  for (const { url } of items) URL.revokeObjectURL(url);
+  items = next;
+  find("progress").textContent = "";
+  find("results").replaceChildren(...items.flatMap(({ button }) => button?.parentElement ?? []));
+  show(items[0]);
   return classify();
 }
 
-function take(file) {
-  return file.name.endsWith(".onnx") ? loadModel(file.name, file) : takePicture(file);
+/** Makes an item the one that is shown in full. */
+function show(item) {
+  shown?.button?.removeAttribute("aria-current");
+  shown = item;
+  shown?.button?.setAttribute("aria-current", "true");
+  const preview = find("preview");
+  preview.hidden = !item?.url;
+  if (item?.url) Object.assign(preview, { src: item.url, alt: item.name });
+  else preview.removeAttribute("src");
+}
+
+function take(files) {
+  const models = files.filter(({ name }) => name.endsWith(".onnx"));
+  const images = files.filter((file) => !models.includes(file));
+  if (images.length) takeImages(images);
+  if (models.length) loadModel(models[0].name, models[0]);
 }
 
 for (const id of ["model-file", "picture-file"])
   find(id).addEventListener("change", ({ target }) => {
-    const [file] = target.files;
+    const files = [...target.files];
     target.value = ""; // so that the same file can be chosen again
-    if (file) id === "model-file" ? loadModel(file.name, file) : takePicture(file);
+    if (files.length) id === "model-file" ? loadModel(files[0].name, files[0]) : takeImages(files);
   });
 
 addEventListener("dragover", (event) => {
@@ -141,35 +186,32 @@ addEventListener("dragleave", () => find("drop").classList.remove("over"));
 addEventListener("drop", (event) => {
   event.preventDefault();
   find("drop").classList.remove("over");
-  [...event.dataTransfer.files].forEach(take);
+  take([...event.dataTransfer.files]);
 });
-addEventListener("paste", (event) => [...event.clipboardData.files].forEach(take));
+addEventListener("paste", (event) => take([...event.clipboardData.files]));
 find("preview").addEventListener("error", () => (find("preview").hidden = true));
+find("preview").addEventListener("load", ({ target }) => target.classList.toggle("tiny", target.naturalWidth < 64));
 
 // Drawings.
 
 const pad = new Pad(find("pad"), (strokes) => {
   const pixels = prepareDigit(strokes);
-  find("preview").hidden = true;
-  current = { pixels, file: asPng(pixels) }; // not awaited here: what comes in between would be overwritten
-  classify();
+  setItems([{ pixels, file: asPng(pixels) }]); // not awaited here: what comes in between would be overwritten
 });
+
+function showPad(isThere) {
+  find("drawing").hidden = !isThere;
+  if (!isThere && shown?.pixels) takeImages([]); // which clears the drawing
+}
 
 function clearDrawing() {
   pad.clear();
   find("seen").hidden = true;
 }
 
-find("clear").addEventListener("click", () => {
-  clearDrawing();
-  if (!current?.pixels) return;
-  current = undefined;
-  turn += 1;
-  showWaiting(find("page-answer"), "Nothing classified yet.");
-  showWaiting(find("server-answer"), "");
-});
+find("clear").addEventListener("click", () => (shown?.pixels ? takeImages([]) : clearDrawing()));
 
-/** The pixels as a file for TorchServe; shown beside the pad too, as what the model sees. */
+/** The pixels as a file for TorchServe; shown beside the answer too, as what the model sees. */
 function asPng({ data, height, width }) {
   const canvas = find("seen");
   const image = new ImageData(width, height);
@@ -183,14 +225,13 @@ function asPng({ data, height, width }) {
 
 function showServer() {
   find("server").hidden = find("server-answer").hidden = !find("compare").checked;
-  find("server-url").textContent = predictionUrl(find("server-model").value || "NAME").href;
+  find("server-url").textContent = predictionUrl(model || "NAME").href;
 }
 
-find("compare").addEventListener("change", showServer);
-find("server-model").addEventListener("input", showServer);
+find("compare").addEventListener("change", () => (showServer(), askServer()));
 find("server").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (current) classify();
+  askServer();
 });
 showServer();
 

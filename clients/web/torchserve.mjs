@@ -15,7 +15,7 @@ export function predictionUrl(model) {
  * @throws {Error} it refused, or is not there
  */
 export async function askTorchServe(picture, model, key) {
-  if (!model || !key) throw new Error("type the model's name and the inference key (from key_file.json)");
+  if (!model || !key) throw new Error(model ? "type the inference key (from key_file.json)" : "choose a model first");
   const started = performance.now();
   const reply = await fetch(predictionUrl(model), {
     method: "POST",
