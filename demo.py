@@ -132,6 +132,8 @@ def verdict(results: list[Result], expected: float, options: argparse.Namespace,
     if accuracy < options.at_least:
         print(f"FAILED: fewer than {options.at_least:.0%} are right")
         return 1
+    from export.__main__ import serve_command  # as in `main`
+
     out, name = options.out, options.out.resolve().name
     print(
         f"""
@@ -144,7 +146,7 @@ what lies where
   pictures to try          {out}/samples/
 
 next
-  make serve RUN={out}                                          keeps it running
+  {serve_command(out):65}  keeps it running
   .venv/bin/python train.py --data YOUR_PICTURES --out runs/NAME     one folder of pictures for each class
   .venv/bin/python -m export runs/NAME"""
     )

@@ -149,7 +149,7 @@ def export_run(
             parity.write_json(rows, spec, folder / "parity.json", smaller, speeds)
             _pack(run, folder, name, version, served)
             _finish(run, folder, name, version, seen, sign)
-    print(f"next: {_next(run)}")
+    print(f"next: {serve_command(run)}")
     return rows
 
 
@@ -218,8 +218,8 @@ def _finish(run: Path, folder: Path, name: str, version: str, seen: dict[str, fl
     output_folder.remove_failed(run)
 
 
-def _next(run: Path) -> str:
-    """make hands a path with spaces on as several words."""
+def serve_command(run: Path) -> str:
+    """The next command, to be pasted as it is: make would cut a name with a space, and expand one with a dollar."""
     quoted = shlex.quote(str(run))
     return f"make serve RUN={run}" if quoted == str(run) else f"python serve.py {quoted}"
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from export.__main__ import serve_command
 from model import checkpoint
 from model.pictures import crop
 from tests.conftest import reports
@@ -277,13 +278,14 @@ def test_a_run_does_not_write_through_links(tmp_path, capsys, name, kind):
 
 
 @pytest.mark.parametrize(
-    ("folder", "command"),
+    ("folder", "export", "serve"),
     [
-        ("runs/digits", "python -m export runs/digits"),
-        ("my runs/a", "python -m export 'my runs/a'"),
-        ("runs/my pets", "python -m export 'runs/my pets' --name my-pets"),
-        ("runs/$(ls)é", "python -m export 'runs/$(ls)é' --name ls-"),
+        ("runs/digits", "python -m export runs/digits", "make serve RUN=runs/digits"),
+        ("my runs/a", "python -m export 'my runs/a'", "python serve.py 'my runs/a'"),
+        ("runs/my pets", "python -m export 'runs/my pets' --name my-pets", "python serve.py 'runs/my pets'"),
+        ("runs/$(ls)é", "python -m export 'runs/$(ls)é' --name ls-", "python serve.py 'runs/$(ls)é'"),
     ],
 )
-def test_the_next_command_can_be_pasted(folder, command):
-    assert export_command(Path(folder)) == command
+def test_the_next_command_can_be_pasted(folder, export, serve):
+    assert export_command(Path(folder)) == export
+    assert serve_command(Path(folder)) == serve

@@ -58,7 +58,7 @@ def test_other_pictures_are_all_scored_and_their_classes_found_by_name(colours, 
     _, summary = evaluate(capsys, run, "--data", other)
     assert (summary["split"], summary["pictures"]) == ("all", 10)
     assert summary["per_class"]["blue"]["pictures"] == 0
-    correct = sum(label_of(run, path.read_bytes()) == path.parent.name for path in other.glob("*/*.jpg"))
+    correct = sum(label_of(run, path.read_bytes()) == path.parent.name for path in other.glob("*/*.png"))
     assert summary["accuracy"] == correct / 10 >= 0.6  # of plain colours
 
 
