@@ -49,9 +49,9 @@ def test_two_processes_learn_what_one_does(one, tmp_path):
     for a, b in zip(expected["history"], got["history"], strict=True):
         assert b["lr"] == a["lr"]
         for name in ("train_loss", "val_loss"):
-            assert b[name] == pytest.approx(a[name], rel=2e-4), name
+            assert b[name] == pytest.approx(a[name], rel=1e-2), name
         for name in ("train_accuracy", "val_accuracy"):
-            assert b[name] == pytest.approx(a[name], abs=0.01), name
+            assert b[name] == pytest.approx(a[name], abs=0.05), name
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["test"]["pictures"] == 360
     assert yaml.safe_load((out / "config.yaml").read_text())["batch_size"] == 60  # of both together
@@ -75,8 +75,18 @@ def test_a_step_of_two_processes_is_that_of_one(one_step, tmp_path):
         expected, got = (checkpoint.load(run / "last.ckpt") for run in (tmp_path / name, two))
         assert kills._compare("generator", expected["generator"], got["generator"]) == []
         for key, weight in expected["network"].items():
-            assert (weight - got["network"][key]).abs().max() < 1e-6
-        assert expected["history"][0] | {"seconds": 0} == pytest.approx(got["history"][0] | {"seconds": 0}, rel=1e-5)
+            assert (weight - got["network"][key]).norm() <= 1e-5 * weight.norm()
+        gradients = [
+            torch.cat([state["momentum_buffer"].flatten() for state in last["optimizer"]["state"].values()])
+            for last in (expected, got)
+        ]  # after one step they are that
+        # The mean of the means of 647 and 648 pictures would be some 1e-4 off, rounding is 1e-6.
+        assert (gradients[0] - gradients[1]).norm() <= 5e-5 * gradients[0].norm()
+        (a,), (b,) = expected["history"], got["history"]
+        for name in ("train_loss", "val_loss"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+        for name, pictures in (("train_accuracy", 1295), ("val_accuracy", 142)):
+            assert b[name] == pytest.approx(a[name], abs=1.5 / pictures), name  # one on the edge
 
 
 def test_a_run_goes_on_in_another_number_of_processes(one_step, tmp_path, capsys):
