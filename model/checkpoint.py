@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.files import atomic_write
 
@@ -18,9 +19,18 @@ class CheckpointError(ValueError):
 
 
 def save(values: Mapping[str, Any], path: Path | str) -> None:
-    """Writes `values` to `path`; a kill at any moment leaves the old file or the new one."""
+    """Writes `values` to `path`; a kill at any moment leaves the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk. The old one is left.
+    """
     with atomic_write(path) as file:
-        torch.save(dict(values), file)
+        try:
+            torch.save(dict(values), file)
+        except RuntimeError as error:  # PyTorch's own ("unexpected pos"), in the place of the one that led to it
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load(path: Path | str) -> dict[str, Any]:
@@ -55,3 +65,14 @@ def load_state_dict(path: Path | str) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: '{name}' is a {type(value).__name__}, not a tensor; pass a state_dict")
     return values
+
+
+def load_into(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`network.load_state_dict` of a plain dict, which lacks the layout's version that torchvision's MNASNet asks for.
+
+    Raises:
+        RuntimeError: the state_dict is another network's.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+    network.load_state_dict(versioned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import tempfile
@@ -33,6 +34,13 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def remove_leftovers(path: Path | str) -> None:
+    """Removes what `atomic_write(path)` left beside it when it was killed. Nobody may be writing `path` meanwhile."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

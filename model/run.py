@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from model import architectures
-from model.checkpoint import CheckpointError, load_state_dict
+from model.checkpoint import CheckpointError, load_into, load_state_dict
 from model.files import sha256
 from model.spec import ModelSpec
 
@@ -26,7 +26,7 @@ def load_run(run: Path | str) -> tuple[ModelSpec, nn.Module]:
         raise CheckpointError(f"{weights}: is not the file that spec.json was written for (SHA-256); re-run train.py")
     network = architectures.build(spec.arch, len(spec.labels), spec.size)
     try:
-        network.load_state_dict(state)
+        load_into(network, state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{weights}: does not fit the network that spec.json names ({reason[:200]})") from None
