@@ -142,9 +142,9 @@ def test_warnings_and_metrics_are_still_said(caplog):
 
 def test_json_bodies_arrive_as_values_and_are_left_as_bytes_for_our_handler(protocol, monkeypatch):
     monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", "true")  # as upstream; and undone afterwards
-    worker.read_ahead()
     body = json.dumps({"b64": "AAAA"}).encode()
     for change, expected in ((lambda: None, {"b64": "AAAA"}), (worker.leave_json, body)):
         change()
+        worker.read_ahead()  # of one connection
         ((_, (request,)),) = received(protocol, [message([([], [(b"body", b"application/json", body)])])], [])
         assert request["parameters"][0]["value"] == expected
