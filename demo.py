@@ -71,7 +71,7 @@ def demo(options: argparse.Namespace, folder: Path) -> int:
     started = time.perf_counter()
     config = TrainConfig(data=options.data, arch=options.arch, epochs=options.epochs, out=str(options.out))
     print("── 1 of 4: train", flush=True)
-    metrics = train(config)
+    metrics = train(config, overwrite=True)
     print("\n── 2 of 4: export, prove parity, archive", flush=True)
     if not all(row.passed for row in export_run(options.out)):
         return 1

@@ -3,7 +3,8 @@
     python train.py --data digits --out runs/digits
     python train.py --data DIR --arch resnet18 --pretrained --freeze --out runs/NAME
 
-DIR holds one folder of pictures for each class. Ctrl-C ends the training, keeps the best weights and writes everything.
+DIR holds one folder of pictures for each class. Ctrl-C ends the training, keeps the best weights and writes everything;
+before the first epoch is over there are none, and nothing is written.
 
     python train.py --resume runs/NAME                         goes on after a kill, as if there had been none
     python train.py --evaluate runs/NAME --data DIR            scores a run on any pictures
@@ -33,12 +34,13 @@ import torch
 from torch import nn
 
 from model import architectures, checkpoint
+from model.architectures import Pretrained
 from model.fastnet import FastNet
 from model.files import sha256, write_text
 from model.preprocessing import normalise
 from model.spec import ModelSpec
 from training import data as training_data
-from training import distributed, splits
+from training import distributed, run_folder, splits
 from training.augmentation import shrunk
 from training.calibration import fit_temperature
 from training.config import RECIPES, TrainConfig, add_options, make_config
@@ -46,7 +48,7 @@ from training.data import Data
 from training.evaluation import SPLITS, evaluate, evaluate_run
 from training.loop import fit
 from training.memory import keep_freed
-from training.metrics import calibrated_score
+from training.metrics import calibrated_score, one_label_for_all
 from training.optimizer import default_lr
 from training.report import write_report
 from training.resume import RESUMABLE, resumed_config
@@ -54,7 +56,6 @@ from training.sources import BUILT_IN
 from training.trainer import Diverged, OutOfMemory, Trainer
 
 WHITENED_BY = 5000  # pictures of up to 32 px; fewer of larger ones
-RESULTS = ("model.pt", "spec.json", "metrics.json", "history.csv")  # files of the run folder, but for the checkpoint
 LARGE = 128  # px: from here on memory is dear, and a step long
 SWITCHES = (
     "mixup",
@@ -87,10 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=SPLITS,
         help="what to evaluate (default: unseen, all but what the run was trained and validated on)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     parser.add_argument("--json", action="store_true", help="print a summary as JSON, in the last line")
     add_options(parser)
     options = vars(parser.parse_args(arguments))
-    names = ("list_archs", "list_recipes", "recipe", "config", "resume", "evaluate", "split", "json")
+    names = ("list_archs", "list_recipes", "recipe", "config", "resume", "evaluate", "split", "overwrite", "json")
     command = argparse.Namespace(**{name: options.pop(name) for name in names})
     if command.list_archs:
         print("\n".join(architectures.names()))
@@ -109,23 +111,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:  # not in a step, where OutOfMemory says what fits
         print(f"train.py: {str(error).splitlines()[0]} Pass a smaller --size, or --device cpu", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print(f"train.py: {error if error.args else 'interrupted'}", file=sys.stderr)
+        return 130  # as the shell has it for a program that SIGINT ended
     return 0
 
 
 def run(command: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """Does what the command line says; returns what --json prints."""
     if command.evaluate:
-        if other := [name for name in ("resume", "config", "recipe") if getattr(command, name)]:
+        if other := [name for name in ("resume", "config", "recipe", "overwrite") if getattr(command, name)]:
             raise ValueError(f"--evaluate {command.evaluate}: trains nothing; leave --{other[0]} out")
         return show_evaluation(command, options)
     if command.split:
         raise ValueError("--split: belongs to --evaluate RUN; --val-fraction and --test-fraction cut the data")
     if command.resume:
+        if command.overwrite:
+            raise ValueError(f"--resume {command.resume}: goes on with the run that is there; leave --overwrite out")
         source = "config" if command.config else "recipe" if command.recipe else None
         config = resumed_config(command.resume, source, options)
     else:
         config = make_config(command.config, options, command.recipe)
-    return {"run": config.out, **train(config, resume=bool(command.resume))}
+    return {"run": config.out, **train(config, resume=bool(command.resume), overwrite=command.overwrite)}
 
 
 def show_evaluation(command: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
@@ -136,30 +143,44 @@ def show_evaluation(command: argparse.Namespace, options: dict[str, Any]) -> dic
         write_text(options["out"], json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     print(
         f"{scores['data']}, {scores['split']}: {scores['accuracy']:.2%} of {scores['pictures']:,} pictures "
-        f"(top-5 {scores['top5']:.2%}, calibration error {scores['ece']:.3f}, macro F1 {scores['macro']['f1']:.4f})"
+        f"({beside_accuracy(scores)}, macro F1 {scores['macro']['f1']:.4f})"
     )
     return scores
 
 
-def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Trains as `config` says and writes the run folder `config.out`; returns what metrics.json holds.
 
     Args:
         resume: go on from the run folder's last.ckpt, if the run came so far.
+        overwrite: replace a run that the folder holds.
 
     Raises:
-        ValueError: the data, the architecture or an option cannot be used. Nothing has been written then.
+        ValueError: the folder, the data, the architecture or an option cannot be used; nothing has been written then.
+            Or the disk is full.
+        Interrupted: by Ctrl-C before there were weights to keep.
         Diverged: the loss is no number any more.
         OutOfMemory: of the GPU.
     """
-    out, started = Path(config.out), time.perf_counter()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file; name a folder")
+    if config.freeze and not (resume or config.pretrained or config.weights):
+        raise ValueError(
+            "--freeze: without trained weights the head would learn from random features; "
+            "pass --pretrained or --weights FILE, or leave --freeze out"
+        )
+    first = distributed.rank() == 0
+    out = Path(config.out)
+    with run_folder.claimed(out, config.data, resume=resume, overwrite=overwrite) if first else nullcontext():
+        return train_into(out, config, resume)
+
+
+def train_into(out: Path, config: TrainConfig, resume: bool) -> dict[str, Any]:
+    """As `train`, in a run folder that is ready for it."""
     device = pick_device(config.device)
     config = resolve_size(config)
+    pretrained = read_weights(config)  # before the data: what cannot be downloaded is said at once
 
     # Data
-    training_data.refuse_links(out)
+    started = time.perf_counter()
     known = recorded_splits(out) if resume else None
     data = read_data(config, known)
     data_seconds = time.perf_counter() - started
@@ -170,14 +191,15 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     if device.type == "cpu" and (config.size or 0) < LARGE:
         keep_freed()
     torch.manual_seed(config.seed)
-    network, mean, std = make_network(config, data)
+    network, mean, std = make_network(config, data, pretrained)
     network.to(device)
     if distributed.rank() > 0:
         torch.manual_seed(config.seed + distributed.rank())  # dropout draws differently in each process
     scale = torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
     # Loop
-    with interruptible() as interrupted:
+    trainer: Trainer | None = None
+    with interruptible(lambda: trainer is not None and bool(trainer.history)) as interrupted:
         trainer = Trainer(network, data, config, scale, interrupted)
         begin(trainer, out, resume)
         if distributed.rank() == 0:
@@ -186,7 +208,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     best, seconds = trainer.best, trainer.schedule.seconds + trainer.features_seconds
 
     # Results
-    network.load_state_dict(best["network"])
+    checkpoint.load_into(network, best["network"])
     if distributed.rank() == 0:
         checkpoint.save(best["network"], out / "model.pt")
     val = evaluate(network, data.val, *scale)
@@ -199,7 +221,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
             "seconds": round(seconds, 2),
             "data_seconds": round(data_seconds, 2),
             "pictures_per_second": round(trainer.pictures_per_second, 1),
-            "epochs": len(trainer.history),
+            "epochs": trainer.history[-1]["epoch"],
             "best_epoch": best["epoch"],
             "pictures": len(data.train),
             "parameters": sum(p.numel() for p in network.parameters()),
@@ -211,26 +233,20 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         spec.save(out / "spec.json")
         write_text(out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
         training_data.save_samples(data.samples, out / "samples")
-        write_report(out / "report", spec, metrics, out / "history.csv", data.test, test / temperature)
+        write_report(out / "report", spec, metrics, out / "history.csv", data, test / temperature)
         summarise(out, metrics)
     return metrics
 
 
 def begin(trainer: Trainer, out: Path, resume: bool) -> None:
     """Takes the run folder: its checkpoint, or a new beginning in which no weights of an earlier run are left."""
-    last = out / "last.ckpt"
+    last = out / run_folder.CHECKPOINT
     if resume and last.exists():
         trainer.restore(last)
-        print(f"going on after epoch {len(trainer.history)}, {trainer.schedule.seconds:.0f} s")
+        print(f"going on after epoch {trainer.history[-1]['epoch']:g}, {trainer.schedule.seconds:.0f} s")
     if distributed.rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
         if not resume:
-            for name in (
-                *RESULTS,
-                last.name,
-                splits.FILE,
-            ):  # else a run that ends early would leave another one's weights behind
-                (out / name).unlink(missing_ok=True)
+            run_folder.begin(out)
         trainer.config.save(out / "config.yaml")
 
 
@@ -244,6 +260,18 @@ def recorded_splits(out: Path) -> dict[str, str] | None:
     if known is None and (out / "last.ckpt").exists():
         raise ValueError(f"--resume {splits.no_record(out)}; start a new run")
     return known
+
+
+def read_weights(config: TrainConfig) -> Pretrained | None:
+    """The weights to start from, if there are to be some. Whether they fit the architecture is found here too."""
+    if not (config.pretrained or config.weights):
+        return None
+    file = Path(config.weights) if config.weights else None
+    network = architectures.build(config.arch, 2, config.size or 0)
+    with nullcontext() if file else distributed.first_alone():  # they may be downloaded
+        pretrained = architectures.read_pretrained(config.arch, file)
+    architectures.load_pretrained(network, config.arch, pretrained)
+    return pretrained
 
 
 def read_data(config: TrainConfig, known: dict[str, str] | None = None) -> Data:
@@ -272,16 +300,17 @@ def read_data(config: TrainConfig, known: dict[str, str] | None = None) -> Data:
         )
 
 
-def make_network(config: TrainConfig, data: Data) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
-    """The network, with trained weights where asked for, and the mean and std that its pixels need."""
+def make_network(
+    config: TrainConfig, data: Data, pretrained: Pretrained | None
+) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """The network, with trained weights where there are some, and the mean and std that its pixels need."""
     network = architectures.build(config.arch, len(data.labels), config.size or 0)
     mean: tuple[float, ...] = architectures.IMAGENET_MEAN
     std: tuple[float, ...] = architectures.IMAGENET_STD
-    if config.pretrained or config.weights:
-        mean, std = architectures.pretrained_normalisation(config.arch)
-        weights = Path(config.weights) if config.weights else None
-        fresh = architectures.load_pretrained(network, config.arch, weights)
-        print(f"weights: {weights or 'torchvision'}; from scratch: {', '.join(fresh) or 'nothing'}")
+    if pretrained:
+        mean, std = pretrained.mean, pretrained.std
+        fresh = architectures.load_pretrained(network, config.arch, pretrained)
+        print(f"weights: {pretrained.source}; from scratch: {', '.join(fresh) or 'nothing'}")
     elif isinstance(network, FastNet):
         wanted = max(100, WHITENED_BY * 32**2 // max(32, config.size or 0) ** 2)  # each has a patch for each pixel
         some = data.train.crops(slice(None, None, -(-len(data.train) // wanted)))  # of every class
@@ -320,14 +349,15 @@ def make_spec(
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible(something_to_keep: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C only makes the function that is given return True; the second one stops the program."""
     seen: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
         seen.append(number)
         signal.signal(signal.SIGINT, before)
-        print("interrupted: the best weights so far are kept; Ctrl-C again stops at once", file=sys.stderr)
+        if something_to_keep():
+            print("interrupted: the best weights so far are kept; Ctrl-C again stops at once", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
         yield lambda: False
@@ -412,11 +442,19 @@ def announce(config: TrainConfig, data: Data, device: torch.device, seconds: flo
 def summarise(out: Path, metrics: dict[str, Any]) -> None:
     test, trained = metrics["test"], metrics["train"]
     print(
-        f"test: {test['accuracy']:.2%} of {test['pictures']:,} pictures (top-5 {test['top5']:.2%}, "
-        f"calibration error {test['ece']:.3f}); best epoch {trained['best_epoch']}, {trained['seconds']:.0f} s, "
-        f"{trained['pictures_per_second']:,.0f} pictures/s\n"
-        f"report: {out / 'report' / 'index.html'}\nnext:   {export_command(out)}"
+        f"test: {test['accuracy']:.2%} of {test['pictures']:,} pictures ({beside_accuracy(test)}); "
+        f"best epoch {trained['best_epoch']:g}, {trained['seconds']:.0f} s, "
+        f"{trained['pictures_per_second']:,.0f} pictures/s"
     )
+    if label := one_label_for_all(test):
+        print(f"the network gives '{label}' to nearly all test pictures; train longer, or with a smaller --lr")
+    print(f"report: {out / 'report' / 'index.html'}\nnext:   {export_command(out)}")
+
+
+def beside_accuracy(scores: dict[str, Any]) -> str:
+    """What an accuracy is to be read with; of five classes or fewer all are among the top five."""
+    top5 = f"top-5 {scores['top5']:.2%}, " if len(scores["per_class"]) > 5 else ""
+    return f"the largest class alone {scores['baseline']:.2%}, {top5}calibration error {scores['ece']:.3f}"
 
 
 def export_command(out: Path) -> str:

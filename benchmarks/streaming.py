@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in wanted:
             data, arch = RUNS[name]
             given = ["--data", str(folder / data), "--arch", arch, "--minutes", f"{options.minutes:g}"]
-            row = watch([*given, *CUTS, "--out", str(folder / "run")])
+            row = watch([*given, *CUTS, "--out", str(folder / "run"), "--overwrite"])
             row["reading_per_second"] = row["pictures"] / row["data_seconds"]
             results[name] = row
             keep(options.json, machine, "results", results)

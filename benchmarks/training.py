@@ -99,7 +99,7 @@ def run(options: dict[str, Any]) -> tuple[float, float]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as changed:
         for part, other in without.items():
             changed.enter_context(patch(part, other))
-        metrics = train(make_config(None, options, recipe))
+        metrics = train(make_config(None, options, recipe), overwrite=True)
     return metrics["test"]["accuracy"], metrics["train"]["seconds"]
 
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import pickle
+import re
+from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import load_state_dict
+from model.checkpoint import load_into, load_state_dict
 from model.fastnet import FastNet
+from model.files import sha256
+from model.spec import ModelSpec
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 FASTNETS = {"fastnet": (64, 256, 256), "fastnet_small": (64, 128, 128)}  # channels of the blocks
 OWN = ("simplecnn", *FASTNETS)
+
+# Densenet's published files say norm.1 where its layers are called norm1; torchvision's loader renames them too.
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 
 class SimpleCNN(nn.Module):
@@ -90,28 +98,48 @@ def takes(network: nn.Module, classes: int, size: int) -> bool:
     return True
 
 
-def load_pretrained(network: nn.Module, arch: str, weights: Path | None = None) -> list[str]:
-    """Puts trained weights into all but the head, which keeps its random ones; returns the names that were left.
+@dataclass(frozen=True)
+class Pretrained:
+    """Trained weights to start from, by name, and the mean and std of the pixels that they were trained on."""
 
-    Args:
-        weights: a state_dict file; without it torchvision's own are downloaded.
+    source: str  # what messages call them
+    state: dict[str, Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def read_pretrained(arch: str, weights: Path | None = None) -> Pretrained:
+    """Torchvision's weights of an architecture, downloaded unless they are there; or those of a state_dict file.
 
     Raises:
-        ValueError: there are none, they cannot be had, or they belong to another architecture.
+        ValueError: there are none, or they cannot be had or read.
     """
-    given = load_state_dict(weights) if weights else _download(arch)
+    if weights is None:
+        return Pretrained("torchvision's weights", _published(arch), *published_normalisation(arch))
+    state = {_OLD_DENSENET.sub(r"\1\2", name): value for name, value in load_state_dict(weights).items()}
+    spec = weights.with_name("spec.json")
+    if spec.is_file() and (made := ModelSpec.load(spec)).weights_sha256 == sha256(weights):
+        return Pretrained(str(weights), state, made.mean, made.std)
+    return Pretrained(str(weights), state, *published_normalisation(arch))
+
+
+def load_pretrained(network: nn.Module, arch: str, pretrained: Pretrained) -> list[str]:
+    """Puts trained weights into all but the head, which keeps its random ones; returns the names that were left.
+
+    Raises:
+        ValueError: they belong to another architecture.
+    """
     own = network.state_dict()
-    fits = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    fits = {n: value for n, value in pretrained.state.items() if n in own and own[n].shape == value.shape}
+    left = [name for name in own if name not in fits and not name.endswith(".num_batches_tracked")]  # old files lack it
     head = set(head_names(network))
-    missing = [name for name in own if name not in fits and name not in head]
-    if missing:
-        source = weights or "torchvision's weights"
-        raise ValueError(f"{source}: not weights of {arch}: '{missing[0]}' is missing or has another shape")
-    network.load_state_dict({**own, **fits})
-    return [name for name in own if name not in fits]
+    if missing := [name for name in left if name not in head]:
+        raise ValueError(f"{pretrained.source}: not weights of {arch}: '{missing[0]}' is missing or has another shape")
+    load_into(network, {**own, **fits})
+    return left
 
 
-def pretrained_normalisation(arch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def published_normalisation(arch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std that torchvision's weights of this architecture were trained with."""
     if arch in ("googlenet", "inception_v3"):  # ported from TensorFlow; torchvision re-scales inside the network
         return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -177,16 +205,21 @@ def _check_shapes(network: nn.Module, classes: int, size: int) -> None:
     assert logits.shape == (2, classes), f"it gives {tuple(logits.shape)}"
 
 
-def _download(arch: str) -> Mapping[str, Tensor]:
+def _published(arch: str) -> dict[str, Tensor]:
+    """Torchvision's weights by today's names: only its own loader knows what each file lacks or calls otherwise."""
     if arch in OWN:
         raise ValueError(f"--pretrained: there are no published weights of {arch}; pass --weights FILE")
     try:
-        return _torchvision().get_model_weights(arch).DEFAULT.get_state_dict(progress=True)
-    except OSError as error:  # URLError is one
-        raise ValueError(
-            f"--pretrained: torchvision's weights of {arch} cannot be downloaded ({error}); "
-            "download them where there is a network and pass --weights FILE"
-        ) from None
+        return _torchvision().get_model(arch, weights="DEFAULT", progress=True).state_dict()
+    except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    file = Path(torch.hub.get_dir(), "checkpoints", _torchvision().get_model_weights(arch).DEFAULT.url.split("/")[-1])
+    if file.exists():  # it was there, or came
+        raise ValueError(f"--pretrained: {file}: damaged ({reason}); delete it and try again")
+    raise ValueError(
+        f"--pretrained: torchvision's weights of {arch} cannot be downloaded ({reason}); "
+        "download them where there is a network and pass --weights FILE"
+    )
 
 
 def _torchvision() -> Any:

@@ -86,11 +86,15 @@ def test_without_freezing_the_statistics_move():
     assert not torch.equal(network.state_dict()["bn1.running_mean"], before)
 
 
+def pretrained(weights):
+    return architectures.read_pretrained("resnet18", weights)
+
+
 def test_local_weights_fill_all_but_the_head(tmp_path):
     trained = architectures.build("resnet18", 10, 64)
     checkpoint.save(trained.state_dict(), tmp_path / "weights.pt")
     network = architectures.build("resnet18", 3, 64)
-    left = architectures.load_pretrained(network, "resnet18", tmp_path / "weights.pt")
+    left = architectures.load_pretrained(network, "resnet18", pretrained(tmp_path / "weights.pt"))
     assert left == ["fc.weight", "fc.bias"]
     assert torch.equal(network.state_dict()["conv1.weight"], trained.state_dict()["conv1.weight"])
 
@@ -98,7 +102,9 @@ def test_local_weights_fill_all_but_the_head(tmp_path):
 def test_weights_of_another_architecture_are_refused(tmp_path):
     checkpoint.save(architectures.build("simplecnn", 10, 32).state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="not weights of resnet18"):
-        architectures.load_pretrained(architectures.build("resnet18", 3, 64), "resnet18", tmp_path / "weights.pt")
+        architectures.load_pretrained(
+            architectures.build("resnet18", 3, 64), "resnet18", pretrained(tmp_path / "weights.pt")
+        )
 
 
 def test_published_weights_that_cannot_be_had_are_said_with_the_way_out(monkeypatch):
@@ -107,8 +113,7 @@ def test_published_weights_that_cannot_be_had_are_said_with_the_way_out(monkeypa
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
-    network = architectures.build("resnet18", 3, 64)
     with pytest.raises(ValueError, match="--weights FILE"):
-        architectures.load_pretrained(network, "resnet18")
+        architectures.read_pretrained("resnet18")
     with pytest.raises(ValueError, match="no published weights"):
-        architectures.load_pretrained(architectures.build("simplecnn", 3, 32), "simplecnn")
+        architectures.read_pretrained("simplecnn")

@@ -140,11 +140,18 @@ def test_the_backbone_learns_from_the_epoch_on_that_was_named(digits, capsys):
     assert "the backbone learns too from here, at 0.1 times the learning rate" in capsys.readouterr().out
 
 
+def random_weights(path):
+    torch.manual_seed(0)
+    checkpoint.save(architectures.build("fastnet_small", 10, 32).state_dict(), path)
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def thawing(tmp_path_factory):
     """Options of a run whose backbone learns from its second half on."""
-    folder = make_folder(tmp_path_factory.mktemp("colours"), count=40)
-    return ["--data", str(folder), "--arch", "fastnet_small", "--freeze", "--unfreeze-at", "2", "--epochs", "4"]
+    folder, weights = make_folder(tmp_path_factory.mktemp("colours"), count=40), tmp_path_factory.mktemp("weights")
+    given = ["--weights", random_weights(weights / "model.pt")]
+    return ["--data", str(folder), "--arch", "fastnet_small", *given, "--freeze", "--unfreeze-at", "2", "--epochs", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +201,7 @@ def test_transfer_from_a_run_of_other_classes(tmp_path, capsys):
 def test_two_processes_train_a_head_as_one_does(tmp_path):
     options = ["--data", "digits", "--arch", "fastnet_small", "--optimizer", "sgd", "--freeze", "--unfreeze-at", "2"]
     options += ["--batch-size", "60", "--epochs", "3", "--flip", "--crop-padding", "2", "--val-fraction", "0.5"]
+    options += ["--weights", random_weights(tmp_path / "weights.pt")]
     assert main([*options, "--out", str(tmp_path / "one")]) == 0
     done = torchrun(*options, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr

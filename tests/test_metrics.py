@@ -26,6 +26,19 @@ def test_a_class_without_test_pictures_counts_as_zero_and_warns_nobody():
     assert got["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "pictures": 0}
 
 
+def test_a_class_without_test_pictures_takes_nothing_from_the_mean_over_the_classes():
+    got = score(torch.eye(20)[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 1]), [str(i) for i in range(20)])
+    assert got["macro"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
+    wrongly = score(torch.eye(3)[[0, 2]], torch.tensor([0, 1]), ["a", "b", "c"])  # c is answered, though it has none
+    assert wrongly["macro"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
+
+
+def test_the_baseline_is_the_share_of_the_largest_class():
+    got = score(torch.eye(3)[[0, 2, 2, 2]], torch.tensor([0, 1, 1, 2]), ["a", "b", "c"])
+    assert got["baseline"] == 0.5
+    assert got["most_predicted"] == {"label": "c", "share": 0.75}
+
+
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
     sure = torch.tensor([[0.9, 0.1]]).repeat(10, 1)
     targets = torch.tensor([0] * 9 + [1])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from model import checkpoint, load_run
+from model import architectures, checkpoint, load_run
 from model.files import sha256
 from model.spec import ModelSpec
 from tests.conftest import PROJECT, Clock
@@ -60,8 +60,9 @@ def test_the_last_checkpoint_holds_what_a_resume_needs(run):
 
 def test_the_report_shows_its_pictures(run):
     page = (run / "report" / "index.html").read_text()
+    assert 'src="curves.png"' in page
+    assert '<div class="matrix">' in page
     for name in ("curves.png", "confusion.png", "mistakes.png"):
-        assert f'src="{name}"' in page
         assert (run / "report" / name).read_bytes().startswith(b"\x89PNG")
     assert "http" not in page  # opens without a network
 
@@ -82,9 +83,11 @@ def test_the_seed_decides_the_weights(tmp_path):
 
 
 def test_a_folder_trains_with_every_option(tmp_path, capsys):
-    folder = make_folder(tmp_path / "colours", count=12)
+    folder, weights = make_folder(tmp_path / "colours", count=12), tmp_path / "weights.pt"
+    checkpoint.save(architectures.build("resnet18", 2, 32).state_dict(), weights)
     arguments = f"""--data {folder} --out {tmp_path / "run"} --arch resnet18 --size 32 --resize 36 --epochs 3
-        --freeze --no-cache-features --optimizer sgd --lr 0.1 --schedule step --step-size 2 --gamma 0.5 --warmup 0
+        --weights {weights} --freeze --no-cache-features --optimizer sgd --lr 0.1 --schedule step --step-size 2
+        --gamma 0.5 --warmup 0
         --label-smoothing 0.1 --no-flip --jitter 0.1 --crop-padding 2 --batch-size 7 --patience 2 --device cpu --seed 3
         --val-fraction 0.2 --workers 3""".split()
     assert main(arguments) == 0
@@ -119,7 +122,7 @@ def test_minutes_end_the_run_in_time(tmp_path, monkeypatch):
     """By a clock on which each look takes a second; there is one before each step."""
     monkeypatch.setattr("training.schedule.time", Clock())
     metrics = train(TrainConfig(data="digits", out=str(tmp_path / "run"), minutes=1))
-    assert metrics["train"]["epochs"] == 2  # the second is cut short: an epoch has 41 steps
+    assert 1 < metrics["train"]["epochs"] < 2  # the second is cut short: an epoch has 41 steps
     assert 60 <= metrics["train"]["seconds"] < 65
 
 
@@ -196,13 +199,13 @@ def test_help_and_list_archs(capsys):
     assert "mobilenet_v3_small" in capsys.readouterr().out.split()
 
 
-@pytest.mark.parametrize("moment", ["in the first epoch", "after some epochs"])
-def test_ctrl_c_keeps_the_best_weights_and_writes_everything(tmp_path, moment):
+def test_ctrl_c_keeps_the_best_weights_and_writes_everything(tmp_path):
+    """After some epochs; tests/test_run_folder.py has the first one."""
     out = tmp_path / "run"
     command = [sys.executable, "train.py", "--data", "digits", "--epochs", "100000", "--out", str(out)]
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        wait_for(out / ("config.yaml" if moment == "in the first epoch" else "last.ckpt"), child)
-        time.sleep(0.0 if moment == "in the first epoch" else 0.4)
+        wait_for(out / "last.ckpt", child)
+        time.sleep(0.4)
         child.send_signal(signal.SIGINT)
         stdout, stderr = child.communicate(timeout=60)
     assert child.returncode == 0, stderr

@@ -328,7 +328,7 @@ def test_out_of_memory_names_a_batch_that_fits_and_it_does(tmp_path, capsys, mon
     assert "pass --accumulate 4, which learns the same (but for BatchNorm), or --batch-size 16" in error
     assert error.count("\n") == 1
     assert main([*arguments, "--accumulate", "4"]) == 0
-    assert main([*arguments, "--batch-size", "16"]) == 0
+    assert main([*arguments, "--batch-size", "16", "--overwrite"]) == 0
 
 
 def test_out_of_memory_with_two_pictures(tmp_path, capsys, monkeypatch):

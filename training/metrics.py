@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NEARLY_ALL = 0.95  # share of the pictures with the same prediction, from which on a network is said to be stuck
+
 
 def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """Accuracy, top-5, loss, calibration, and precision, recall and F1 for each class and as their plain mean.
+    """Accuracy, top-5, loss, calibration, and precision, recall and F1 for each class and as a plain mean.
 
     Args:
         logits: float32 (N, C).
@@ -17,7 +19,9 @@ def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) 
 
     Returns:
         Numbers 0..1 (the loss in nats), ready for JSON. With fewer than 5 classes "top5" counts them all; precision is
-        0 for a class that is never answered, and recall for one without pictures.
+        0 for a class that is never answered, and recall for one without pictures; "macro", their mean, leaves the
+        classes without pictures out. "baseline" is the accuracy of giving every picture the label of the largest class;
+        "most_predicted" the label that is predicted most, with its share.
     """
     predicted = logits.argmax(dim=1)
     best = logits.topk(min(5, len(labels)), dim=1).indices
@@ -27,6 +31,7 @@ def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) 
     )
     precision, recall = right / answered.clamp(min=1), right / there.clamp(min=1)
     f1 = 2 * right / (answered + there).clamp(min=1)
+    share, most = (answered / len(targets)).max(dim=0)
     per_class = {
         label: {"precision": float(p), "recall": float(r), "f1": float(f), "pictures": int(n)}
         for label, p, r, f, n in zip(labels, precision, recall, f1, there, strict=True)
@@ -37,9 +42,21 @@ def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) 
         "loss": float(torch.nn.functional.cross_entropy(logits, targets)),
         "ece": expected_calibration_error(logits.softmax(dim=1), targets),
         "pictures": len(targets),
-        "macro": {"precision": float(precision.mean()), "recall": float(recall.mean()), "f1": float(f1.mean())},
+        "baseline": float(there.max() / len(targets)),
+        "most_predicted": {"label": labels[int(most)], "share": float(share)},
+        "macro": {
+            name: float(values[there > 0].mean())
+            for name, values in (("precision", precision), ("recall", recall), ("f1", f1))
+        },
         "per_class": per_class,
     }
+
+
+def one_label_for_all(scores: dict[str, Any]) -> str:
+    """The label that nearly all pictures of a `score` are given, although they do not all have it; or ""."""
+    label, share = scores["most_predicted"]["label"], scores["most_predicted"]["share"]
+    own = scores["per_class"][label]["pictures"] / scores["pictures"]
+    return label if share >= NEARLY_ALL and own < NEARLY_ALL * share else ""
 
 
 def calibrated_score(

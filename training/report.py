@@ -1,4 +1,7 @@
-"""The report of a run: curves, confusion matrix and most confident mistakes as PNG, and a page that shows them."""
+"""The report of a run: a page with the confusion matrix and the mistakes, and PNG files that it shows.
+
+Labels and file names stand in the page alone, which has the reader's fonts: those of the plots know no Chinese.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +12,58 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from model.files import atomic_write, write_text
 from model.spec import ModelSpec
-from training.data import Split
+from training.data import Data, Split
 
-MOST_NAMED_CLASSES = 40  # more tick labels than this cannot be read
+MOST_NAMED_CLASSES = 40  # more rows and columns than this are shown without labels
 MISTAKES = 24
+COLUMNS = 8  # of mistakes.png
+TILE = 128  # px, side of each of its pictures
 CONFUSIONS = 20  # rows of the table of confused pairs
 
 
 def write_report(
-    folder: Path, spec: ModelSpec, metrics: dict[str, Any], history: Path, test: Split, logits: Tensor
+    folder: Path, spec: ModelSpec, metrics: dict[str, Any], history: Path, data: Data, logits: Tensor
 ) -> None:
     """Writes `index.html`, `curves.png`, `confusion.png` and `mistakes.png` into `folder`.
 
     Args:
         history: history.csv of the run.
-        logits: float32 (N, C), of the N pictures of `test`.
+        logits: float32 (N, C), of the N pictures of `data.test`.
     """
     probabilities = logits.softmax(dim=1)
-    confusion = confusion_matrix(probabilities.argmax(dim=1), test.targets, len(spec.labels))
+    confusion = confusion_matrix(probabilities.argmax(dim=1), data.test.targets, len(spec.labels))
+    mistakes = most_confident_mistakes(probabilities, data.test.targets)
     _save(folder / "curves.png", _draw_curves(history))
-    _save(folder / "confusion.png", _draw_confusion(confusion, spec.labels))
-    _save(folder / "mistakes.png", _draw_mistakes(test, probabilities, spec.labels))
-    write_text(folder / "index.html", _page(spec, metrics, confusion))
+    _save(folder / "confusion.png", _draw_confusion(confusion))
+    with atomic_write(folder / "mistakes.png") as file:
+        _draw_tiles(data.test.crops(torch.tensor(mistakes, dtype=torch.int64))).save(file, "PNG")
+    page = _PAGE.format(
+        title=html.escape(f"{spec.arch} on {spec.trained_on}"),
+        tile=TILE,
+        facts=_table((), _facts(spec, metrics)),
+        matrix=_matrix(confusion, spec.labels),
+        confused=_confused(confusion, spec.labels),
+        mistakes=_mistakes(mistakes, data.test, probabilities, spec.labels),
+        per_class=_per_class(metrics, data),
+    )
+    write_text(folder / "index.html", page)
 
 
 def confusion_matrix(predicted: Tensor, targets: Tensor, classes: int) -> np.ndarray:
     """int64 (C, C): row the truth, column the answer."""
     return torch.bincount(targets * classes + predicted, minlength=classes**2).view(classes, classes).numpy()
+
+
+def most_confident_mistakes(probabilities: Tensor, targets: Tensor) -> list[int]:
+    """Indices of up to MISTAKES pictures, the most confident mistake first."""
+    confidence, predicted = probabilities.max(dim=1)
+    wrong = (predicted != targets).nonzero().flatten()
+    return wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist()
 
 
 def _figure(width: float, height: float, **keywords: Any) -> tuple[Any, Any]:
@@ -58,7 +82,7 @@ def _save(path: Path, figure: Any) -> None:
 def _draw_curves(history: Path) -> Any:
     with history.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    epochs = [int(row["epoch"]) for row in rows]
+    epochs = [float(row["epoch"]) for row in rows]  # the last one may be a part of one
     marker = "o" if len(rows) < 30 else ""
     figure, (left, middle, right) = _figure(12, 3.6, ncols=3)
     for axes, kind in ((left, "loss"), (middle, "accuracy")):
@@ -74,74 +98,106 @@ def _draw_curves(history: Path) -> Any:
     return figure
 
 
-def _draw_confusion(confusion: np.ndarray, labels: tuple[str, ...]) -> Any:
-    classes = len(labels)
-    side = min(4 + 0.35 * classes, 14)
+def _draw_confusion(confusion: np.ndarray) -> Any:
+    side = min(4 + 0.35 * len(confusion), 14)
     figure, axes = _figure(side + 1, side)
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="answer", ylabel="truth", title="test pictures, each row adds up to 1")
+    image = axes.imshow(_shares(confusion), cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="answer, by the class's number", ylabel="truth", title="test pictures, each row adds up to 1")
     figure.colorbar(image, ax=axes, shrink=0.8)
-    if classes <= MOST_NAMED_CLASSES:
-        names = [_short(label) for label in labels]
-        axes.set_xticks(range(classes), names, rotation=60, ha="right", parse_math=False)  # a label may hold two $
-        axes.set_yticks(range(classes), names, parse_math=False)
-    if classes <= 20:
-        for row, column in np.argwhere(confusion):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, confusion[row, column], ha="center", va="center", fontsize=8, color=colour)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     return figure
 
 
-def _draw_mistakes(test: Split, probabilities: Tensor, labels: tuple[str, ...]) -> Any:
-    confidence, predicted = probabilities.max(dim=1)
-    wrong = (predicted != test.targets).nonzero().flatten()
-    worst = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist()
-    if not worst:
-        figure, axes = _figure(6, 1.2)
-        axes.axis("off")
-        axes.text(0.5, 0.5, "no mistakes on the test pictures", ha="center", va="center", fontsize=14)
-        return figure
-    columns = min(8, len(worst))
-    rows = -(-len(worst) // columns)
-    figure, grid = _figure(1.7 * columns, 2.2 * rows, nrows=rows, ncols=columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, place in zip(grid.flat, worst, strict=False):
-        axes.imshow(test.crops(slice(place, place + 1))[0].numpy())
-        answer, truth = labels[predicted[place]], labels[test.targets[place]]
-        title = f"{_short(answer)} {confidence[place]:.0%}\ntruth: {_short(truth)}"
-        axes.set_title(title, fontsize=8, parse_math=False)
-    return figure
+def _draw_tiles(crops: Tensor) -> Image.Image:
+    """The pictures, uint8 (N, S, S, 3), side by side in rows of COLUMNS, each TILE px wide."""
+    rows = max(1, -(-len(crops) // COLUMNS))
+    sheet = Image.new("RGB", (COLUMNS * TILE, rows * TILE), "white")
+    for i, crop in enumerate(crops):
+        kind = Image.Resampling.NEAREST if len(crop) <= TILE else Image.Resampling.LANCZOS  # few pixels stay visible
+        tile = Image.fromarray(crop.numpy()).resize((TILE, TILE), kind)
+        sheet.paste(tile, (i % COLUMNS * TILE, i // COLUMNS * TILE))
+    return sheet
 
 
-def _page(spec: ModelSpec, metrics: dict[str, Any], confusion: np.ndarray) -> str:
+def _shares(confusion: np.ndarray) -> np.ndarray:
+    return confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+
+
+def _facts(spec: ModelSpec, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     test, train = metrics["test"], metrics["train"]
-    facts = {
-        "architecture": f"{spec.arch}, {train['parameters']:,} parameters",
-        "trained on": spec.trained_on,
-        "test accuracy": f"{test['accuracy']:.2%} of {test['pictures']:,} pictures",
-        "test top-5": f"{test['top5']:.2%}",
-        "macro F1": f"{test['macro']['f1']:.4f}",
-        "calibration error": f"{test['ece']:.4f} ({test['ece_uncalibrated']:.4f} without temperature)",
-        "validation accuracy": f"{metrics['val']['accuracy']:.2%} (epoch {train['best_epoch']})",
-        "training": f"{train['epochs']} epochs in {train['seconds']:.0f} s on {train['device']}",
-        "pixels": f"centred square, {spec.size}×{spec.size} px (short edge {spec.resize})",
-        "weights SHA-256": spec.weights_sha256,
-    }
-    per_class = [
-        (label, f"{row['precision']:.3f}", f"{row['recall']:.3f}", f"{row['f1']:.3f}", row["pictures"])
-        for label, row in test["per_class"].items()
+    top5 = [("test top-5", f"{test['top5']:.2%}")] if len(spec.labels) > 5 else []  # else all are among them
+    return [
+        ("architecture", f"{spec.arch}, {train['parameters']:,} parameters"),
+        ("trained on", spec.trained_on),
+        ("test accuracy", f"{test['accuracy']:.2%} of {test['pictures']:,} pictures"),
+        ("baseline", f"{test['baseline']:.2%}: all of them given the label of the largest class"),
+        *top5,
+        ("macro F1", f"{test['macro']['f1']:.4f}"),
+        ("calibration error", f"{test['ece']:.4f} ({test['ece_uncalibrated']:.4f} without temperature)"),
+        ("validation accuracy", f"{metrics['val']['accuracy']:.2%} (epoch {train['best_epoch']:g})"),
+        ("training", f"{train['epochs']:g} epochs in {train['seconds']:.0f} s on {train['device']}"),
+        ("pixels", f"centred square, {spec.size}×{spec.size} px (short edge {spec.resize})"),
+        ("weights SHA-256", spec.weights_sha256),
     ]
-    off = confusion - np.diag(np.diag(confusion))
-    pairs = [divmod(int(i), len(spec.labels)) for i in off.flatten().argsort()[::-1][:CONFUSIONS]]
-    confused = [(spec.labels[t], spec.labels[a], int(off[t, a])) for t, a in pairs if off[t, a]]
-    return _PAGE.format(
-        title=html.escape(f"{spec.arch} on {spec.trained_on}"),
-        facts=_table((), facts.items()),
-        per_class=_table(("class", "precision", "recall", "F1", "pictures"), per_class),
-        confused=_table(("truth", "answer", "pictures"), confused) if confused else "<p>None.</p>",
+
+
+def _matrix(confusion: np.ndarray, labels: tuple[str, ...]) -> str:
+    """A table with the labels; of very many classes the picture without them."""
+    if len(labels) > MOST_NAMED_CLASSES:
+        return '<img src="confusion.png" alt="confusion matrix of the test pictures">'
+    head = "".join(f"<th><span>{html.escape(label)}</span></th>" for label in labels)
+    rows = []
+    for label, counts, shares in zip(labels, confusion, _shares(confusion), strict=True):
+        cells = "".join(
+            f'<td style="--share: {share:.2f}">{count or ""}</td>' for count, share in zip(counts, shares, strict=True)
+        )
+        rows.append(f"<tr><th>{html.escape(label)}</th>{cells}</tr>")
+    return (
+        '<div class="matrix"><table><caption>rows: truth; columns: answer; shades: share of the row</caption>'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _confused(confusion: np.ndarray, labels: tuple[str, ...]) -> str:
+    off = confusion - np.diag(np.diag(confusion))
+    pairs = [divmod(int(i), len(labels)) for i in off.flatten().argsort()[::-1][:CONFUSIONS]]
+    rows = [(labels[t], labels[a], int(off[t, a])) for t, a in pairs if off[t, a]]
+    return _table(("truth", "answer", "pictures"), rows) if rows else "<p>None.</p>"
+
+
+def _mistakes(mistakes: list[int], test: Split, probabilities: Tensor, labels: tuple[str, ...]) -> str:
+    """Each picture of mistakes.png with its answer, its truth and its file's name."""
+    if not mistakes:
+        return "<p>None.</p>"
+    figures = []
+    for i, place in enumerate(mistakes):
+        answer, truth = labels[int(probabilities[place].argmax())], labels[int(test.targets[place])]
+        left, top = i % COLUMNS * TILE, i // COLUMNS * TILE
+        name = test.names[place].encode(errors="replace").decode()  # it may be no UTF-8
+        figures.append(
+            f'<figure><img src="mistakes.png" alt="" style="object-position: -{left}px -{top}px"><figcaption>'
+            f"{html.escape(answer)} {float(probabilities[place].max()):.0%}<br>truth: {html.escape(truth)}<br>"
+            f"<small>{html.escape(name)}</small></figcaption></figure>"
+        )
+    return f'<div class="mistakes">{"".join(figures)}</div>'
+
+
+def _per_class(metrics: dict[str, Any], data: Data) -> str:
+    train, val = (torch.bincount(s.targets, minlength=len(data.labels)).tolist() for s in (data.train, data.val))
+    rows = [
+        (
+            label,
+            f"{row['precision']:.3f}",
+            f"{row['recall']:.3f}",
+            f"{row['f1']:.3f}",
+            train[i],
+            val[i],
+            row["pictures"],
+        )
+        for i, (label, row) in enumerate(metrics["test"]["per_class"].items())
+    ]
+    return _table(("class", "precision", "recall", "F1", "train pictures", "val", "test"), rows)
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:
@@ -150,10 +206,6 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
 
     top = f"<thead>{line(head, 'th')}</thead>" if head else ""
     return f"<table>{top}<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 16 else label[:15] + "…"
 
 
 _PAGE = """<!doctype html>
@@ -168,18 +220,25 @@ _PAGE = """<!doctype html>
   table {{ border-collapse: collapse; }}
   td, th {{ text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8884; overflow-wrap: anywhere; }}
   img {{ max-width: 100%; height: auto; background: white; border-radius: 6px; }}
+  .matrix {{ overflow-x: auto; }}
+  .matrix caption {{ text-align: left; }}
+  .matrix td {{ text-align: right; padding: .2rem .5rem; background: rgb(31 119 180 / calc(var(--share) * 80%)); }}
+  .matrix thead span {{ writing-mode: vertical-rl; }}
+  .mistakes {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
+  figure {{ margin: 0; width: {tile}px; overflow-wrap: anywhere; line-height: 1.3; }}
+  figure img {{ width: {tile}px; height: {tile}px; object-fit: none; image-rendering: pixelated; }}
 </style>
 <h1>{title}</h1>
 {facts}
 <h2>Curves</h2>
 <img src="curves.png" alt="loss, accuracy and learning rate over the epochs">
 <h2>Confusion matrix</h2>
-<img src="confusion.png" alt="confusion matrix of the test pictures">
+{matrix}
 <h2>Most often confused</h2>
 {confused}
 <h2>Most confident mistakes</h2>
-<img src="mistakes.png" alt="test pictures that were answered wrongly with the highest probability">
-<h2>Each class, test pictures</h2>
+{mistakes}
+<h2>Each class, on the test pictures</h2>
 {per_class}
 </html>
 """

@@ -31,6 +31,11 @@ class Schedule:
         """Since the run began, without the time between a kill and its resumption."""
         return time.perf_counter() - self._started
 
+    @property
+    def left(self) -> float:
+        """Seconds until the run ends, if it goes on as fast as it went; 0 if it has not begun."""
+        return self.seconds * (1 - self.progress) / self.progress if self.progress else 0.0
+
     def go_on_from(self, seconds: float) -> None:
         """Takes the run as having lasted `seconds` so far."""
         self._started = time.perf_counter() - seconds

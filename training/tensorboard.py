@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 
@@ -21,5 +22,5 @@ class Board:
             return
         for name, value in row.items():
             if name != "epoch":
-                self._writer.add_scalar(name, value, int(row["epoch"]))
+                self._writer.add_scalar(name, value, math.ceil(row["epoch"]))
         self._writer.flush()

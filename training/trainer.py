@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import architectures, checkpoint
 from model.architectures import train_mode
-from model.checkpoint import CheckpointError
+from model.checkpoint import CheckpointError, load_into
 from model.preprocessing import normalise
 from training import distributed
 from training.amp import amp_dtype
 from training.augmentation import Draws, Mix, draw_mix, flip_and_shift, jitter, shrink
+from training.batchnorm import estimate_statistics, slow_norms
 from training.config import TrainConfig
 from training.data import Data, on_device
 from training.ema import Ema
@@ -31,6 +33,7 @@ from training.schedule import Schedule
 
 STATE_VERSION = 3  # of last.ckpt, and of what the options mean
 STEPS_A_LOOK = 50  # between two looks at the loss: reading it waits for the device
+SECONDS_A_LOOK = 10  # after which one process alone looks before that
 
 
 class Diverged(RuntimeError):
@@ -86,6 +89,7 @@ class Trainer:
         self._cache_wanted = config.cache_features
         self.ema = Ema(network, config.ema) if config.ema else None
         self.optimizer = make_optimizer(network, config, self._frozen if config.unfreeze_at else ())
+        self._slow_norms = slow_norms(network)
         self.schedule = Schedule(self.optimizer, config, interrupted)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self._dtype is torch.float16)
         self.generator = torch.Generator().manual_seed(config.seed)  # of the order and the augmentation
@@ -105,10 +109,11 @@ class Trainer:
         """Trains on every picture once, in a new order; ends earlier where the schedule says that the run is over.
 
         Args:
-            on_step: called now and then with the loss and the pictures seen, for the progress bar.
+            on_step: called after each step with a recent loss and the pictures seen, to show progress.
 
         Returns:
-            "loss" (mean, nats) and "accuracy" (0..1) over the pictures seen, augmented as they were; "steps".
+            "loss" (mean, nats) and "accuracy" (0..1) over the pictures seen, augmented as they were; "steps", and
+            the "share" of the epoch's that they are, 0..1.
 
         Raises:
             Diverged: the loss became infinite or no number.
@@ -120,14 +125,19 @@ class Trainer:
         losses = torch.zeros(len(batches), device=self.device)  # of this process's share of each batch
         correct = torch.zeros((), device=self.device)
         rates: list[float] = []
+        shown, looked, count = math.nan, started, 0
         for step, places in enumerate(batches):
             if not self.schedule.before_step(len(self.history), step / len(batches)):
                 break
             losses[step], right = self.step(places, batches[step + 1] if step + 1 < len(batches) else None)
             correct += right
             rates.append(self.schedule.lr)
-            if step % STEPS_A_LOOK == 0:
-                on_step(self._check(losses, rates)[step], sum(map(len, batches[: step + 1])))
+            count += len(places)
+            now = time.perf_counter()
+            slow = distributed.world() == 1 and now - looked >= SECONDS_A_LOOK  # several would have to agree on it
+            if step % STEPS_A_LOOK == 0 or slow:
+                shown, looked = self._check(losses, rates)[step], now
+            on_step(shown, count)
         values = self._check(losses, rates)
         seen = [len(places) for places in batches[: len(rates)]]
         self._seen, self._seconds = self._seen + sum(seen), self._seconds + time.perf_counter() - started
@@ -135,6 +145,7 @@ class Trainer:
             "loss": sum(value * count for value, count in zip(values, seen, strict=True)) / max(sum(seen), 1),
             "accuracy": float(distributed.total(correct)) / max(sum(seen), 1),
             "steps": len(rates),
+            "share": len(rates) / len(batches),
         }
 
     def step(self, places: Tensor, coming: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -179,6 +190,12 @@ class Trainer:
             self.ema.update(self.network)
         return losses, correct
 
+    def estimate_statistics(self) -> None:
+        """Brings BatchNorm's statistics up to the weights before they are evaluated, where they would lag behind."""
+        if self._slow_norms:
+            batch = max(2, self._largest_part())
+            estimate_statistics(self.averaged, self._slow_norms, self.data.train, self.scale, batch)
+
     def evaluate(self) -> Tensor:
         """Logits of the val split: float32 (M, C), on the CPU."""
         if not self.features:
@@ -222,9 +239,9 @@ class Trainer:
             )
         if state["pictures"] != self._fingerprint():
             print("the pictures are not those that the run began with: it goes on with the new ones")
-        self.network.load_state_dict(state["network"])
+        load_into(self.network, state["network"])
         if self.ema:
-            self.ema.network.load_state_dict(state["ema"]["network"])
+            load_into(self.ema.network, state["ema"]["network"])
             self.ema.steps = state["ema"]["steps"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -284,6 +301,7 @@ class Trainer:
             for parameter in self._frozen:
                 parameter.requires_grad_(True)
             self._frozen, self.features = [], None
+            self._slow_norms = slow_norms(self.network)
             self._learn(self.network, config.compile)
         elif self._frozen and self._cache_wanted:
             self._cache_wanted, started = False, time.perf_counter()

@@ -1,0 +1,171 @@
+"""Trained weights to start from: torchvision's, in files shaped as they are published, and those of other runs."""
+
+import contextlib
+import copy
+import re
+from collections import OrderedDict
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.regnet import BlockParams
+
+from model import architectures, checkpoint
+from model.spec import ModelSpec
+from tests.folders import make_folder
+from train import main
+
+PUBLISHED = [name for name in architectures.names() if name not in architectures.OWN]
+
+
+def as_published(arch: str, network: nn.Module) -> OrderedDict[str, torch.Tensor]:
+    """A state_dict as torchvision's older files are: for ImageNet's 1,000 classes, without the counters of BatchNorm,
+    with the old names of densenet's layers.
+
+    Args:
+        network: ours, for some other number of classes.
+    """
+    state, old = network.state_dict(), r"(denselayer\d+\.(?:norm|conv))([12]\.)"
+    named = {re.sub(old, r"\1.\2", name): value for name, value in state.items() if "num_batches_tracked" not in name}
+    named |= {name: torch.rand(1000, *named[name].shape[1:]) for name in architectures.head_names(network)}
+    if arch in ("googlenet", "inception_v3"):  # they have more heads, which only ImageNet training has
+        whole = torchvision.models.get_model(arch, aux_logits=True, init_weights=False).state_dict()
+        named |= {n: value for n, value in whole.items() if n not in named and "num_batches_tracked" not in n}
+    file = OrderedDict(named)
+    file._metadata = OrderedDict({"": state._metadata[""]})  # where MNASNet's layout has its version
+    return file
+
+
+@contextlib.contextmanager
+def without_memory(monkeypatch):
+    """Networks are built on the meta device; regnets compute their widths with tensors, which must have values."""
+    real = BlockParams.from_init_params.__func__
+
+    def on_the_cpu(cls, *arguments, **options):
+        with torch.device("cpu"):
+            return real(cls, *arguments, **options)
+
+    monkeypatch.setattr(BlockParams, "from_init_params", classmethod(on_the_cpu))
+    with torch.device("meta"):
+        yield
+
+
+@pytest.mark.parametrize("arch", PUBLISHED)
+def test_published_weights_fit_every_architecture_that_has_some(arch, monkeypatch, tmp_path):
+    """By names and shapes, from torchvision itself and from its file."""
+    size, _ = architectures.default_size(arch)
+    with without_memory(monkeypatch):
+        network = architectures._build(arch, 1013, size)
+        file = as_published(arch, network)
+        monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: copy.copy(file))
+        head = architectures.head_names(network)
+        assert architectures.load_pretrained(network, arch, architectures.read_pretrained(arch)) == head
+        monkeypatch.setattr(architectures, "load_state_dict", lambda _: file)
+        given = architectures.read_pretrained(arch, tmp_path / "file.pth")
+        assert architectures.load_pretrained(network, arch, given) == head
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder where torchvision looks for files before it downloads them."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def publish(arch, cache):
+    torch.manual_seed(1)
+    file = as_published(arch, architectures.build(arch, 3, 224))
+    path = cache / torchvision.models.get_model_weights(arch).DEFAULT.url.rsplit("/", 1)[1]
+    torch.save(file, path)
+    return file, path
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "densenet121", "mnasnet0_5", "squeezenet1_1"])
+def test_published_files_give_the_network_their_values(arch, cache):
+    file, path = publish(arch, cache)
+    for given in (architectures.read_pretrained(arch), architectures.read_pretrained(arch, path)):
+        torch.manual_seed(2)
+        network = architectures.build(arch, 5, 224)
+        left = architectures.load_pretrained(network, arch, given)
+        state = network.state_dict()
+        assert left == architectures.head_names(network)
+        same = [n for n, value in given.state.items() if n in state and n not in left and torch.equal(state[n], value)]
+        assert len(same) >= len(file) - len(left)
+
+
+def test_the_command_for_own_pictures_works_with_a_published_file(cache, tmp_path, capsys):
+    publish("resnet18", cache)
+    folder = make_folder(tmp_path / "colours", count=12)
+    command = ["--data", str(folder), "--arch", "resnet18", "--pretrained", "--freeze", "--epochs", "2", "--size", "32"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert "weights: torchvision's weights; from scratch: fc.weight, fc.bias" in capsys.readouterr().out
+
+
+def test_a_damaged_file_of_published_weights_is_one_line(cache, tmp_path, capsys):
+    path = publish("squeezenet1_1", cache)[1]
+    path.write_bytes(path.read_bytes()[:5000])
+    assert main(["--data", "digits", "--arch", "squeezenet1_1", "--pretrained", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert f"--pretrained: {path}: damaged (" in error
+    assert "delete it and try again" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [["--pretrained"], ["--weights", "none.pt"], ["--weights", "other.pt"]], ids=str)
+def test_weights_that_cannot_be_had_are_said_before_a_picture_is_read(options, cache, tmp_path, monkeypatch, capsys):
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    def reads(*_, **__):
+        raise AssertionError("the data was read first")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    monkeypatch.setattr("train.training_data.load", reads)
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
+    assert main(["--data", "digits", "--arch", "resnet18", "--size", "32", *options, "--out", "run"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_alone_does_not_learn_from_random_features(tmp_path, capsys):
+    assert main(["--data", "digits", "--freeze", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "random features; pass --pretrained or --weights FILE, or leave --freeze out" in error
+    assert error.count("\n") == 1
+
+
+def test_weights_bring_the_mean_and_std_of_the_spec_beside_them(tmp_path):
+    """Googlenet's published weights want 0.5, those that were trained here from scratch ImageNet's."""
+    state = architectures.build("googlenet", 10, 64).state_dict()
+    checkpoint.save(state, tmp_path / "model.pt")
+    assert architectures.read_pretrained("googlenet", tmp_path / "model.pt").mean == (0.5, 0.5, 0.5)
+    spec = {"arch": "googlenet", "labels": ("a", "b"), "size": 64, "resize": 64}
+    spec |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    ModelSpec(**spec, weights_sha256=architectures.sha256(tmp_path / "model.pt")).save(tmp_path / "spec.json")
+    found = architectures.read_pretrained("googlenet", tmp_path / "model.pt")
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    ModelSpec(**spec, weights_sha256="0" * 64).save(tmp_path / "spec.json")  # of other weights
+    assert architectures.read_pretrained("googlenet", tmp_path / "model.pt").mean == (0.5, 0.5, 0.5)
+
+
+def test_a_run_keeps_the_mean_and_std_of_the_weights_that_it_began_with(run, tmp_path):
+    weights = tmp_path / "first" / "model.pt"
+    weights.parent.mkdir()
+    weights.write_bytes((run / "model.pt").read_bytes())
+    values = ModelSpec.load(run)
+    changed = ModelSpec(**{**values.__dict__, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)})
+    changed.save(weights.parent / "spec.json")
+    assert main(["--data", "digits", "--epochs", "1", "--weights", str(weights), "--out", str(tmp_path / "run")]) == 0
+    assert ModelSpec.load(tmp_path / "run").mean == (0.1, 0.2, 0.3)
+
+
+def test_a_network_whose_layout_has_a_version_is_restored_from_plain_tensors(tmp_path):
+    """MNASNet refuses a plain dict, which training keeps its best weights as."""
+    first, second = (architectures.build("mnasnet0_5", 3, 32) for _ in range(2))
+    checkpoint.save(first.state_dict(), tmp_path / "model.pt")
+    checkpoint.load_into(second, checkpoint.load_state_dict(tmp_path / "model.pt"))
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
