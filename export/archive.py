@@ -21,7 +21,7 @@ from handler.golden import FILE as GOLDEN
 PROJECT = Path(__file__).resolve().parent.parent
 HANDLER = PROJECT / "handler"
 BESIDE_HANDLER = (
-    *("backends.py", "bodies.py", "explanations.py", "golden.py", "measures.py"),
+    *("backends.py", "bodies.py", "decoder_process.py", "explanations.py", "golden.py", "measures.py"),
     *("worker.py", "sitecustomize.py"),
 )
 FROM_EXPORT = ("index_to_name.json", GOLDEN, CARD)

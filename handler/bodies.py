@@ -35,6 +35,7 @@ STATUSES = {
     "not_a_picture": (415, "Unsupported Media Type"),
     "unsupported_kind": (415, "Unsupported Media Type"),
     "truncated": (422, "Unprocessable Entity"),
+    "too_slow": (422, "Unprocessable Entity"),
     "no_time": (503, "Service Unavailable"),  # the server's fault, and asking again may help
 }
 

@@ -35,15 +35,17 @@ import bodies
 import explanations
 import numpy as np
 import worker
+from decoder_process import DecoderProcess
 from golden import Golden
 from measures import Measures
-from pictures import MAX_PIXELS, PictureError, crop, read
+from pictures import MAX_PIXELS, NO_MEMORY, PictureError, crop, read
 from PIL import Image
 
 CHUNK = 64  # pictures decoded and put through the network at a time: bounds the memory of requests with many
 STAGES = ("decode", "forward", "post")  # of which the time is told
 MAX_PICTURES = 256  # of one request: a few kilobytes of tiny pictures could otherwise block a worker for minutes
 DECODE_SECONDS = 12.0  # for all pictures of a batch: TorchServe replaces a worker that takes longer than 30
+SEVERAL_SECONDS = 2.0  # after which those of requests with several are put off: 256 may be large, and neighbours wait
 FORWARD_SECONDS = 20.0  # after a batch has begun nothing more is put through the network, nor explained
 MAX_EXPLAINED = 8  # of one request, whatever max_pictures says: each costs as much as a hundred predictions
 EMPTY = "the request has no bytes; send an image, or the header `health: True` to ask whether the model is healthy"
@@ -53,7 +55,7 @@ EXPLANATIONS_OFF = "explanations are off; the operator can switch them on with `
 class ClassifierHandler:
     """Decodes, batches, infers and answers. The settings are those of model-config.yaml."""
 
-    until = float("inf")  # time.monotonic() at which the pictures of a batch that are still to decode are put off
+    started = float("inf")  # time.monotonic() of the batch
 
     def initialize(self, context):
         """Reads the settings and the spec, loads the backend, and checks it, so that the first client does not wait.
@@ -69,6 +71,7 @@ class ClassifierHandler:
         self.max_pictures = _setting(settings, "max_pictures", MAX_PICTURES)
         if not system.get("limit_max_image_pixels", True):
             self.max_pixels = None  # the operator lifted the limit in config.properties
+        self.decoder = DecoderProcess(self.max_pixels) if os.name == "posix" else None
         self.spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
         self.size, self.resize = self.spec["size"], self.spec["resize"]
         names = json.loads((folder / "index_to_name.json").read_text(encoding="utf-8"))
@@ -99,6 +102,8 @@ class ClassifierHandler:
         self.golden, self.device = Golden(folder), "cpu" if gpu is None else "gpu"
         if complaint := self._check_golden():
             raise ValueError(complaint)
+        if self.decoder:
+            self.decoder.wait()  # it has started meanwhile
         worker.tune()
 
     def handle(self, requests, context):
@@ -114,7 +119,8 @@ class ClassifierHandler:
         started, latest = time.perf_counter(), time.monotonic() + FORWARD_SECONDS
         seconds = dict.fromkeys(STAGES, 0.0)
         parsed = [self._parse(request, context, i) for i, request in enumerate(requests)]
-        outcomes = self._classify([picture for _, _, pictures in parsed for picture in pictures.values()], seconds)
+        pictures = [(picture, len(its) > 1) for _, _, its in parsed for picture in its.values()]
+        outcomes = self._classify(pictures, seconds)
         coming, until = iter(outcomes), min(latest, time.monotonic() + explanations.SECONDS)
         answers = []
         for i, (kind, shape, pictures) in enumerate(parsed):
@@ -144,10 +150,16 @@ class ClassifierHandler:
         return "explanation", *bodies.parse(request, json_fields, min(self.max_pictures, MAX_EXPLAINED))
 
     def _classify(self, pictures, seconds):
-        """An answer or a PictureError for each of `pictures`, in order. Adds to `seconds` what the stages took."""
+        """An answer or a PictureError for each of `pictures`, in order. Adds to `seconds` what the stages took.
+
+        Args:
+            pictures: each with whether it is one of several in its request.
+        """
         outcomes, last = [], time.perf_counter()
-        self.until = time.monotonic() + DECODE_SECONDS
         latest = time.monotonic() + FORWARD_SECONDS
+        self.started = time.monotonic()
+        if self.decoder:
+            self.decoder.begin_batch()
         for chunk in self._decoded(pictures):
             decoded = time.perf_counter()
             good = [i for i, outcome in enumerate(chunk) if not isinstance(outcome, PictureError)]
@@ -167,32 +179,34 @@ class ClassifierHandler:
         """Lists of at most CHUNK crops or PictureErrors; with threads, the next is on its way while one is used."""
         chunks = (pictures[start : start + CHUNK] for start in range(0, len(pictures), CHUNK))
         if self.pool is None:
-            yield from ([self._decode(picture) for picture in chunk] for chunk in chunks)
+            yield from ([self._decode(*picture) for picture in chunk] for chunk in chunks)
             return
         coming = None
         for chunk in chunks:
-            coming, ready = self.pool.map(self._decode, chunk), coming
+            coming, ready = self.pool.map(self._decode, *zip(*chunk, strict=True)), coming
             if ready is not None:
                 yield list(ready)
         if coming is not None:
             yield list(coming)
 
-    def _decode(self, picture):
+    def _decode(self, picture, is_of_several=False):
         """The crop of one picture, uint8 (S, S, 3), or its PictureError."""
         if isinstance(picture, PictureError):
             return picture
-        if time.monotonic() > self.until:  # a file of 2 kB may hold 50 megapixels, and a request 256 of them
-            return PictureError(
-                "no_time", f"the pictures of a batch have {DECODE_SECONDS:g} s; ask again, for fewer at once"
-            )
+        allowed = SEVERAL_SECONDS if is_of_several else DECODE_SECONDS
+        if time.monotonic() > self.started + allowed:
+            return PictureError("no_time", f"the pictures of a batch have {allowed:g} s; ask again, for fewer at once")
         try:
             if isinstance(picture, np.ndarray):
                 return crop(Image.fromarray(picture), self.size, self.resize)
-            return read(picture, self.size, self.resize, self.max_pixels)
+            return read(picture, self.size, self.resize, self.max_pixels, self.decoder and self._read_elsewhere)
         except PictureError as error:
-            return error
-        except MemoryError:  # also where a side is too long for Pillow
-            return PictureError("too_many_pixels", "there is no memory for this picture; send a smaller one")
+            return error.bare()
+        except MemoryError:
+            return PictureError("too_many_pixels", NO_MEMORY)
+
+    def _read_elsewhere(self, file):
+        return self.decoder.read(file, self.size, self.resize)
 
     def _infer(self, crops):
         """Crops uint8 (N, S, S, 3) to N dicts of the best labels and their probabilities."""

@@ -160,3 +160,6 @@ def handler_can_import_its_neighbours(tmp_path_factory: pytest.TempPathFactory) 
     for path in (PROJECT / "model" / "pictures.py", *beside):
         (folder / path.name).write_bytes(path.read_bytes())
     sys.path.insert(0, str(folder))
+    import decoder_process
+
+    decoder_process.BATCH_SECONDS = 60.0  # this machine may stall for seconds

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -95,9 +96,10 @@ def b64(body):
 
 def test_the_archive_holds_what_it_needs_and_no_more(unpacked):
     assert {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()} == {
-        "MAR-INF/MANIFEST.json", "classifier_handler.py", "pictures.py", "backends.py", "bodies.py", "explanations.py",
-        "golden.py", "measures.py", "worker.py", "sitecustomize.py", "digits.pt", "digits.crops.onnx", "spec.json",
-        "index_to_name.json", "golden.json", "MODEL_CARD.md", "model-config.yaml",
+        "MAR-INF/MANIFEST.json", "classifier_handler.py", "pictures.py", "backends.py", "bodies.py",
+        "decoder_process.py", "explanations.py", "golden.py", "measures.py", "worker.py", "sitecustomize.py",
+        "digits.pt", "digits.crops.onnx", "spec.json", "index_to_name.json", "golden.json", "MODEL_CARD.md",
+        "model-config.yaml",
     }  # fmt: skip
 
 
@@ -275,6 +277,44 @@ def test_a_picture_without_memory_costs_its_neighbours_nothing(ask, sample, labe
     large, good = ask({"body": b"large"}, {"body": sample})
     assert (large[0], large[1]["type"]) == (413, "too_many_pixels")
     assert (good[0], next(iter(good[1]))) == (200, label)
+
+
+def test_a_refused_picture_keeps_none_of_its_memory(ask, sample, monkeypatch):
+    """Its error once held the decoder, and with it the pixels, until the whole batch was answered."""
+    infer, held = ask.handler._infer, []
+
+    def look(crops):
+        held.extend(one for one in gc.get_objects() if isinstance(one, Image.Image) and one.size == (900, 700))
+        return infer(crops)
+
+    monkeypatch.setattr(ask.handler, "_infer", look)
+    whole = save(gradient(900, 700), "JPEG")
+    cut = {"body": whole[: len(whole) // 2]}
+    *refused, good = ask(*[cut] * 3, {"body": sample})
+    assert {answer["type"] for _, answer, _ in refused} == {"truncated"}
+    assert (good[0], held) == (200, [])
+
+
+def test_what_is_not_plain_is_decoded_in_another_process(ask, monkeypatch):
+    opened = ask.handler._decode.__globals__["read"].__globals__["Image"]
+    monkeypatch.setattr(opened, "open", lambda *_, **__: pytest.fail("opened in the worker"))
+    for name in ("bmp", "gif animation", "tiff lzw", "png grey 16", "jpeg cmyk"):
+        ((status, answer, _),) = ask({"body": GOOD[name][0]})
+        assert (status, len(answer)) == (200, 5), name
+
+
+def test_a_picture_that_is_too_slow_has_its_status(ask, sample, monkeypatch):
+    from bodies import STATUSES
+    from decoder_process import DecoderProcess
+    from pictures import PictureError
+
+    def slow(*_):
+        raise PictureError("too_slow", "decoding this picture takes over 1 s")
+
+    monkeypatch.setattr(DecoderProcess, "read", slow)
+    first, good = ask({"body": GOOD["bmp"][0]}, {"body": sample})
+    assert (first[0], first[1]["type"]) == (STATUSES["too_slow"][0], "too_slow")
+    assert good[0] == 200
 
 
 def test_halves_of_utf_16_pairs_in_json_cost_nobody_an_answer(ask, sample, label):
@@ -542,8 +582,8 @@ def test_an_explanation_without_memory_costs_its_neighbours_nothing(ask, sample,
     assert (status, answer["type"]) == (503, "no_time")
 
 
-def test_giants_do_not_keep_a_worker_longer_than_torchserve_waits(ask, sample, label, monkeypatch):
-    """256 files of 2 kB, of 49 megapixels each, would take it two minutes; it is replaced after half of one.
+def test_giants_in_a_request_of_several_do_not_keep_their_neighbours_waiting(ask, sample, label, monkeypatch):
+    """256 files of 50 kB, of 16 megapixels each, would take it half a minute.
 
     Here by a clock on which each decoding takes a second.
     """
@@ -554,12 +594,16 @@ def test_giants_do_not_keep_a_worker_longer_than_torchserve_waits(ask, sample, l
         clock.now += 1
         return read(*arguments)
 
-    for name, value in (("read", slow), ("time", clock), ("DECODE_SECONDS", 3.5)):
+    for name, value in (("read", slow), ("time", clock), ("SEVERAL_SECONDS", 3.5)):
         monkeypatch.setitem(names, name, value)
     early, giants, late = ask({"body": sample}, {"body": {"instances": [b64(sample)] * 256}}, {"body": sample})
     assert (early[0], next(iter(early[1]))) == (200, label)
     assert [answer.get("type") for answer in giants[1]["predictions"]] == [None] * 3 + ["no_time"] * 253
-    assert (late[0], late[1]["type"]) == (503, "no_time")
+    assert (late[0], next(iter(late[1]))) == (200, label)  # the only one of its request is not put off
+    monkeypatch.setitem(names, "DECODE_SECONDS", -1)  # but for the time after which TorchServe gives up
+    ((status, answer, _),) = ask({"body": sample})
+    assert (status, answer["type"]) == (503, "no_time")
+    monkeypatch.setitem(names, "DECODE_SECONDS", 12)
     assert ask({"body": sample})[0][0] == 200  # the next batch has its own time
 
 

@@ -149,19 +149,17 @@ def test_a_body_of_200_mb_is_refused_or_cut_off_and_fills_no_memory(lonely, post
 @pytest.mark.server
 def test_a_request_of_256_giants_is_answered_in_time_and_the_worker_lives(lonely, post, good):
     workers, (body, expected) = workers_of(lonely), good[0]
-    giant = base64.b64encode(save(Image.new("RGB", (7_000, 7_000)), "WEBP", lossless=True, method=0)).decode()
+    giant = base64.b64encode(save(Image.new("L", (4_000, 4_000)), "PNG")).decode()
     giants = json.dumps({"instances": [{"b64": giant}] * 256})
+    assert len(giants) < 10_000_000
     with ThreadPoolExecutor(CLIENTS) as pool:
         asked = pool.submit(post, giants, JSON)
         neighbours = list(pool.map(post, [body] * 20))
         reply = asked.result()
     assert reply.status_code == 200
     assert {answer.get("type") for answer in reply.json()["predictions"]} <= {None, "no_time"}
-    for neighbour in neighbours:  # it was right, or it is to ask again
-        if neighbour.status_code == 200:
-            assert neighbour.json() == pytest.approx(expected, abs=1e-5)
-        else:
-            assert (neighbour.status_code, neighbour.json()["type"]) == (503, "no_time")
+    for neighbour in neighbours:
+        assert neighbour.json() == pytest.approx(expected, abs=1e-5)
     assert post(body).json() == pytest.approx(expected, abs=1e-5)
     assert workers_of(lonely) == workers
 

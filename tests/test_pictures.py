@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from model import pictures
-from model.pictures import MAX_PIXELS, PictureError, crop, decode, read
+from model.pictures import MAX_PIXELS, PictureError, crop, decode, is_plain, read
+from tests.hostile_images import IMAGES, exif_of_rationals, jpeg_of_markers, png, png_header, png_pixels, tiff
 from tests.kinds import BAD, GOOD, gradient, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged files: no error outside tests either
@@ -185,3 +186,162 @@ def test_a_jpeg_file_of_too_many_scans_is_refused_and_what_only_looks_like_scans
     with pytest.raises(PictureError, match="of 2010 scans") as caught:
         decode(progressive[:-2] + last * 2_000 + progressive[-2:])
     assert caught.value.cause == "unsupported_kind"
+
+
+# What is plain, and what large or hostile files cost
+
+
+def test_the_search_for_scans_looks_at_each_byte_once():
+    """A search that backtracks looks at 5 billion bytes of this file, and training on it would never end."""
+    body = jpeg_of_markers()
+    assert is_plain(body)
+    assert decode(body).size == (64, 48)
+    assert pictures._MARKER.search(b"\xff" * 4_000_000 + b"\0") is None
+
+
+def test_plain_are_the_files_of_cameras_and_encoders_and_nothing_odd():
+    assert {name for name in GOOD if is_plain(GOOD[name][0])} == {
+        *("jpeg", "jpeg progressive", "jpeg grey", *(f"jpeg turned {o}" for o in range(1, 9))),
+        *("png", "png grey", "png bilevel", "png palette", "png palette with transparency", "png alpha", "one pixel"),
+        *("png grey alpha", "png interlaced", "webp", "webp alpha"),
+    }
+    assert {name for name, body in IMAGES.items() if is_plain(body)} == {"jpeg of markers", "png of 16 megapixels"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "options", "expected"),
+    [
+        ("JPEG", (4_608, 3_456), {}, True),
+        ("JPEG", (5_000, 4_000), {}, False),
+        ("JPEG", (2_000, 2_000), {"progressive": True}, True),
+        ("JPEG", (3_000, 2_000), {"progressive": True}, False),
+        ("PNG", (4_608, 3_456), {}, True),
+        ("PNG", (5_000, 4_000), {}, False),
+        ("WEBP", (2_000, 2_000), {"method": 0}, True),
+        ("WEBP", (3_000, 2_000), {"method": 0}, False),
+        ("WEBP", (3_000, 2_000), {"method": 0, "lossless": True}, False),
+    ],
+)
+def test_plain_ends_at_16_megapixels_and_earlier_where_a_decoder_holds_more(kind, size, options, expected):
+    assert is_plain(save(Image.new("RGB", size), kind, **options)) is expected
+
+
+def test_an_animation_a_huge_profile_and_what_is_cut_are_not_plain():
+    frames = [gradient(), gradient(24, 18).rotate(90)]
+    for kind in ("WEBP", "PNG"):
+        assert not is_plain(save(frames[0], kind, save_all=True, append_images=frames[1:]))
+    pixels, end = png_pixels(16, 12), (b"IEND", b"")
+    assert is_plain(png(png_header(16, 12), *[(b"tEXt", b"a\0b")] * 100, pixels, end))
+    assert not is_plain(png(png_header(16, 12), *[(b"tEXt", b"a\0b")] * 200, pixels, end))
+    assert not is_plain(png(png_header(16, 12), (b"iCCP", bytes(2_000_000)), pixels, end))
+    assert not is_plain(png(png_header(16, 12), *[(b"IDAT", b"")] * 5_000, pixels, end))
+    for kind in ("JPEG", "PNG", "WEBP"):
+        body = save(gradient(), kind)
+        assert not any(is_plain(body[:length]) for length in range(20))
+    assert not is_plain(save(gradient(), "PNG") + bytes(8_000_000))
+
+
+@given(st.binary(max_size=100), st.sampled_from(sorted(GOOD)), st.integers(0, 300))
+def test_whether_a_damaged_file_is_plain_is_always_answered(noise, name, place):
+    body = GOOD[name][0]
+    assert is_plain(body[:place] + noise + body[place + len(noise) :]) in (True, False)
+
+
+@given(
+    width=st.integers(1, 60),
+    height=st.integers(1, 60),
+    size=st.integers(1, 40),
+    margin=st.sampled_from([1.0, 1.14]),
+    orientation=st.integers(1, 8),
+    mode=st.sampled_from(["RGB", "L", "P", "RGBA", "LA", "CMYK", "I;16", "1"]),
+    strip=st.integers(1, 500),
+)
+def test_a_crop_made_in_strips_is_the_crop_of_the_whole(width, height, size, margin, orientation, mode, strip):
+    colours = np.random.default_rng(width * height).integers(0, 256, (height, width, 4), np.uint8)
+    picture = Image.fromarray(colours)
+    if mode == "I;16":
+        picture = Image.fromarray(colours[..., 0].astype(np.uint16) * 257)
+    elif mode != "RGBA":
+        picture = picture.convert("L" if mode == "LA" else "RGB").convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    body = save(picture, "PNG" if mode in ("P", "LA", "1") else "TIFF", exif=exif)
+    resize = max(1, round(size * margin))
+    with mock.patch.object(pictures, "STRIP", strip):
+        got = read(body, size, resize)
+    np.testing.assert_array_equal(got, crop(decode(body), size, resize))
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_an_image_is_turned_as_pillow_turns_it(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    body = save(gradient(), kind, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(body))).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(decode(body)), np.asarray(expected))
+
+
+def test_xmp_turns_an_image_where_exif_does_not():
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    assert decode(save(gradient(40, 30), "JPEG", xmp=xmp)).size == (30, 40)
+
+
+def test_of_exif_only_the_orientation_is_read(monkeypatch):
+    body = png(png_header(16, 12), (b"eXIf", exif_of_rationals(1, 1_000)), png_pixels(16, 12), (b"IEND", b""))
+    monkeypatch.setattr(Image.Exif, "tobytes", lambda *_: pytest.fail("all of it is written anew"))
+    monkeypatch.setattr(Image.Exif, "load", lambda *_: pytest.fail("all of it is read"))
+    assert decode(body).size == (12, 16)
+
+
+@pytest.mark.parametrize("name", ["png of one row", "png of one column", "tiff of fax lines", "bmp of runs"])
+def test_a_side_that_is_too_long_is_refused_before_it_is_decoded(name, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(PictureError, match="is too long: a side of at most 65,500 px is accepted") as caught:
+        decode(IMAGES[name])
+    assert caught.value.cause == "too_many_pixels"
+    monkeypatch.undo()
+    assert decode(save(Image.new("L", (65_500, 2)), "PNG")).size == (65_500, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "reason"),
+    [
+        ("tiff of a large tile", "too_many_pixels", "46336×46336 px"),
+        ("tiff of a million strips", "unsupported_kind", "1,200,000 strips"),
+        ("jpeg of exif", "unsupported_kind", "450000 EXIF segments"),
+    ],
+)
+def test_what_a_header_promises_is_looked_at_before_pillow_opens_it(name, cause, reason, monkeypatch):
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was opened"))
+    for attempt in (decode, lambda body: read(body, 32, 36)):
+        with pytest.raises(PictureError, match=reason) as caught:
+            attempt(IMAGES[name])
+        assert caught.value.cause == cause
+
+
+def test_a_tiff_whose_directory_is_nowhere_is_damaged():
+    body = tiff({256: (4, 1, 4)})
+    for start in (len(body) - 3, 2**32 - 1):
+        with pytest.raises(PictureError) as caught:
+            decode(body[:4] + start.to_bytes(4, "little") + body[8:])
+        assert caught.value.cause == "truncated"
+
+
+@pytest.mark.parametrize("attempt", [decode, lambda body: read(body, 32, 36)])
+def test_a_lack_of_memory_is_a_cause_too(attempt, monkeypatch):
+    def full(self):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", full)
+    with pytest.raises(PictureError, match="no memory") as caught:
+        attempt(GOOD["tiff"][0])
+    assert caught.value.cause == "too_many_pixels"
+
+
+def test_an_error_that_is_kept_keeps_no_decoder():
+    with pytest.raises(PictureError) as caught:
+        decode(BAD["jpeg cut in its pixels"][0])
+    bare = caught.value.bare()
+    assert (bare.cause, str(bare)) == (caught.value.cause, str(caught.value))
+    assert bare.__traceback__ is bare.__context__ is bare.__cause__ is None
