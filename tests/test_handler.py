@@ -352,9 +352,9 @@ KINDS = [body for body, *_ in (*GOOD.values(), *BAD.values())]
 @hypothesis_settings(max_examples=15)
 def test_an_answer_depends_on_nothing_but_its_picture(ask, threaded, picked):
     """Not on its neighbours, the size of the batch, the backend or the threads; errors included."""
-    alone = {i: ask.handler._classify([KINDS[i]], Counter())[0] for i in set(picked)}
+    alone = {i: ask.handler._classify([(KINDS[i], False)], Counter())[0] for i in set(picked)}
     for handler, tolerance in ((ask.handler, 1e-5), (threaded, 1e-4)):  # of a probability: export/parity.py's for crops
-        for i, got in zip(picked, handler._classify([KINDS[i] for i in picked], Counter()), strict=True):
+        for i, got in zip(picked, handler._classify([(KINDS[i], False) for i in picked], Counter()), strict=True):
             expected = alone[i]
             if isinstance(expected, dict):
                 every = dict.fromkeys(expected.keys() ^ got.keys(), 0.0)  # near ties at the end of the five
