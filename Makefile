@@ -1,6 +1,7 @@
 # make demo            everything once, on bundled digits
 # make test            lint, types and the whole test suite, the real TorchServe included, two files at a time
 #                      (JOBS=1: one after the other, with each file's name)
+# make test-portable   the numerical tests again, as other processors round: 10 minutes
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
 # make bench [DATA=…]  training (over 2 hours) and int8, whose figures stand in the README
@@ -15,14 +16,29 @@ DATA   ?= cifar10
 UV      = 0.13.9
 BIN     = .venv/bin
 
-.PHONY: demo test check serve bench bench-serving bench-reliability setup lock clean
+# What other processors would compute, on this one: ATen's plain kernels and random numbers, MKL's sums in the order that
+# is the same everywhere, oneDNN's convolutions without AVX-512 and without AVX. Each changes results here.
+PORTABLE  = "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE" ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=SSE41
+NUMERICAL = architectures augmentation backends calibration distributed evaluation explanations export fastnet features \
+	golden handler metrics preprocessing recipes reduced runtimes train trainer
+PARALLEL  = $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
+
+.PHONY: demo test test-portable check serve bench bench-serving bench-reliability setup lock clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
 	$(BIN)/python demo.py --at-least 0.95
 
 test: .venv/ready check
-	$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
+	$(BIN)/python -m pytest $(PARALLEL)
+
+# The variables do not reach ONNX Runtime: its integer kernels run on a processor without VNNI, which QEMU emulates.
+test-portable: .venv/ready
+	for settings in $(PORTABLE); do echo "== $$settings"; \
+		env $$settings $(BIN)/python -m pytest $(PARALLEL) -m "not server" $(NUMERICAL:%=tests/test_%.py) || exit; done
+	@if command -v qemu-x86_64 > /dev/null && [ "$$(uname -m)" = x86_64 ]; then \
+		INT8_EMULATOR="qemu-x86_64 -cpu Haswell" $(BIN)/python -m pytest -m int8 tests/test_reduced.py; \
+	else echo "SKIPPED: int8 on a processor without VNNI; on x86-64: apt-get install qemu-user"; fi
 
 check: .venv/ready
 	$(BIN)/ruff check .

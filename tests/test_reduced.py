@@ -5,8 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
+import tempfile
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -65,9 +71,42 @@ def use_made(made, monkeypatch):
     monkeypatch.setattr(reduced, "make_fp16", copy("fp16"))
 
 
+# A processor that this one emulates, and on it the tests marked `int8`; empty for this one. See `make test-portable`.
+EMULATOR = shlex.split(os.environ.get("INT8_EMULATOR", ""))
+
+
 def ask(path, batch):
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    """The first output. The processor's integer kernels may saturate: without VNNI they add pairs in 16 bits."""
+    return _run(path, batch) if not EMULATOR else _run_emulated(path, batch)
+
+
+def ask_exactly(path, batch):
+    """What an int8 file says, in float: no integer kernel takes part, so that every processor gives the same."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return _run(path, batch, options)
+
+
+def _run(path, batch, options=None):
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return session.run(None, {session.get_inputs()[0].name: batch})[0]
+
+
+def _run_emulated(path, batch):
+    code = """
+import sys, numpy, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = options.inter_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+numpy.save(sys.argv[3], session.run(None, {session.get_inputs()[0].name: numpy.load(sys.argv[2])})[0])
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, outputs = Path(folder) / "inputs.npy", Path(folder) / "outputs.npy"
+        np.save(inputs, batch)
+        command = [*EMULATOR, sys.executable, "-c", code, str(path), str(inputs), str(outputs)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+        assert done.returncode == 0, done.stderr
+        return np.load(outputs)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
@@ -139,6 +178,7 @@ def test_fp16_holds_its_weights_in_half_precision(made):
     assert (made / "digits.fp16.onnx").stat().st_size < 200_000  # 62,006 weights of 2 bytes, and the spec
 
 
+@pytest.mark.int8
 @pytest.mark.parametrize(("precision", "temperature"), [("int8", 1.0), ("int8", 1.7), ("fp16", 1.0)])
 def test_the_crop_graph_is_the_network_with_its_preprocessing_and_softmax_around_it(
     made, loaded, calibration, precision, temperature, tmp_path
@@ -155,19 +195,53 @@ def test_the_crop_graph_is_the_network_with_its_preprocessing_and_softmax_around
     torch.testing.assert_close(torch.from_numpy(ask(path, crops.numpy())), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.int8
 @pytest.mark.parametrize("file", ["digits.crops.int8.onnx", "digits.crops.fp16.onnx"])
 def test_a_picture_gets_the_same_answer_in_any_batch(made, calibration, file):
     together = ask(made / file, calibration[:7])
-    one_by_one = np.concatenate([ask(made / file, calibration[i : i + 1]) for i in range(7)])
-    np.testing.assert_allclose(together, one_by_one, atol=2e-3 if "fp16" in file else 1e-6)
+    in_parts = np.concatenate(
+        [ask(made / file, part) for part in (calibration[:1], calibration[1:3], calibration[3:7])]
+    )
+    np.testing.assert_allclose(together, in_parts, rtol=0, atol=2e-3 if "fp16" in file else 1e-4)
 
 
 def test_the_answers_stay_close_to_fp32(made, exported, calibration):
-    expected = ask(exported / "digits.crops.onnx", calibration)
+    expected = ask_exactly(exported / "digits.crops.onnx", calibration)
     for file, tolerance in (("digits.crops.int8.onnx", 0.2), ("digits.crops.fp16.onnx", 0.01)):
-        got = ask(made / file, calibration)
+        got = ask_exactly(made / file, calibration)
         assert np.abs(got - expected).max() < tolerance
-        assert (got.argmax(axis=1) == expected.argmax(axis=1)).mean() > 0.98
+        assert agreement(got, expected) > 0.95
+
+
+@pytest.mark.int8
+def test_a_processors_integer_kernels_give_nearly_the_answers_that_the_file_says(made, calibration):
+    """Where they saturate, a few pictures get quite another answer: on an emulated Haswell 2 of 128, by up to 0.87."""
+    expected = ask_exactly(made / "digits.crops.int8.onnx", calibration)
+    got = ask(made / "digits.crops.int8.onnx", calibration)
+    assert np.median(np.abs(got - expected).max(axis=1)) < 0.02
+    assert agreement(got, expected) > 0.9
+
+
+@pytest.mark.int8
+@pytest.mark.skipif(not EMULATOR, reason="make test-portable emulates a processor that saturates")
+def test_the_emulated_processor_saturates(tmp_path):
+    """64 products of 255 and 127, added in pairs of at most 2^15 - 1."""
+    helper, kinds = onnx.helper, onnx.TensorProto
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["input", "weight"], ["output"])],
+        "products",
+        [helper.make_tensor_value_info("input", kinds.UINT8, ["batch", 64])],
+        [helper.make_tensor_value_info("output", kinds.INT32, ["batch", 16])],
+        [onnx.numpy_helper.from_array(np.full((64, 16), 127, np.int8), "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "products.onnx")
+    assert (ask(tmp_path / "products.onnx", np.full((4, 64), 255, np.uint8)) == 32 * (2**15 - 1)).all()
+
+
+def agreement(got, expected):
+    """The share of pictures with the same best label."""
+    return (got.argmax(axis=1) == expected.argmax(axis=1)).mean()
 
 
 def test_the_same_seed_chooses_the_same_pictures_and_makes_the_same_file(made, run, loaded, exported, tmp_path):
@@ -183,9 +257,12 @@ def test_the_same_seed_chooses_the_same_pictures_and_makes_the_same_file(made, r
 
 def test_what_earns_it_is_kept_and_reported(run, folder, loaded, made, use_made):
     spec, classifier = loaded
-    rows = reduced.reduce_run(run, folder, "digits", spec, classifier, int8=True, fp16=True, min_speedup=ANY_SPEED)
+    rows = reduced.reduce_run(
+        run, folder, "digits", spec, classifier, int8=True, fp16=True, max_loss=20, min_speedup=ANY_SPEED
+    )  # without VNNI int8 may lose a point or two
     assert [(row.precision, row.kept, row.pictures) for row in rows] == [("int8", True, 360), ("fp16", True, 360)]
-    assert rows[0].accuracy_fp32 == pytest.approx(spec.metrics["accuracy"], abs=1e-3)  # as train.py measured it
+    measured = spec.metrics["accuracy"]  # by train.py
+    assert rows[0].accuracy_fp32 == pytest.approx(measured, abs=1.5 / 360)  # one near tie
     assert (rows[0].calibration_pictures, rows[0].seed) == (128, reduced.SEED)
     assert rows[0].speedup > 0
     for file in SMALLER:
