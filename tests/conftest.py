@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import itertools
 import os
 import random
+import shutil
+import signal
 import socket
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +42,14 @@ PROJECT = Path(__file__).resolve().parent.parent
 settings.register_profile("tests", deadline=None, print_blob=True)  # this machine may stall for seconds
 settings.load_profile("tests")
 
+# Where Python is told to keep nothing that it compiles, as some images do, every process that the tests start would
+# compile PyTorch and scikit-learn anew, for six seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+# A shell's background job (`make test &`) ignores Ctrl-C, and so would the programs that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @contextlib.contextmanager
 def reports(write: Callable[..., None]) -> Iterator[None]:
@@ -53,22 +65,47 @@ def _no_reports() -> Iterator[None]:
         yield
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder of this process's own, with what one of the processes of the test run made for all.
+
+    Args:
+        make: writes into the folder that it is given, which is named otherwise in the end.
+    """
+    base = factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / name).exists():
+            unfinished = Path(tempfile.mkdtemp(prefix=name, dir=shared))
+            make(unfinished)
+            unfinished.rename(shared / name)
+    return Path(shutil.copytree(shared / name, factory.mktemp(name), dirs_exist_ok=True))
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder: simplecnn on digits, as the README trains it."""
-    out = tmp_path_factory.mktemp("runs") / "digits"
-    with contextlib.redirect_stdout(io.StringIO()), reports(write_report):
-        trainer.train(TrainConfig(data="digits", arch="simplecnn", out=str(out)))
-    return out
+
+    def make(folder: Path) -> None:
+        with contextlib.redirect_stdout(io.StringIO()), reports(write_report):
+            trainer.train(TrainConfig(data="digits", arch="simplecnn", out=str(folder / "digits")))
+
+    return made_once(tmp_path_factory, "trained", make) / "digits"
 
 
 @pytest.fixture(scope="session")
-def exported(run: Path) -> Path:
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's export folder, with the archive. Its workers run ONNX Runtime, whatever is fastest on this machine."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        rows = export_run(run, wanted="onnx")
-    assert all(row.passed for row in rows)
-    return run / "export"
+
+    def make(folder: Path) -> None:
+        shutil.copytree(run, folder / "digits", ignore=shutil.ignore_patterns("serve"))
+        with contextlib.redirect_stdout(io.StringIO()):
+            rows = export_run(folder / "digits", wanted="onnx")
+        assert all(row.passed for row in rows)
+
+    made = made_once(tmp_path_factory, "exported", make) / "digits" / "export"
+    return Path(shutil.copytree(made, run / "export", dirs_exist_ok=True))
 
 
 @pytest.fixture(scope="session")
