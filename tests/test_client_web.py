@@ -548,7 +548,8 @@ def test_on_a_phone_the_answer_stands_next_to_the_image(browser, site, run, widt
             visit.choose("7-0.png", (run / "samples" / "7-0.png").read_bytes())
         else:
             visit.draw_by_finger(DIGITS["0"])
-            visit.wait_for("#page-answer .headline", "In this page: 0, ")
+            playwright.expect(visit.page.locator("#seen")).to_be_visible()
+            visit.wait_for("#page-answer .headline", "In this page: ")
         its, answers = boxes(image)
         assert its["x"] + its["width"] <= answers["x"] < width  # beside it,
         assert abs(its["y"] - answers["y"]) < 16  # at one height,

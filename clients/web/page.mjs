@@ -114,6 +114,8 @@ function showShown() {
   else if (!shown.outcome) showWaiting(place, "…");
   else if (shown.outcome.error) showError(place, HERE, shown.outcome.error);
   else showAnswer(place, HERE, shown.outcome.answer, shown.outcome.note);
+  // On a phone the answer to a file may be out of sight. While one draws nothing may move.
+  if (shown?.url && shown.outcome) find("result").scrollIntoView({ block: "nearest" });
 }
 
 async function askServer() {
@@ -139,7 +141,6 @@ function takeImages(files) {
       item.button = resultButton(item.name, item.url);
       item.button.addEventListener("click", () => (show(item), showShown(), askServer()));
     }
-  if (taken.length) find("result").scrollIntoView({ block: "nearest" }); // on a phone it may be below
   return setItems(taken);
 }
 
