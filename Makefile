@@ -6,7 +6,7 @@
 # make check           lint and types only
 # make bench [DATA=…]  training (over 2 hours) and int8, whose figures stand in the README
 # make bench-serving   ours against stock TorchServe, LitServe and BentoML: half an hour, and nothing else on the machine
-# make bench-reliability    load, bursts and faults: 17 minutes, and nothing else on the machine
+# make bench-reliability    load, bursts, faults, attacks: 25 minutes, and nothing else on the machine
 # make setup           only the environment; TORCH=cpu takes PyTorch's small CPU-only build
 
 PYTHON ?= python3

@@ -12,6 +12,7 @@ burst       400 connections, each asking again at once: far more than the queue 
 faults      each on a fresh server, asked by the Python client about pictures whose answers differ, each under a name of
             its own: none may be lost, answered twice or wrongly. Probes that try once only tell how long a fault is
             felt. Where nothing recovers by itself the server is started anew, as a supervisor would.
+attacks     the worst requests that are known (benchmarks/attacks.py), four connections at once, with good neighbours.
 
 Needs wrk; the full disk needs root, for a small tmpfs. Writes benchmarks/results/reliability.json and reliability.png.
 """
@@ -33,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.attacks import attack_line, is_harmless, part_attacks
 from benchmarks.faults import FAULTS, suffer
 from benchmarks.load import timed
 from benchmarks.machine import describe, save
@@ -62,6 +64,11 @@ GOALS: dict[str, dict[str, Callable[[Mapping[str, Any]], bool]]] = {
     "faults": {
         "the Python client is answered, once and rightly": lambda found: all(
             is_whole(one["client"]) for one in found.values() if "skipped" not in one
+        ),
+    },
+    "attacks": {
+        "no neighbour waits or fails, no worker is replaced, memory is bounded": lambda found: all(
+            map(is_harmless, found.values())
         ),
     },
 }
@@ -221,6 +228,9 @@ def table(results: Mapping[str, Any]) -> str:
     if found := results.get("faults"):
         lines += ["", "faults: by itself? s without any good answer, to the last disturbed one, to all workers ready"]
         lines += [line for name, one in found.items() for line in fault_lines(name, one)]
+    if found := results.get("attacks"):
+        lines += ["", "attacks: four connections at once, with good neighbours"]
+        lines += [f"  {attack_line(name, one)}" for name, one in found.items()]
     lines += [""]
     for part in [part for part in GOALS if part in results]:
         lines += [
@@ -299,6 +309,7 @@ PARTS = {
     "start": part_start,
     "burst": part_burst,
     "faults": part_faults,
+    "attacks": part_attacks,
 }
 
 

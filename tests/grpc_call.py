@@ -20,23 +20,25 @@ def predict(server: Server, fields: dict[str, bytes], model: str = "digits", key
         return call(request(model_name=model, input=fields), metadata=metadata, timeout=30).prediction
 
 
-def stream(server: Server, fields: dict[str, bytes]) -> list[bytes]:
+def stream(server: Server, fields: dict[str, bytes], model: str = "digits") -> list[bytes]:
     """The bodies that StreamPredictions answers. Raises grpc.RpcError."""
     request, response = _messages()
     with grpc.insecure_channel(f"127.0.0.1:{server.ports.grpc_inference}") as channel:
         call = channel.unary_stream(f"{SERVICE}/StreamPredictions", request.SerializeToString, response.FromString)
         metadata = [("authorization", f"Bearer {server.key()}")]
-        replies = call(request(model_name="digits", input=fields), metadata=metadata, timeout=30)
+        replies = call(request(model_name=model, input=fields), metadata=metadata, timeout=30)
         return [reply.prediction for reply in replies]
 
 
-def stream_both_ways(server: Server, requests: list[dict[str, bytes]], sequence: str = "") -> list[tuple[bytes, bytes]]:
+def stream_both_ways(
+    server: Server, requests: list[dict[str, bytes]], sequence: str = "", model: str = "digits"
+) -> list[tuple[bytes, bytes]]:
     """Body and status, as it is encoded, of each reply of StreamPredictions2. Raises grpc.RpcError."""
     request, response = _messages()
     with grpc.insecure_channel(f"127.0.0.1:{server.ports.grpc_inference}") as channel:
         call = channel.stream_stream(f"{SERVICE}/StreamPredictions2", request.SerializeToString, response.FromString)
         metadata = [("authorization", f"Bearer {server.key()}")]
-        sent = [request(model_name="digits", input=fields, sequence_id=sequence) for fields in requests]
+        sent = [request(model_name=model, input=fields, sequence_id=sequence) for fields in requests]
         return [(reply.prediction, reply.status) for reply in call(iter(sent), metadata=metadata, timeout=30)]
 
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import socket
+import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -20,11 +21,13 @@ from model.pictures import PictureError, decode, read
 from serve import Ports, serving
 from tests.conftest import label_of, replace_in_archive
 from tests.hostile import BODIES, FILES, JSON, MIB
+from tests.hostile_images import IMAGES
 from tests.kinds import save
 
 CLIENTS = 8
 LEAK = 64 * MIB  # that a worker may grow by in a second round
 LARGE = 200 * MIB
+COSTLY = 400 * MIB  # that all processes together may grow by while such an image is looked at
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +164,34 @@ def test_a_request_of_256_giants_is_answered_in_time_and_the_worker_lives(lonely
     for neighbour in neighbours:
         assert neighbour.json() == pytest.approx(expected, abs=1e-5)
     assert post(body).json() == pytest.approx(expected, abs=1e-5)
+    assert workers_of(lonely) == workers
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", sorted(IMAGES))
+def test_an_image_that_costs_a_decoder_much_costs_its_neighbours_nothing(lonely, post, good, name):
+    """Four at once: each is answered, refused or put off; all processes stay small; neighbours are right."""
+    workers = workers_of(lonely)
+    before, most, over = family_memory(lonely), [0], threading.Event()
+
+    def watch():
+        while not over.wait(0.02):
+            most[0] = max(most[0], family_memory(lonely))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            asked = [pool.submit(post, IMAGES[name]) for _ in range(4)]
+            neighbours = list(pool.map(post, [body for body, _ in good[:12]]))
+            statuses = {reply.result().status_code for reply in asked}
+    finally:
+        over.set()
+        watcher.join()
+    assert statuses <= {200, 413, 415, 422, 503}
+    for neighbour, (_, expected) in zip(neighbours, good, strict=False):
+        assert neighbour.json() == pytest.approx(expected, abs=1e-5)
+    assert most[0] - before < COSTLY, f"{before / MIB:.0f} MiB, then {most[0] / MIB:.0f} MiB"
     assert workers_of(lonely) == workers
 
 
