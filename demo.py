@@ -1,10 +1,10 @@
-"""Everything once: trains, exports, proves parity, archives, serves, and classifies the held-out pictures over HTTP.
+"""Everything once: trains, exports, proves parity, archives, serves, and classifies the held-out images over HTTP.
 
     python demo.py
     python demo.py --data DIR --arch resnet18 --epochs 10 --out runs/NAME
 
 Ends with 0 only if all of it worked, the accuracy over HTTP is that of metrics.json to within 0.1 point, and at least
---at-least of the pictures are right.
+--at-least of the images are right.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pathlib import Path
 from clients.python.classify import Client
 from serve import Ports, ServerError, serving
 
-SHOWN = 20  # rows of the table; all pictures are classified
+SHOWN = 20  # rows of the table; all images are classified
 
 
 @dataclass(frozen=True)
 class Result:
-    picture: str
+    image: str
     truth: str
     answer: str
     probability: float
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", default="simplecnn", help="as train.py's (simplecnn)")
     parser.add_argument("--epochs", type=int, default=10, help="as train.py's (10)")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="run folder (runs/digits)")
-    parser.add_argument("--at-least", type=float, default=0.0, help="share of the pictures that must be right, 0..1")
+    parser.add_argument("--at-least", type=float, default=0.0, help="share of the images that must be right, 0..1")
     options = parser.parse_args(arguments)
     before = os.environ.copy()
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
@@ -80,21 +80,21 @@ def demo(options: argparse.Namespace, folder: Path) -> int:
     archive = options.out / "export" / f"{name}.mar"
     with serving([archive], folder, ports=Ports.free()) as server:
         print(f"TorchServe is ready on {server.url}")
-        print("\n── 4 of 4: classify the held-out pictures over HTTP", flush=True)
+        print("\n── 4 of 4: classify the held-out images over HTTP", flush=True)
         results = classify_all(Client(server.url, name, server.key()), read_split(options.data, "test"))
     print_table(results)
     return verdict(results, metrics["test"]["accuracy"], options, time.perf_counter() - started)
 
 
-def classify_all(client: Client, pictures: Iterable[tuple[str, str, bytes]]) -> list[Result]:
+def classify_all(client: Client, images: Iterable[tuple[str, str, bytes]]) -> list[Result]:
     """One request after the other, each timed from the first byte sent to the last byte read."""
     results = []
-    for picture, truth, body in pictures:
+    for image, truth, body in images:
         started = time.perf_counter()
         answer = client.classify(body)
         milliseconds = 1000 * (time.perf_counter() - started)
         label, probability = next(iter(answer.items()))  # the best comes first
-        results.append(Result(picture, truth, label, probability, milliseconds))
+        results.append(Result(image, truth, label, probability, milliseconds))
     return results
 
 
@@ -107,13 +107,13 @@ def print_table(results: list[Result]) -> None:
         turns[result.truth] = turns.get(result.truth, 0) + 1
         ranked.append((turns[result.truth], result.truth, result))
     shown = wrong + [result for _, _, result in sorted(ranked, key=lambda r: r[:2])][: SHOWN - len(wrong)]
-    width = max(len(result.picture) for result in shown)
+    width = max(len(result.image) for result in shown)
     labels = max(6, *(len(result.truth) for result in shown), *(len(result.answer) for result in shown))
-    print(f"{'picture':{width}}  {'truth':{labels}}  {'answer':{labels}}  probability      ms")
+    print(f"{'image':{width}}  {'truth':{labels}}  {'answer':{labels}}  probability      ms")
     for r in shown:
         mark = "" if r.right else "  wrong"
         print(
-            f"{r.picture:{width}}  {r.truth:{labels}}  {r.answer:{labels}}  {r.probability:11.4f}  "
+            f"{r.image:{width}}  {r.truth:{labels}}  {r.answer:{labels}}  {r.probability:11.4f}  "
             f"{r.milliseconds:6.1f}{mark}"
         )
 
@@ -124,7 +124,7 @@ def verdict(results: list[Result], expected: float, options: argparse.Namespace,
     median = sorted(result.milliseconds for result in results)[len(results) // 2]
     print(
         f"\n{right} of {len(results)} right over HTTP: {accuracy:.2%}; metrics.json says {expected:.2%}. "
-        f"Median {median:.1f} ms a picture. {seconds:.0f} s in all."
+        f"Median {median:.1f} ms an image. {seconds:.0f} s in all."
     )
     if abs(accuracy - expected) > 0.001:
         print("FAILED: the same model must have the same accuracy over HTTP")
@@ -143,11 +143,11 @@ what lies where
   TorchScript and ONNX     {out}/export/{name}.pt  {name}.onnx  {name}.crops.onnx  {name}.pixels.onnx
   proof of parity          {out}/export/parity.json
   TorchServe archive       {out}/export/{name}.mar
-  pictures to try          {out}/samples/
+  images to try          {out}/samples/
 
 next
   {serve_command(out):65}  keeps it running
-  .venv/bin/python train.py --data YOUR_PICTURES --out runs/NAME     one folder of pictures for each class
+  .venv/bin/python train.py --data YOUR_IMAGES --out runs/NAME     one folder of images for each class
   .venv/bin/python -m export runs/NAME"""
     )
     return 0

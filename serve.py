@@ -45,7 +45,7 @@ LOGGING = CONFIG.with_name("log4j2.xml")
 FILES = {"metrics_config", "certificate_file", "private_key_file", "keystore"}  # properties that are paths
 READY_SECONDS = 120  # a large model on a slow disk; a small one is ready in 5
 WARM_UP, WARM_UP_SECONDS = 30, 2  # requests, and when to leave it at fewer: a large model, or a patient batch
-PICTURE = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"  # of one pixel
+IMAGE = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"  # of one pixel
 READ_KEY = 'import json, sys; print(json.load(open(sys.argv[1]))["inference"]["key"])'
 STOP_SECONDS = 20  # from asking TorchServe to stop to killing it
 BLANKS = " \t\f"  # of a .properties file
@@ -491,7 +491,7 @@ def _warm_up(server: Server, model: str) -> None:
     deadline = time.monotonic() + WARM_UP_SECONDS
     with suppress(requests.RequestException), _own(server.key()) as session:  # it serves all the same
         for _ in range(WARM_UP):
-            session.post(f"{server.url}/predictions/{model}", data=PICTURE, timeout=WARM_UP_SECONDS)
+            session.post(f"{server.url}/predictions/{model}", data=IMAGE, timeout=WARM_UP_SECONDS)
             if time.monotonic() > deadline:
                 return
 
@@ -587,7 +587,7 @@ def _greeting(server: Server, name: str) -> str:
     return (
         f"{name} is ready. Try it from another terminal:\n"
         f"  KEY=$(python3 -c '{READ_KEY}' {keys})\n"
-        f'  curl {trust}-H "Authorization: Bearer $KEY" {server.url}/predictions/{name} -T PICTURE'
+        f'  curl {trust}-H "Authorization: Bearer $KEY" {server.url}/predictions/{name} -T IMAGE'
     )
 
 

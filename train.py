@@ -3,11 +3,11 @@
     python train.py --data digits --out runs/digits
     python train.py --data DIR --arch resnet18 --pretrained --freeze --out runs/NAME
 
-DIR holds one folder of pictures for each class. Ctrl-C ends the training, keeps the best weights and writes everything;
+DIR holds one folder of images for each class. Ctrl-C ends the training, keeps the best weights and writes everything;
 before the first epoch is over there are none, and nothing is written.
 
     python train.py --resume runs/NAME                         goes on after a kill, as if there had been none
-    python train.py --evaluate runs/NAME --data DIR            scores a run on any pictures
+    python train.py --evaluate runs/NAME --data DIR            scores a run on any images
     torchrun --nproc-per-node N train.py --data DIR …          trains the same in N processes
 """
 
@@ -55,7 +55,7 @@ from training.resume import RESUMABLE, resumed_config
 from training.sources import BUILT_IN
 from training.trainer import Diverged, OutOfMemory, Trainer
 
-WHITENED_BY = 5000  # pictures of up to 32 px; fewer of larger ones
+WHITENED_BY = 5000  # images of up to 32 px; fewer of larger ones
 LARGE = 128  # px: from here on memory is dear, and a step long
 SWITCHES = (
     "mixup",
@@ -142,7 +142,7 @@ def show_evaluation(command: argparse.Namespace, options: dict[str, Any]) -> dic
     if "out" in options and distributed.rank() == 0:
         write_text(options["out"], json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     print(
-        f"{scores['data']}, {scores['split']}: {scores['accuracy']:.2%} of {scores['pictures']:,} pictures "
+        f"{scores['data']}, {scores['split']}: {scores['accuracy']:.2%} of {scores['images']:,} images "
         f"({beside_accuracy(scores)}, macro F1 {scores['macro']['f1']:.4f})"
     )
     return scores
@@ -220,10 +220,10 @@ def train_into(out: Path, config: TrainConfig, resume: bool) -> dict[str, Any]:
         "train": {
             "seconds": round(seconds, 2),
             "data_seconds": round(data_seconds, 2),
-            "pictures_per_second": round(trainer.pictures_per_second, 1),
+            "images_per_second": round(trainer.images_per_second, 1),
             "epochs": trainer.history[-1]["epoch"],
             "best_epoch": best["epoch"],
-            "pictures": len(data.train),
+            "images": len(data.train),
             "parameters": sum(p.numel() for p in network.parameters()),
             "device": str(device),
         },
@@ -275,7 +275,7 @@ def read_weights(config: TrainConfig) -> Pretrained | None:
 
 
 def read_data(config: TrainConfig, known: dict[str, str] | None = None) -> Data:
-    """The pictures, decoded; see training.data.load. A size that the network cannot take is found before."""
+    """The images, decoded; see training.data.load. A size that the network cannot take is found before."""
     size = config.size or 0
     network = architectures.build(config.arch, 2, size)
     if config.low_res and not architectures.takes(network, 2, shrunk(size)):
@@ -337,8 +337,8 @@ def make_spec(
         mean=mean,
         std=std,
         temperature=temperature,
-        trained_on=f"{data.name}, {len(data.train):,} pictures",
-        metrics={name: test[name] for name in ("accuracy", "top5", "ece", "pictures")},
+        trained_on=f"{data.name}, {len(data.train):,} images",
+        metrics={name: test[name] for name in ("accuracy", "top5", "ece", "images")},
         weights_sha256=weights_sha256,
         versions={
             "python": platform.python_version(),
@@ -419,10 +419,10 @@ def resolve_defaults(config: TrainConfig, data: Data) -> TrainConfig:
 
 def announce(config: TrainConfig, data: Data, device: torch.device, seconds: float) -> None:
     if data.skipped:
-        print(f"left out {len(data.skipped)} unreadable pictures:", *data.skipped, sep="\n  ")
+        print(f"left out {len(data.skipped)} unreadable images:", *data.skipped, sep="\n  ")
     print(
         f"{data.name}: {len(data.labels)} classes, {len(data.train):,} train, {len(data.val):,} val, "
-        f"{len(data.test):,} test pictures, read in {seconds:.1f} s"
+        f"{len(data.test):,} test images, read in {seconds:.1f} s"
     )
     lengths = [f"{config.epoch_limit:g} epochs"] if math.isfinite(config.epoch_limit) else []
     lengths += [f"{config.minutes:g} minutes"] if config.minutes else []
@@ -442,12 +442,12 @@ def announce(config: TrainConfig, data: Data, device: torch.device, seconds: flo
 def summarise(out: Path, metrics: dict[str, Any]) -> None:
     test, trained = metrics["test"], metrics["train"]
     print(
-        f"test: {test['accuracy']:.2%} of {test['pictures']:,} pictures ({beside_accuracy(test)}); "
+        f"test: {test['accuracy']:.2%} of {test['images']:,} images ({beside_accuracy(test)}); "
         f"best epoch {trained['best_epoch']:g}, {trained['seconds']:.0f} s, "
-        f"{trained['pictures_per_second']:,.0f} pictures/s"
+        f"{trained['images_per_second']:,.0f} images/s"
     )
     if label := one_label_for_all(test):
-        print(f"the network gives '{label}' to nearly all test pictures; train longer, or with a smaller --lr")
+        print(f"the network gives '{label}' to nearly all test images; train longer, or with a smaller --lr")
     print(f"report: {out / 'report' / 'index.html'}\nnext:   {export_command(out)}")
 
 

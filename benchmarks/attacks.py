@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import requests
 
-from benchmarks.probes import Pictures, family, probing, workers_of
+from benchmarks.probes import KnownImages, family, probing, workers_of
 from benchmarks.serving import SMALL
 from serve import Ports, Server, serving
 
@@ -88,12 +88,12 @@ def attacks(image: bytes) -> dict[str, Send]:
     return found | {name: Body(file) for name, file in IMAGES.items()}
 
 
-def part_attacks(archive: Path, pictures: Pictures, folder: Path, options: Any) -> dict[str, Any]:
+def part_attacks(archive: Path, images: KnownImages, folder: Path, options: Any) -> dict[str, Any]:
     """What each attack costs, by its name."""
     found = {}
-    for number, (name, send) in enumerate(attacks(pictures.bodies[0]).items()):
+    for number, (name, send) in enumerate(attacks(images.bodies[0]).items()):
         with serving([archive], folder / str(number), ports=Ports.free()) as server:
-            found[name] = cost_of(server, send, pictures.bodies[0])
+            found[name] = cost_of(server, send, images.bodies[0])
         print(f"  {attack_line(name, found[name])}", flush=True)
     return found
 

@@ -1,4 +1,4 @@
-"""From pictures on the disk to a saved state_dict, each time in a new process: what a user waits for.
+"""From images on the disk to a saved state_dict, each time in a new process: what a user waits for.
 
     python -m benchmarks.cold --data cifar10-jpeg.tar.xz --rounds 3 --epochs 10,40
 
@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="32 px pictures, as train.py's --data")
+    parser.add_argument("--data", required=True, help="32 px images, as train.py's --data")
     parser.add_argument("--recipe", default="fast", help="as train.py's (fast)")
     parser.add_argument("--epochs", default="10,40", help="of the runs, separated by commas (10,40)")
     parser.add_argument("--rounds", type=int, default=3, help="seeds (3)")

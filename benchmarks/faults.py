@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.probes import TIMEOUT, Crowd, Note, Pictures, client_of, probing, ready_workers, watching, workers_of
+from benchmarks.probes import TIMEOUT, Crowd, KnownImages, Note, client_of, probing, ready_workers, watching, workers_of
 from benchmarks.serving import SMALL
 from clients.python.classify import Client
 from serve import Ports, Server, serving, stop
@@ -151,7 +151,7 @@ FAULTS: dict[str, Callable[[Scene], None]] = {
 }
 
 
-def suffer(name: str, archive: Path, pictures: Pictures, folder: Path) -> dict[str, Any]:
+def suffer(name: str, archive: Path, images: KnownImages, folder: Path) -> dict[str, Any]:
     """One fault on a fresh server under the load of the Python client."""
     (folder / "store").mkdir(parents=True)
     own = Path(shutil.copy(archive, folder / "store"))
@@ -164,9 +164,9 @@ def suffer(name: str, archive: Path, pictures: Pictures, folder: Path) -> dict[s
                 return {"skipped": f"no tmpfs can be mounted: {error.strerror}"}
         scene.start()
         samples = stack.enter_context(watching(lambda: scene.server, 0.2))
-        probes = stack.enter_context(probing(scene.server, pictures.bodies[0]))
+        probes = stack.enter_context(probing(scene.server, images.bodies[0]))
         notes: list[Note] = []
-        crowd = Crowd(client_of(scene.server, notes, retry_seconds=PATIENCE + 30), pictures, folder / "pictures")
+        crowd = Crowd(client_of(scene.server, notes, retry_seconds=PATIENCE + 30), images, folder / "images")
         crowd.start()
         try:
             time.sleep(CALM)

@@ -1,6 +1,6 @@
 -- For wrk: each thread sends one body over and over, and every answer is compared with the one that is known.
 -- $REQUESTS names a file with a line for each: body file, content type, key, then label and probability by turns, all
--- separated by tabs; of each picture in the body its best label, in order.
+-- separated by tabs; of each image in the body its best label, in order.
 -- With $ANSWERS, a folder, each thread must have one connection: it writes a record of every answer into a file there,
 -- which benchmarks.load.ANSWER describes. With $RATE too, so many requests a second leave all the threads together, in
 -- turn, at times that are fixed beforehand from $START on, whatever the answers take; one whose connection still waits
@@ -43,9 +43,9 @@ end
 function init()
   local words = {}
   for word in line:gmatch("[^\t]+") do words[#words + 1] = word end
-  local picture = assert(io.open(words[1], "rb"))
-  wrk.method, wrk.body = "POST", picture:read("*a")
-  picture:close()
+  local image = assert(io.open(words[1], "rb"))
+  wrk.method, wrk.body = "POST", image:read("*a")
+  image:close()
   wrk.headers["Content-Type"] = words[2]
   wrk.headers["Authorization"] = "Bearer " .. words[3]
   labels, values = {}, {}

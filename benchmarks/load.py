@@ -18,14 +18,14 @@ import numpy as np
 import requests
 
 SCRIPT = Path(__file__).with_name("load.lua")
-TOLERANCE = 1e-3  # of a probability: far above rounding, far below what another picture gets
+TOLERANCE = 1e-3  # of a probability: far above rounding, far below what another image gets
 ANSWER = np.dtype([("due", "f8"), ("sent", "f8"), ("done", "f8"), ("status", "i4"), ("right", "i4")])  # s, monotonic
 BEST = re.compile(rb'{\s*"([^"]+)":\s*([\d.e-]+)')  # the first label of an answer, in each shape of answers
 
 
 @dataclass(frozen=True)
 class Request:
-    """A body to send, and the best label and its probability of each picture in it."""
+    """A body to send, and the best label and its probability of each image in it."""
 
     body: bytes
     content_type: str
@@ -45,7 +45,7 @@ class Result:
 
 
 def best_of(answer: bytes) -> tuple[tuple[str, float], ...]:
-    """The best label and its probability of each picture of an answer, in order."""
+    """The best label and its probability of each image of an answer, in order."""
     return tuple((label.decode(), float(value)) for label, value in BEST.findall(answer))
 
 

@@ -29,14 +29,14 @@ SLOW = 1.0  # s: an answer that takes longer counts as disturbed
 
 
 @dataclass(frozen=True)
-class Pictures:
+class KnownImages:
     """JPEG files whose answers all differ, so that a wrong one is seen."""
 
     bodies: list[bytes]
     answers: list[dict[str, float]]  # label to probability, all labels
 
     @classmethod
-    def of(cls, export: Path) -> Pictures:
+    def of(cls, export: Path) -> KnownImages:
         process = InProcess(export, SMALL, "onnx")
         bodies, kept = digits(count=1797), list[int]()
         rows = process.classify(bodies)
@@ -48,7 +48,7 @@ class Pictures:
         return cls([bodies[i] for i in kept], answers)
 
     def are_right(self, number: int, answer: Mapping[str, float]) -> bool:
-        """Whether it is the answer to the picture of this number; the pictures repeat without end."""
+        """Whether it is the answer to the image of this number; the images repeat without end."""
         known = self.answers[number % len(self.answers)]
         return bool(answer) and all(abs(known.get(label, 9) - value) <= TOLERANCE for label, value in answer.items())
 
@@ -95,26 +95,26 @@ def client_of(server: Server, notes: list[Note], **options: Any) -> NotingClient
 
 
 class Crowd(threading.Thread):
-    """The Python client with pictures without end, each under a name of its own, until `verdict` is asked for."""
+    """The Python client with images without end, each under a name of its own, until `verdict` is asked for."""
 
-    def __init__(self, client: Client, pictures: Pictures, folder: Path) -> None:
+    def __init__(self, client: Client, images: KnownImages, folder: Path) -> None:
         super().__init__()
-        self._client, self._pictures, self._folder = client, pictures, folder
+        self._client, self._images, self._folder = client, images, folder
         self._over = threading.Event()
         self._asked = 0
         self._answers: Counter[str] = Counter()
         self._wrong: list[str] = []
         self._gave_up = ""
         folder.mkdir()
-        for number, body in enumerate(pictures.bodies):
-            (folder / f"picture{number}").write_bytes(body)
+        for number, body in enumerate(images.bodies):
+            (folder / f"image{number}").write_bytes(body)
 
     def run(self) -> None:
         try:
             for row in classify_files(self._client, self._names(), threads=THREADS):
-                name = Path(row.picture).name
+                name = Path(row.image).name
                 self._answers[name] += 1
-                if not self._pictures.are_right(int(name), row.answer):
+                if not self._images.are_right(int(name), row.answer):
                     self._wrong.append(f"{name}: {row.error or row.answer}")
         except (ClassifierError, Unavailable) as error:
             self._gave_up = str(error)
@@ -124,7 +124,7 @@ class Crowd(threading.Thread):
         self._over.set()
         self.join()
         return {
-            "pictures": self._asked,
+            "images": self._asked,
             "lost": self._asked - len(self._answers),
             "doubled": sum(count - 1 for count in self._answers.values()),
             "wrong": len(self._wrong),
@@ -136,17 +136,17 @@ class Crowd(threading.Thread):
             if self._over.is_set():
                 return
             path = self._folder / f"{number:07}"
-            os.link(self._folder / f"picture{number % len(self._pictures.bodies)}", path)
+            os.link(self._folder / f"image{number % len(self._images.bodies)}", path)
             self._asked += 1
             yield path
 
 
 def is_whole(verdict: Mapping[str, Any]) -> bool:
-    return verdict["pictures"] > 0 and not any(verdict[key] for key in ("lost", "doubled", "wrong", "said"))
+    return verdict["images"] > 0 and not any(verdict[key] for key in ("lost", "doubled", "wrong", "said"))
 
 
 @contextmanager
-def probing(server: Server, picture: bytes) -> Iterator[list[Note]]:
+def probing(server: Server, image: bytes) -> Iterator[list[Note]]:
     """Single tries all the time, by the key file of `server`; gives the list that their notes go to."""
     notes: list[Note] = []
     over = threading.Event()
@@ -155,7 +155,7 @@ def probing(server: Server, picture: bytes) -> Iterator[list[Note]]:
     def probe() -> None:
         while not over.wait(PROBE_SECONDS):
             with suppress(ClassifierError, Unavailable):
-                client.classify(picture)
+                client.classify(image)
 
     threads = [threading.Thread(target=probe) for _ in range(PROBES)]
     for thread in threads:

@@ -9,7 +9,7 @@ sustained   80% of the peak for --minutes. wrk sends the requests at fixed times
 start       from starting TorchServe to the first answer.
 burst       400 connections, each asking again at once: far more than the queue holds. Then the same with the Python
             client (clients/python) beside it.
-faults      each on a fresh server, asked by the Python client about pictures whose answers differ, each under a name of
+faults      each on a fresh server, asked by the Python client about images whose answers differ, each under a name of
             its own: none may be lost, answered twice or wrongly. Probes that try once only tell how long a fault is
             felt. Where nothing recovers by itself the server is started anew, as a supervisor would.
 attacks     the worst requests that are known (benchmarks/attacks.py), four connections at once, with good neighbours.
@@ -38,7 +38,7 @@ from benchmarks.attacks import attack_line, is_harmless, part_attacks
 from benchmarks.faults import FAULTS, suffer
 from benchmarks.load import timed
 from benchmarks.machine import describe, save
-from benchmarks.probes import Crowd, Note, Pictures, client_of, is_whole, watching
+from benchmarks.probes import Crowd, KnownImages, Note, client_of, is_whole, watching
 from benchmarks.serving import SMALL, make_small
 from clients.python.classify import Client
 from serve import Ports, serving
@@ -77,8 +77,8 @@ GOALS: dict[str, dict[str, Callable[[Mapping[str, Any]], bool]]] = {
 # The parts
 
 
-def part_sustained(archive: Path, pictures: Pictures, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    wanted, seconds = pictures.requests(8), max(WINDOWS // 2, round(60 * options.minutes))
+def part_sustained(archive: Path, images: KnownImages, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    wanted, seconds = images.requests(8), max(WINDOWS // 2, round(60 * options.minutes))
     with serving([archive], folder, ports=Ports.free()) as server:
         url, key = f"{server.url}/predictions/{SMALL}", server.key()
         timed(url, key, wanted, CONNECTIONS, 5)  # Java optimises
@@ -125,25 +125,25 @@ def windows_of(answers: np.ndarray, started: float, seconds: float) -> list[dict
     return found
 
 
-def part_start(archive: Path, pictures: Pictures, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def part_start(archive: Path, images: KnownImages, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     seconds = []
     for turn in range(STARTS):
         started = time.monotonic()
         with serving([archive], folder / str(turn), ports=Ports.free()) as server:
-            Client(server.url, SMALL, server.key()).classify(pictures.bodies[0])
+            Client(server.url, SMALL, server.key()).classify(images.bodies[0])
             seconds.append(time.monotonic() - started)
     return {"seconds": seconds, "median": statistics.median(seconds)}
 
 
-def part_burst(archive: Path, pictures: Pictures, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    wanted, notes = pictures.requests(8), list[Note]()
+def part_burst(archive: Path, images: KnownImages, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    wanted, notes = images.requests(8), list[Note]()
     with serving([archive], folder / "server", ports=Ports.free()) as server:
         url, key = f"{server.url}/predictions/{SMALL}", server.key()
         timed(url, key, wanted, CONNECTIONS, 5)
         before = timed(url, key, wanted, CONNECTIONS, 5)[0].requests_per_second
         result, burst = timed(url, key, wanted, CROWD, BURST_SECONDS)
         after = timed(url, key, wanted, CONNECTIONS, 5)[1]
-        crowd = Crowd(client_of(server, notes), pictures, folder / "pictures")
+        crowd = Crowd(client_of(server, notes), images, folder / "images")
         crowd.start()
         try:
             time.sleep(1)
@@ -186,11 +186,11 @@ def full_speed(times: np.ndarray, before: float) -> float:
     return 4.0
 
 
-def part_faults(archive: Path, pictures: Pictures, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def part_faults(archive: Path, images: KnownImages, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for number, name in enumerate(FAULTS):
         print(f"  {name} …", flush=True)
-        found[name] = suffer(name, archive, pictures, folder / str(number))
+        found[name] = suffer(name, archive, images, folder / str(number))
     return found
 
 
@@ -257,7 +257,7 @@ def fault_lines(name: str, found: Mapping[str, Any]) -> list[str]:
 
 def said(verdict: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{verdict[key]} {key}" for key in ("lost", "doubled", "wrong"))
-    return f"{verdict['pictures']} pictures, {counts} {verdict['said'][:150]}".strip()
+    return f"{verdict['images']} images, {counts} {verdict['said'][:150]}".strip()
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
@@ -330,12 +330,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         export = make_small(folder)
-        pictures = Pictures.of(export)
+        images = KnownImages.of(export)
         for part in wanted:
             print(f"{part} …", flush=True)
             place = folder / part
             place.mkdir()
-            results[part] = PARTS[part](export / f"{SMALL}.mar", pictures, place, options)
+            results[part] = PARTS[part](export / f"{SMALL}.mar", images, place, options)
     print(json.dumps(results["machine"]), table(results), sep="\n")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "reliability.json"

@@ -33,7 +33,7 @@ class Running:
     process: subprocess.Popen[bytes]
     url: str
     key: str
-    body: Callable[[bytes], Request]  # of one picture file, as this server wants it
+    body: Callable[[bytes], Request]  # of one image file, as this server wants it
     ready_seconds: float  # from the start of the process to the first answer
 
     @contextmanager
@@ -177,7 +177,7 @@ def _archive(
     extra += [PEERS / "pixels.py"] if settings is None else []
     line = ["--model-name", name, "--version", "1.0", "--handler", handler, "--serialized-file", str(serialized)]
     if settings is not None:
-        extra += [PROJECT / "model" / "pictures.py", *(HANDLER / file for file in BESIDE_HANDLER)]
+        extra += [PROJECT / "model" / "images.py", *(HANDLER / file for file in BESIDE_HANDLER)]
         config = folder / "model-config.yaml"
         old = (HANDLER / "model-config.yaml").read_text().splitlines()
         kept = [text for text in old if text.split(":")[0] not in settings]

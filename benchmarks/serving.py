@@ -1,4 +1,4 @@
-"""Our archive against stock TorchServe, LitServe and BentoML: same models, pictures, machine and load, answers checked.
+"""Our archive against stock TorchServe, LitServe and BentoML: same models, images, machine and load, answers checked.
 
     make bench-serving
     python -m benchmarks.serving --peers .venv-peers/bin/python
@@ -6,7 +6,7 @@
 
 All servers are started before a comparison and rest, stopped, while another one is measured; they take turns, and the
 figures are medians of the rounds. The load comes from the same machine. Every answer is compared with the one that the
-picture gets alone, and that with the crop graph in this process; only right answers count. Peers run the same ONNX crop
+image gets alone, and that with the crop graph in this process; only right answers count. Peers run the same ONNX crop
 graph with Pillow before it (benchmarks/peers), with batching on, once for each of two numbers of workers. Writes
 benchmarks/results/serving.json and serving.png.
 """
@@ -47,7 +47,7 @@ from export.__main__ import export_run
 from handler import backends
 from model import Classifier, ModelSpec, architectures
 from model.files import write_text
-from model.pictures import crop, decode
+from model.images import crop, decode
 from serve import Ports, serving
 from train import train
 from training.config import TrainConfig
@@ -55,12 +55,12 @@ from training.config import TrainConfig
 SMALL, LARGE = "small", "large"  # names of the models
 CONNECTIONS = (1, 16, 64)  # of the comparison of the small model
 LARGE_CONNECTIONS = 16
-SEVERAL = 32  # pictures of one request
+SEVERAL = 32  # images of one request
 DRAINING = 1.0  # seconds after an answer, in which the other worker too ends its batch
 WAKING = 1.0  # seconds of load before each that counts: BentoML learns from the clock how long to wait for a batch
 GROWTH = {
     "connections": (1, 2, 4, 8, 16, 32, 64, 128, 256),
-    "picture side, px": (32, 128, 256, 512, 1024),
+    "image side, px": (32, 128, 256, 512, 1024),
     "batchSize": (1, 4, 16, 32, 64),
     "workers": (1, 2, 4),
 }
@@ -69,11 +69,11 @@ PEER_WORKERS = (1, 2)
 Starts = dict[str, Callable[[], contextlib.AbstractContextManager[Running]]]
 
 
-# Models and pictures
+# Models and images
 
 
 def make_small(folder: Path) -> Path:
-    """An export of simplecnn, trained on the digits; the large picture sizes of the growth part resize to its 32 px."""
+    """An export of simplecnn, trained on the digits; the large image sizes of the growth part resize to its 32 px."""
     run = folder / SMALL
     with contextlib.redirect_stdout(io.StringIO()):
         train(TrainConfig(data="digits", arch="simplecnn", out=str(run)))
@@ -117,9 +117,9 @@ def photographs(count: int) -> list[bytes]:
     return [next(body for quality in range(95, 40, -1) if len(body := _jpeg(cut, quality)) <= 46_000) for cut in cuts]
 
 
-def _jpeg(picture: Image.Image, quality: int) -> bytes:
+def _jpeg(image: Image.Image, quality: int) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
+    image.save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 
@@ -140,7 +140,7 @@ class InProcess:
 
 
 def ceiling(export: Path, name: str, backend: str, bodies: list[bytes], batch: int, seconds: float) -> float:
-    """Pictures a second of one such process for each core, and nothing else on the machine."""
+    """Images a second of one such process for each core, and nothing else on the machine."""
     context = multiprocessing.get_context("spawn")
     count = os.cpu_count() or 1
     barrier, results = context.Barrier(count), context.Queue()
@@ -189,14 +189,14 @@ def compare(
     connections: Sequence[int],
     rounds: int,
     seconds: float,
-    pictures: int = 1,
+    images: int = 1,
     warm_up: float | None = None,
     tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
     """Each server under each load, by turns; medians.
 
     Args:
-        pictures: of one request.
+        images: of one request.
         warm_up: seconds of load for each server before the first turn; by default as many as of a turn.
         tolerance: of a probability.
     """
@@ -211,7 +211,7 @@ def compare(
         for _ in range(rounds):
             for label, server in running.items():
                 for number in connections:
-                    found = _measure(server, wanted[label], number, seconds, pictures, tolerance)
+                    found = _measure(server, wanted[label], number, seconds, images, tolerance)
                     results.setdefault(label, {}).setdefault(number, []).append(found)
         memory = {label: server.mebibytes() for label, server in running.items()}
         ready = {label: server.ready_seconds for label, server in running.items()}
@@ -226,7 +226,7 @@ def compare(
 
 
 def _measure(
-    server: Running, wanted: list[Request], number: int, seconds: float, pictures: int, tolerance: float
+    server: Running, wanted: list[Request], number: int, seconds: float, images: int, tolerance: float
 ) -> dict[str, float]:
     with server.awake():
         load(server.url, server.key, wanted, number, WAKING)
@@ -237,9 +237,9 @@ def _measure(
         _drain(server, wanted[0])
     if found.wrong:
         print(f"    {found.wrong} wrong, e.g. {found.said[:150]}")
-    rate = found.requests_per_second * pictures
+    rate = found.requests_per_second * images
     return {
-        "pictures_per_second": rate,
+        "images_per_second": rate,
         "p50_ms": found.p50,
         "p99_ms": found.p99,
         "wrong": found.wrong,
@@ -304,7 +304,7 @@ def part_several(export: Path, folder: Path, options: argparse.Namespace) -> dic
     found: dict[str, Any] = {}
     for label in ("multipart", "instances"):
         starts: Starts = {label: lambda: servers.ours(export, SMALL, folder / "ours", bodies[0], backend="onnx")}
-        found |= compare(starts, requests_of, (8,), options.rounds, options.seconds, pictures=SEVERAL)
+        found |= compare(starts, requests_of, (8,), options.rounds, options.seconds, images=SEVERAL)
     return {"servers": found, "ceiling": _ceilings(export, SMALL, "onnx", bodies, (32,), options.seconds)}
 
 
@@ -312,7 +312,7 @@ def part_large(export: Path, folder: Path, options: argparse.Namespace) -> dict[
     bodies = photographs(8)
     expected = {name: InProcess(export, LARGE, name).best(bodies) for name in ("onnx", "onnx-int8")}
     if len({f"{value:.2f}" for _, value in expected["onnx"]}) < 2:
-        raise RuntimeError("the pictures all get the same answer: nothing would be checked")
+        raise RuntimeError("the images all get the same answer: nothing would be checked")
     rows = {row.backend: row for row in backend.measure(export, LARGE, ModelSpec.load(export))}
 
     def our(label: str, name: str) -> contextlib.AbstractContextManager[Running]:
@@ -381,7 +381,7 @@ def part_growth(export: Path, folder: Path, options: argparse.Namespace) -> dict
         return dict(runs["ours"]["loads"])
 
     found["connections"] = one(digits(), GROWTH["connections"])
-    found["picture side, px"] = {str(side): one(digits(side), (64,))["64"] for side in GROWTH["picture side, px"]}
+    found["image side, px"] = {str(side): one(digits(side), (64,))["64"] for side in GROWTH["image side, px"]}
     found["batchSize"] = {str(size): one(digits(), (64,), batchSize=size)["64"] for size in GROWTH["batchSize"]}
     found["workers"] = {
         str(count): one(digits(), (64,), minWorkers=count, maxWorkers=count)["64"] for count in GROWTH["workers"]
@@ -425,7 +425,7 @@ def decided(bodies: list[bytes], process: InProcess) -> list[bytes]:
     rows = np.sort(process.classify(bodies), axis=1)
     found = [body for body, row in zip(bodies, rows, strict=True) if row[-1] - row[-2] > 2 * backends.HALF_TOLERANCE]
     if not found:
-        raise RuntimeError("no picture has a best label that half precision could not change: nothing can be checked")
+        raise RuntimeError("no image has a best label that half precision could not change: nothing can be checked")
     return found
 
 
@@ -443,10 +443,10 @@ def table(results: Mapping[str, Any]) -> str:
     for part in ("small", "several", "large", "gpu"):
         if part not in results:
             continue
-        lines += ["", f"{part}: pictures/s, p50 and p99 in ms, CPU s per 1,000 pictures; MiB (PSS)"]
+        lines += ["", f"{part}: images/s, p50 and p99 in ms, CPU s per 1,000 images; MiB (PSS)"]
         for label, found in results[part]["servers"].items():
             loads = "   ".join(
-                f"{number:>3} conn. {row['pictures_per_second']:7.0f}/s {row['p50_ms']:7.2f} {row['p99_ms']:7.2f} "
+                f"{number:>3} conn. {row['images_per_second']:7.0f}/s {row['p50_ms']:7.2f} {row['p99_ms']:7.2f} "
                 f"{row['cpu_seconds_per_1000']:6.2f}" + (f" ({row['wrong']:.0f} WRONG)" if row["wrong"] else "")
                 for number, row in found["loads"].items()
             )
@@ -458,7 +458,7 @@ def table(results: Mapping[str, Any]) -> str:
     for name, rows in results.get("growth", {}).items():
         lines += ["", f"ours, by {name}:"]
         lines += [
-            f"  {key:>5} {row['pictures_per_second']:7.0f}/s  p99 {row['p99_ms']:8.2f} ms" for key, row in rows.items()
+            f"  {key:>5} {row['images_per_second']:7.0f}/s  p99 {row['p99_ms']:8.2f} ms" for key, row in rows.items()
         ]
     return "\n".join(lines)
 
@@ -473,7 +473,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 4, figsize=(15, 6.5), sharey="row", layout="constrained")
     for column, (name, rows) in enumerate(results["growth"].items()):
         places, values = [int(key) for key in rows], list(rows.values())
-        for axis, key in zip(axes[:, column], ("pictures_per_second", "p99_ms"), strict=True):
+        for axis, key in zip(axes[:, column], ("images_per_second", "p99_ms"), strict=True):
             axis.plot(places, [row[key] for row in values], "o-", color="#1f5fa8", label="ours")
             axis.set_xscale("log", base=2)
             axis.set_xticks(places, [str(place) for place in places])
@@ -481,7 +481,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             axis.grid(alpha=0.3)
         if name == "connections" and "small" in results:
             _plot_peers(axes[:, column], results["small"]["servers"])
-    axes[0, 0].set_ylabel("pictures/s")
+    axes[0, 0].set_ylabel("images/s")
     axes[1, 0].set_ylabel("p99, ms")
     axes[0, 0].set_ylim(bottom=0)
     axes[1, 0].set_yscale("log")
@@ -497,7 +497,7 @@ def _plot_peers(axes: Any, found: Mapping[str, Any]) -> None:
             continue
         style = {"color": next(colours), "label": label, "ms": 4}
         places = [int(number) for number in server["loads"]]
-        for axis, key in zip(axes, ("pictures_per_second", "p99_ms"), strict=True):
+        for axis, key in zip(axes, ("images_per_second", "p99_ms"), strict=True):
             axis.plot(places, [row[key] for row in server["loads"].values()], "s--", **style)
 
 

@@ -1,4 +1,4 @@
-"""How much memory a training run takes whose pictures do not fit, and what it costs in speed.
+"""How much memory a training run takes whose images do not fit, and what it costs in speed.
 
     python -m benchmarks.streaming
 
@@ -29,7 +29,7 @@ from benchmarks.machine import describe, keep
 
 PROJECT = Path(__file__).resolve().parent.parent
 SOME = 1000
-IN_MEMORY = 10_000  # pictures of the run that it is compared with
+IN_MEMORY = 10_000  # images of the run that it is compared with
 CUTS = ["--val-fraction", "0.01", "--test-fraction", "0.01", "--size", "224"]
 
 
@@ -41,7 +41,7 @@ RUNS = {
 }
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """`count` files in two classes: cuts of scikit-learn's two photographs, enlarged."""
     from sklearn.datasets import load_sample_images
 
@@ -63,7 +63,7 @@ def make_pictures(folder: Path, count: int) -> None:
 
 
 def watch(arguments: Sequence[str]) -> dict[str, Any]:
-    """Runs train.py; its summary, the resident memory at its highest, and whether it said that the pictures stream."""
+    """Runs train.py; its summary, the resident memory at its highest, and whether it said that the images stream."""
     command = [sys.executable, "train.py", "--json", *arguments]
     with tempfile.TemporaryFile("w+") as said:
         child = psutil.Popen(command, cwd=PROJECT, stdout=said)
@@ -84,7 +84,7 @@ def watch(arguments: Sequence[str]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=100_000, help="(100,000)")
+    parser.add_argument("--images", type=int, default=100_000, help="(100,000)")
     parser.add_argument("--minutes", type=float, default=1, help="of each training (1)")
     parser.add_argument("--only", help=f"one of: {'; '.join(RUNS)}")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/streaming.json"))
@@ -96,19 +96,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_pictures(folder / "all", options.pictures)
-        make_pictures(folder / "some", IN_MEMORY)
+        make_images(folder / "all", options.images)
+        make_images(folder / "some", IN_MEMORY)
         for name in wanted:
             data, arch = RUNS[name]
             given = ["--data", str(folder / data), "--arch", arch, "--minutes", f"{options.minutes:g}"]
             row = watch([*given, *CUTS, "--out", str(folder / "run"), "--overwrite"])
-            row["reading_per_second"] = row["pictures"] / row["data_seconds"]
+            row["reading_per_second"] = row["images"] / row["data_seconds"]
             results[name] = row
             keep(options.json, machine, "results", results)
             print(f"{name}: {json.dumps(row)}", flush=True)
     print(json.dumps(machine))
     for name, row in results.items():
-        rates = f"{row['reading_per_second']:.0f}/s read, {row['pictures_per_second']:.0f}/s trained"
+        rates = f"{row['reading_per_second']:.0f}/s read, {row['images_per_second']:.0f}/s trained"
         print(f"{name:22} {row['mebibytes']:6.0f} MiB resident; {rates}")
     return 0
 

@@ -1,12 +1,12 @@
-"""Trains with our trainer and with the classic recipe, in turns, on the same pictures and the same machine.
+"""Trains with our trainer and with the classic recipe, in turns, on the same images and the same machine.
 
     python -m benchmarks.training --data cifar10-jpeg.tar.xz
     python -m benchmarks.training --data cifar10-jpeg.tar.xz --rounds 2 --ablate
 
-The classic recipe is the one of the tutorials: simplecnn, pictures augmented one by one (flip, padded crop) in a
+The classic recipe is the one of the tutorials: simplecnn, images augmented one by one (flip, padded crop) in a
 DataLoader, Adam at 1e-3, batches of 32, 10 epochs, the last weights. The CIFAR ResNet-18 is torchvision's with a first
 layer for 32 px, trained as such networks mostly are: SGD, warm-up, cosine. All are scored on the test split, one view
-of each picture; seconds are those of training, without reading the data.
+of each image; seconds are those of training, without reading the data.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ MEAN, STD = architectures.IMAGENET_MEAN, architectures.IMAGENET_STD
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
-    """Pictures as PIL images, augmented when they are asked for."""
+    """Images as PIL images, augmented when they are asked for."""
 
     def __init__(self, split: training_data.Split) -> None:
-        self.pictures = [Image.fromarray(crop.numpy()) for crop in split.crops(slice(None))]
+        self.images = [Image.fromarray(crop.numpy()) for crop in split.crops(slice(None))]
         self.targets = split.targets.tolist()
         self.transform = transforms.Compose(
             [
@@ -63,7 +63,7 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
         return len(self.targets)
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        return self.transform(self.pictures[place]), self.targets[place]
+        return self.transform(self.images[place]), self.targets[place]
 
 
 def classic(data: training_data.Data | None, seed: int, epochs: int, device: torch.device) -> tuple[float, float]:
@@ -76,8 +76,8 @@ def classic(data: training_data.Data | None, seed: int, epochs: int, device: tor
     started = time.perf_counter()
     loader = DataLoader(dataset, batch_size=32, shuffle=True, num_workers=os.cpu_count() or 1, persistent_workers=True)
     for _ in range(epochs):
-        for pictures, targets in loader:
-            loss = nn.functional.cross_entropy(network(pictures.to(device)), targets.to(device))
+        for images, targets in loader:
+            loss = nn.functional.cross_entropy(network(images.to(device)), targets.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -182,7 +182,7 @@ def medians(runs: list[tuple[float, float]]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="cifar10", help="32 px pictures, as train.py's --data (cifar10)")
+    parser.add_argument("--data", default="cifar10", help="32 px images, as train.py's --data (cifar10)")
     parser.add_argument("--rounds", type=int, default=3, help="seeds; all take turns in each (3)")
     parser.add_argument("--only", help=f"of {', '.join(('classic', *RUNS, *ON_A_GPU))}; separated by commas")
     parser.add_argument("--ablate", action="store_true", help="what each part of the recipe is worth")

@@ -4,9 +4,9 @@
 
   1. checks the archive and the server; nothing is changed if anything is wrong here
   2. copies the archive into the model store as NAME-VERSION.mar, and registers it next to the version that serves
-  3. sends it the golden pictures of the archive, compares the answers, and goes on until it is warm
+  3. sends it the golden images of the archive, compares the answers, and goes on until it is warm
   4. makes it the default, which /predictions/NAME answers with; the old version finishes what it has begun
-  5. watches for --watch seconds: pictures of its own, TorchServe's count of failed requests, workers that die
+  5. watches for --watch seconds: images of its own, TorchServe's count of failed requests, workers that die
   6. makes NAME.mar in the store the new archive, so that the next start of the server takes it, and drops the old
      version when it can have no request under way
 
@@ -82,8 +82,8 @@ class Archive:
     version: str
     weights: str  # sha256
     labels: list[str]
-    pictures: list[bytes]
-    probabilities: list[list[float]]  # a row for each picture
+    images: list[bytes]
+    probabilities: list[list[float]]  # a row for each image
     tolerance: float  # of a probability
     workers: int | None  # None: as many as the old version has
 
@@ -106,7 +106,7 @@ class Archive:
                     version=model["modelVersion"],
                     weights=spec["weights_sha256"],
                     labels=spec["labels"],
-                    pictures=[base64.b64decode(picture["b64"]) for picture in golden["pictures"]],
+                    images=[base64.b64decode(image["b64"]) for image in golden["images"]],
                     probabilities=golden["probabilities"],
                     tolerance=max(golden["tolerance"].values()),  # what the worker runs on is not known here
                     workers=settings.get("minWorkers"),
@@ -133,12 +133,12 @@ class Archive:
         return f"{self.name}-{self.version}.mar"
 
     def wrong(self, i: int, reply: requests.Response) -> str:
-        """What is wrong with the reply to golden picture i; empty if it is right."""
+        """What is wrong with the reply to golden image i; empty if it is right."""
         if reply.status_code != 200:
-            return f"golden picture {i} is answered with {reply.status_code}: {_message(reply)}"
+            return f"golden image {i} is answered with {reply.status_code}: {_message(reply)}"
         got = reply.headers.get("x-model-version"), reply.headers.get("x-model-weights-sha256")
         if got != (self.version, self.weights):
-            return f"golden picture {i} is answered by version {got[0]}, weights {str(got[1])[:12]}"
+            return f"golden image {i} is answered by version {got[0]}, weights {str(got[1])[:12]}"
         expected = dict(zip(self.labels, self.probabilities[i], strict=True))
         try:
             answer: dict[str, float] = reply.json()
@@ -146,9 +146,9 @@ class Archive:
             off = max(abs(answer[label] - expected[label]) for label in answer)
             off = max(off, max(expected.values()) - expected[best])
         except (ValueError, KeyError, TypeError, AttributeError):
-            return f"golden picture {i} has no answer with labels of spec.json: {reply.text[:100]}"
+            return f"golden image {i} has no answer with labels of spec.json: {reply.text[:100]}"
         if not off <= self.tolerance:  # a NaN is wrong
-            return f"golden picture {i}: a probability is {off:.2g} off, and {self.tolerance:g} is allowed"
+            return f"golden image {i}: a probability is {off:.2g} off, and {self.tolerance:g} is allowed"
         return ""
 
     def _check(self) -> None:
@@ -160,8 +160,8 @@ class Archive:
                 f"{self.path}: the version is {self.version!r}, and TorchServe takes numbers only, like 2 or 2.1; "
                 "export with --version"
             )
-        if not self.pictures:
-            raise Mistake(f"{self.path}: golden.json holds no pictures, so nothing can be proven; export again")
+        if not self.images:
+            raise Mistake(f"{self.path}: golden.json holds no images, so nothing can be proven; export again")
         if not self._is_whole():
             raise Mistake(
                 f"{self.path}: its files hold values of another kind than `python -m export` writes; export again"
@@ -174,7 +174,7 @@ class Archive:
             isinstance(self.weights, str)
             and isinstance(self.labels, list)
             and all(isinstance(label, str) for label in self.labels)
-            and len(rows) == len(self.pictures)
+            and len(rows) == len(self.images)
             and all(isinstance(row, list) and len(row) == len(self.labels) for row in rows)
             and all(isinstance(value, (int, float)) for row in rows for value in row)
             and isinstance(self.tolerance, (int, float))
@@ -225,9 +225,9 @@ class Server:
     def manage(self, method: str, path: str, seconds: float = ANSWER_SECONDS) -> requests.Response:
         return self._send(method, f"{self.management}{path}", "management", seconds)
 
-    def ask(self, model: str, picture: bytes) -> requests.Response:
+    def ask(self, model: str, image: bytes) -> requests.Response:
         """`model`: NAME, answered by the default version, or NAME/VERSION."""
-        return self._send("POST", f"{self.inference}/predictions/{model}", "inference", ANSWER_SECONDS, picture)
+        return self._send("POST", f"{self.inference}/predictions/{model}", "inference", ANSWER_SECONDS, image)
 
     def check(self) -> None:
         """
@@ -445,23 +445,23 @@ def _register(task: Task, server: Server, say: Say) -> set[int]:
 
 
 def _prove(archive: Archive, server: Server, workers: int, say: Say) -> None:
-    """Every golden picture, then more from several threads: a worker's first requests are slow.
+    """Every golden image, then more from several threads: a worker's first requests are slow.
 
     Raises:
         Failed: an answer is wrong.
     """
 
     def ask(i: int) -> None:
-        i %= len(archive.pictures)
-        wrong = archive.wrong(i, server.ask(f"{archive.name}/{archive.version}", archive.pictures[i]))
+        i %= len(archive.images)
+        wrong = archive.wrong(i, server.ask(f"{archive.name}/{archive.version}", archive.images[i]))
         if wrong:
             raise Failed(wrong)
 
-    for i in range(len(archive.pictures)):
+    for i in range(len(archive.images)):
         ask(i)
     with ThreadPoolExecutor(2 * workers) as pool:
         list(pool.map(ask, range(WARM_UP * workers)))
-    say(f"{len(archive.pictures)} golden pictures are answered right, and it is warm")
+    say(f"{len(archive.images)} golden images are answered right, and it is warm")
 
 
 def _watch(
@@ -481,15 +481,15 @@ def _watch(
         Failed: more requests failed than `max_errors` allows, an answer was wrong, or a worker has died.
     """
     if before is None:
-        say("there are no metrics to read: only pictures of its own and the workers are watched; see --metrics")
+        say("there are no metrics to read: only images of its own and the workers are watched; see --metrics")
     started = time.monotonic()
     own = own_failed = lost = 0
     last = ""
     while True:
-        i = own % len(archive.pictures)
+        i = own % len(archive.images)
         own += 1
         try:
-            reply = server.ask(archive.name, archive.pictures[i])
+            reply = server.ask(archive.name, archive.images[i])
             wrong = archive.wrong(i, reply)
             if wrong and reply.ok:
                 raise Failed(wrong)

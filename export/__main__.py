@@ -27,11 +27,11 @@ from export import (
     backend,
     card,
     golden,
+    images,
     integrity,
     onnx,
     output_folder,
     parity,
-    pictures,
     programs,
     progress,
     reduced,
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fp16=options.fp16,
             sign=options.sign,
             wanted=options.backend,
-            golden_pictures=options.golden,
+            golden_images=options.golden,
             keep_reduced=options.keep_reduced,
         )
     except KeyboardInterrupt:
@@ -91,19 +91,19 @@ def export_run(
     fp16: bool = False,
     sign: Path | None = None,
     wanted: str = "auto",
-    golden_pictures: str = "samples",
+    golden_images: str = "samples",
     keep_reduced: str = "auto",
 ) -> list[parity.Row]:
     """Exports `run`, prints the parity table and, only if no row failed, packs the archive and replaces RUN/export.
 
     Args:
         name: of the model and its files; by default made from that of the run's folder.
-        everywhere: compare in every runtime of this machine, on at least 1,000 pictures of the test split.
+        everywhere: compare in every runtime of this machine, on at least 1,000 images of the test split.
         data: where the run's data lies now; needed for `everywhere`, `int8` and `fp16` if it was moved.
         int8, fp16: write these too, if they earn it.
         sign: a private key; writes model.sig.
         wanted: the backend of the archive's CPU workers; `auto` takes the fastest.
-        golden_pictures: those in the archive, one of export.golden.SOURCES.
+        golden_images: those in the archive, one of export.golden.SOURCES.
         keep_reduced: whether int8 and fp16 files must earn it, one of export.reduced.KEEP.
 
     Raises:
@@ -116,14 +116,14 @@ def export_run(
     if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", version):
         raise ValueError(f"--version {version}: must be a number such as 1.0 or 2, as TorchServe orders by it")
     if not any((run / "samples").glob("*")):
-        raise ValueError(f"{run / 'samples'}: no pictures for the golden answers; re-run train.py, or put some there")
+        raise ValueError(f"{run / 'samples'}: no images for the golden answers; re-run train.py, or put some there")
     if wanted == "onnx-int8" and not int8:
         raise ValueError("--backend onnx-int8: add --int8, which writes its file")
     archive.check_paths(run)
     target = run / output_folder.EXPORT
     with output_folder.alone(run):
         output_folder.check(target, output_folder.all_files(name))
-        shown = pictures.of_test_split(run, data) if everywhere else pictures.of_samples(run / "samples")
+        shown = images.of_test_split(run, data) if everywhere else images.of_samples(run / "samples")
         classifier = Classifier(network, spec).eval()
         with output_folder.building(run) as folder:
             _write_graphs(classifier, spec, folder, name)
@@ -145,7 +145,7 @@ def export_run(
             print(f"\n{backend.table(speeds)}")
             backend.write_config(speeds, folder / backend.CONFIG_FILE)
             served = backend.chosen(speeds).backend
-            seen = golden.write(run, folder, name, spec, classifier, served, golden_pictures)
+            seen = golden.write(run, folder, name, spec, classifier, served, golden_images)
             parity.write_json(rows, spec, folder / "parity.json", smaller, speeds)
             _pack(run, folder, name, version, served)
             _finish(run, folder, name, version, seen, sign)
@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         "--verify",
         choices=("installed", "all"),
         default="installed",
-        help="all: every runtime of this machine, on at least 1,000 test pictures (installed: PyTorch's and ONNX "
+        help="all: every runtime of this machine, on at least 1,000 test images (installed: PyTorch's and ONNX "
         "Runtime, on the run's samples)",
     )
     proof.add_argument("--data", help="where the run's data lies now, if not where it was trained from")
@@ -260,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
         "--golden",
         choices=golden.SOURCES,
         default="samples",
-        help="the pictures in the archive, by which a worker proves itself: crops of the run's samples, which whoever "
+        help="the images in the archive, by which a worker proves itself: crops of the run's samples, which whoever "
         "has the archive can look at, or synthetic ones, with none of yours (samples)",
     )
     trust = parser.add_argument_group("integrity")

@@ -29,7 +29,7 @@ ENTRY = "classifier_handler.py"
 CODE = {  # the archive's programs, and where they come from
     ENTRY: HANDLER / ENTRY,
     **{file: HANDLER / file for file in BESIDE_HANDLER},
-    "pictures.py": PROJECT / "model" / "pictures.py",
+    "images.py": PROJECT / "model" / "images.py",
 }
 MANIFEST = "MAR-INF/MANIFEST.json"
 

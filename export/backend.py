@@ -18,13 +18,13 @@ from model.spec import ModelSpec
 
 CONFIG = Path(__file__).resolve().parent.parent / "handler" / "model-config.yaml"
 CONFIG_FILE = "model-config.yaml"
-BATCHES = (1, 8)  # pictures: a worker with little to do, and with much
+BATCHES = (1, 8)  # images: a worker with little to do, and with much
 ROUNDS, SECONDS = 15, 2.0  # of each backend and batch size; whichever is reached first, but at least 3 rounds
 THREADS = 1  # of a worker
-# A batch saves what each call costs, about a millisecond, and takes the pictures that another worker could have had:
+# A batch saves what each call costs, about a millisecond, and takes the images that another worker could have had:
 # of 16 clients of ResNet-18 at 224 px one worker took all, and the other core was idle.
 LONGEST_BATCH = 70  # ms
-LARGEST_BATCH = 32  # pictures
+LARGEST_BATCH = 32  # images
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BackendRow:
     """How fast one backend answers on this machine."""
 
     backend: str  # one of handler.backends.FILES
-    milliseconds: dict[str, float]  # for a picture, by the batch size; medians
+    milliseconds: dict[str, float]  # for an image, by the batch size; medians
     chosen: bool
 
 
@@ -88,7 +88,7 @@ def write_config(rows: list[BackendRow], path: Path) -> None:
 
 def table(rows: list[BackendRow]) -> str:
     """The rows as text, for the terminal."""
-    lines = [("backend", *(f"ms a picture, batch of {batch}" for batch in BATCHES), "")]
+    lines = [("backend", *(f"ms an image, batch of {batch}" for batch in BATCHES), "")]
     for row in rows:
         numbers = (f"{row.milliseconds[str(batch)]:.3f}" for batch in BATCHES)
         lines.append((row.backend, *numbers, f"in the archive, batchSize {batch_size(row)}" * row.chosen))

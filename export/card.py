@@ -53,8 +53,8 @@ class Facts:
 
     @property
     def data(self) -> str:
-        """The data's name, without the number of pictures."""
-        return re.sub(r", [\d,]+ pictures$", "", self.spec.trained_on) or "data without a name"
+        """The data's name, without the number of images."""
+        return re.sub(r", [\d,]+ images$", "", self.spec.trained_on) or "data without a name"
 
     @property
     def test(self) -> Mapping[str, Any]:
@@ -102,7 +102,7 @@ def escape(text: Any) -> str:
 
 
 def _header(facts: Facts) -> str:
-    """The hub's metadata. No `license`: it depends on rights in the pictures, which no file of the run knows."""
+    """The hub's metadata. No `license`: it depends on rights in the images, which no file of the run knows."""
     values: dict[str, Any] = {
         "library_name": "pytorch",
         "pipeline_tag": "image-classification",
@@ -146,7 +146,7 @@ An image classifier: `{spec.arch}` at {spec.size}×{spec.size} px, {len(spec.lab
 {escape(spec.trained_on or facts.data)}.
 
 The pixel rule, inside `{facts.name}.pixels.onnx`, `{facts.name}.pt` and `{facts.name}.mar`: the \
-{margin}{side} of a picture of W×H px is resized to \
+{margin}{side} of an image of W×H px is resized to \
 {spec.size}×{spec.size} px with Pillow's antialiased bilinear filter, divided by 255 and normalised with mean \
 ({_numbers(spec.mean)}) and std ({_numbers(spec.std)}), and the network's logits{divided} go through softmax."""
 
@@ -155,13 +155,13 @@ def _usage(facts: Facts) -> str:
     name = facts.name
     return f"""## How to use it
 
-With ONNX Runtime, from a picture of any size, upright and on white:
+With ONNX Runtime, from an image of any size, upright and on white:
 
 ```python
 import json, numpy, onnxruntime
 from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession("{name}.pixels.onnx")
-upright = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGBA")
+upright = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGBA")
 on_white = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
 (probabilities,) = session.run(["probabilities"], {{"images": numpy.asarray(on_white)[None]}})
 print(json.loads(session.get_modelmeta().custom_metadata_map["spec"])["labels"][probabilities[0].argmax()])
@@ -172,7 +172,7 @@ With TorchServe, which writes the key that a request must carry into `key_file.j
 ```sh
 torchserve --start --ncs --model-store . --models {name}={name}.mar
 KEY=$(python -c 'import json; print(json.load(open("key_file.json"))["inference"]["key"])')
-curl -H "Authorization: Bearer $KEY" http://127.0.0.1:8080/predictions/{name} -T picture.jpg
+curl -H "Authorization: Bearer $KEY" http://127.0.0.1:8080/predictions/{name} -T image.jpg
 ```"""
 
 
@@ -192,23 +192,21 @@ def _metrics(facts: Facts) -> str:
         ("macro F1", f"{test['macro']['f1']:.2%}"),
         ("expected calibration error, 15 bins", f"{test['ece']:.2%}"),
     ]
-    text = (
-        f"## Metrics\n\nOn the {test['pictures']:,} pictures of the test split:\n\n{_table(('metric', 'value'), rows)}"
-    )
+    text = f"## Metrics\n\nOn the {test['images']:,} images of the test split:\n\n{_table(('metric', 'value'), rows)}"
     if len(test["per_class"]) > LISTED:
         return text
     classes = [
-        (label, f"{s['precision']:.2%}", f"{s['recall']:.2%}", f"{s['f1']:.2%}", s["pictures"])
+        (label, f"{s['precision']:.2%}", f"{s['recall']:.2%}", f"{s['f1']:.2%}", s["images"])
         for label, s in test["per_class"].items()
     ]
-    return f"{text}\n\n{_table(('class', 'precision', 'recall', 'F1', 'pictures'), classes)}"
+    return f"{text}\n\n{_table(('class', 'precision', 'recall', 'F1', 'images'), classes)}"
 
 
 def _data(facts: Facts) -> str:
     if not facts.metrics:
         return ""
-    rows = [(split, f"{facts.metrics[split]['pictures']:,}") for split in ("train", "val", "test")]
-    text = f"## Data\n\nTrained and tested on {escape(facts.data)}.\n\n{_table(('split', 'pictures'), rows)}"
+    rows = [(split, f"{facts.metrics[split]['images']:,}") for split in ("train", "val", "test")]
+    text = f"## Data\n\nTrained and tested on {escape(facts.data)}.\n\n{_table(('split', 'images'), rows)}"
     if not facts.config:
         return text
     val, test, seed = (facts.config[key] for key in ("val_fraction", "test_fraction", "split_seed"))
@@ -235,9 +233,9 @@ def _training(facts: Facts) -> str:
 def _parity(facts: Facts) -> str:
     if not (rows := facts.parity.get("rows")):
         return ""
-    head = ("graph", "runtime", "version", "pictures", "largest difference", "tolerance", "top-1 agreement", "verdict")
+    head = ("graph", "runtime", "version", "images", "largest difference", "tolerance", "top-1 agreement", "verdict")
     return (
-        f"## Parity\n\nEach file, reloaded, against {escape(facts.parity['reference'])} on real pictures. Differences "
+        f"## Parity\n\nEach file, reloaded, against {escape(facts.parity['reference'])} on real images. Differences "
         "are absolute: of a logit for the network, of a probability for crops and pixels, in grey levels for the "
         f"resize.\n\n{_table(head, map(_parity_cells, rows))}"
     )
@@ -246,7 +244,7 @@ def _parity(facts: Facts) -> str:
 def _smaller(facts: Facts) -> str:
     if not (rows := facts.parity.get("reduced")):
         return ""
-    head = ("file", "test pictures", "accuracy of fp32", "its accuracy", "loss, points (95%)", "speed", "verdict")
+    head = ("file", "test images", "accuracy of fp32", "its accuracy", "loss, points (95%)", "speed", "verdict")
     return f"## Smaller files\n\n{_table(head, map(_smaller_cells, rows))}"
 
 
@@ -254,7 +252,7 @@ def _smaller_cells(row: Mapping[str, Any]) -> Sequence[str]:
     low, high = row["interval"]
     verdict = "kept" if row["kept"] else "not written"
     return (
-        *(row["file"], f"{row['pictures']:,}", f"{row['accuracy_fp32']:.2%}", f"{row['accuracy']:.2%}"),
+        *(row["file"], f"{row['images']:,}", f"{row['accuracy_fp32']:.2%}", f"{row['accuracy']:.2%}"),
         f"{row['loss_points']:+.2f} ({low:+.2f} to {high:+.2f})",
         "not measured" if row["speedup"] is None else f"×{row['speedup']:.2f}",
         f"{verdict}: {row['reason']}" if row["reason"] else verdict,
@@ -262,15 +260,15 @@ def _smaller_cells(row: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _archive(facts: Facts) -> str:
-    """Which pictures go along, since whoever has the archive can look at them."""
-    if not (pictures := facts.golden.get("pictures")):
+    """Which images go along, since whoever has the archive can look at them."""
+    if not (images := facts.golden.get("images")):
         return ""
     kind = {
         "samples": "samples of the data, as the network sees them and without their metadata",
-        "synthetic": "synthetic pictures, none of the data",
+        "synthetic": "synthetic images, none of the data",
     }[facts.golden["source"]]
     return (
-        f"## The archive's pictures\n\n`{facts.name}.mar` holds {len(pictures)} golden pictures, in `{GOLDEN}`, that a "
+        f"## The archive's images\n\n`{facts.name}.mar` holds {len(images)} golden images, in `{GOLDEN}`, that a "
         f"worker must answer rightly before it serves: {kind}. (`--golden {facts.golden['source']}`)"
     )
 
@@ -278,10 +276,10 @@ def _archive(facts: Facts) -> str:
 def _limits(facts: Facts) -> str:
     spec = facts.spec
     limits = [
-        f"It knows {len(spec.labels)} labels and no other. A picture of anything else gets one of them all the same, "
-        "often with a high probability: a high probability does not say that the picture is of its kind.",
-        f"Pictures of another kind than {escape(facts.data)} (camera, lighting, distance, drawing) were not measured.",
-        f"It sees the centre of a picture at {spec.size}×{spec.size} px: what lies at the ends of a long picture, or "
+        f"It knows {len(spec.labels)} labels and no other. An image of anything else gets one of them all the same, "
+        "often with a high probability: a high probability does not say that the image is of its kind.",
+        f"Images of another kind than {escape(facts.data)} (camera, lighting, distance, drawing) were not measured.",
+        f"It sees the centre of an image at {spec.size}×{spec.size} px: what lies at the ends of a long image, or "
         "is lost at that size, has no influence.",
         *(
             _measured_limits(facts.test)
@@ -293,13 +291,13 @@ def _limits(facts: Facts) -> str:
 
 
 def _measured_limits(test: Mapping[str, Any]) -> Iterable[str]:
-    low, high = wilson(test["accuracy"], test["pictures"])
+    low, high = wilson(test["accuracy"], test["images"])
     yield (
-        f"The accuracy of {test['accuracy']:.2%} comes from {test['pictures']:,} test pictures: its 95% interval "
-        f"(Wilson) is {low:.2%} to {high:.2%}, for pictures of the same kind."
+        f"The accuracy of {test['accuracy']:.2%} comes from {test['images']:,} test images: its 95% interval "
+        f"(Wilson) is {low:.2%} to {high:.2%}, for images of the same kind."
     )
-    seen = {label: scores for label, scores in test["per_class"].items() if scores["pictures"]}
-    weakest = sorted((s["recall"], label, s["pictures"]) for label, s in seen.items() if s["recall"] < 1)[:WEAKEST]
+    seen = {label: scores for label, scores in test["per_class"].items() if scores["images"]}
+    weakest = sorted((s["recall"], label, s["images"]) for label, s in seen.items() if s["recall"] < 1)[:WEAKEST]
     if weakest:
         named = "; ".join(f"{escape(label)}, {recall:.2%} of {count:,}" for recall, label, count in weakest)
         yield f"The classes that it misses most often, by recall on the test split: {named}."
@@ -307,7 +305,7 @@ def _measured_limits(test: Mapping[str, Any]) -> Iterable[str]:
         named = ", ".join(map(escape, unseen[:LISTED])) + (
             f" and {len(unseen) - LISTED:,} more" * (len(unseen) > LISTED)
         )
-        yield f"No test picture shows: {named}. Nothing is known about them."
+        yield f"No test image shows: {named}. Nothing is known about them."
     yield f"Its confidence differs from its accuracy by {test['ece']:.2%} on average (expected calibration error)."
 
 
@@ -320,7 +318,7 @@ def _provenance(facts: Facts) -> str:
 - Weights (`model.pt`), SHA-256: `{spec.weights_sha256 or "not recorded"}`
 - Trained with: {versions or "not recorded"}
 - Exported, and compared, with: {escape(facts.parity.get("reference", "not recorded"))}
-- Licence: none is stated, since it depends on the rights in the training pictures{pretrained}. Add `license` to the \
+- Licence: none is stated, since it depends on the rights in the training images{pretrained}. Add `license` to the \
 header before you publish."""
 
 
@@ -364,7 +362,7 @@ def _parity_cells(row: Mapping[str, Any]) -> Sequence[str]:
     if row.get("skipped"):
         return (row["graph"], row["runtime"], *[""] * 5, f"not run: {row['skipped']}")
     return (
-        *(row["graph"], row["runtime"], row["version"], f"{row['pictures']:,}"),
+        *(row["graph"], row["runtime"], row["version"], f"{row['images']:,}"),
         *(f"{row['max_difference']:.1e}", f"{row['tolerance']:.1e}"),
         "" if row["graph"] == "resize" else f"{row['top1_agreement']:.1%}",
         "ok" if row["passed"] else "FAILED",

@@ -1,4 +1,4 @@
-"""The pictures that travel in the archive with their answers; handler/golden.py checks them when a worker starts.
+"""The images that travel in the archive with their answers; handler/golden.py checks them when a worker starts.
 
 Whoever has the archive can look at them. They are the run's samples as the network sees them, drawn anew from their
 pixels, so that no metadata comes along (EXIF with its GPS position, names of files); or synthetic ones.
@@ -21,14 +21,14 @@ from handler.backends import FILES, HALF_TOLERANCE, load
 from handler.golden import FILE
 from model.classifier import Classifier
 from model.files import write_text
-from model.pictures import crop, decode, read
+from model.images import crop, decode, read
 from model.spec import ModelSpec
 
-PICTURES = 8
+IMAGES = 8
 SOURCES = ("samples", "synthetic")
 JPEG_QUALITY = 95
 EXACT = 1e-3  # of a probability: fp32 in another runtime or processor; parity was proven within a tenth of it
-INT8 = 0.02  # the same for int8, or twice what it departs from fp32 on these pictures, if that is more
+INT8 = 0.02  # the same for int8, or twice what it departs from fp32 on these images, if that is more
 
 Classify = Callable[[np.ndarray], np.ndarray]  # crops uint8 (N, S, S, 3) to probabilities float32 (N, C)
 
@@ -47,7 +47,7 @@ def write(
     Args:
         folder: that of the exported files.
         backend: what the archive's CPU workers run, one of handler.backends.FILES.
-        source: `samples` of the run, or `synthetic` pictures, with none of the user's.
+        source: `samples` of the run, or `synthetic` images, with none of the user's.
 
     Returns:
         For each file that can serve, the largest difference of a probability from them.
@@ -63,11 +63,11 @@ def write(
     served = FILES[backend].format(name)
     if backend != "onnx-int8" and seen[served] > EXACT:
         raise ValueError(
-            f"{backend} is {seen[served]:.2g} of a probability off on the golden pictures, {EXACT} is allowed"
+            f"{backend} is {seen[served]:.2g} of a probability off on the golden images, {EXACT} is allowed"
         )
     content = {
         "source": source,
-        "pictures": [
+        "images": [
             {"name": f"{i} ({spec.labels[row.argmax()]})", "b64": base64.b64encode(body).decode()}
             for i, (body, row) in enumerate(zip(bodies, expected, strict=True))
         ],
@@ -102,14 +102,14 @@ def servable(folder: Path, name: str) -> dict[str, Classify]:
 
 def _samples(run: Path, spec: ModelSpec) -> list[np.ndarray]:
     files = sorted(path for path in (run / "samples").iterdir() if path.is_file())
-    chosen = [files[i * len(files) // PICTURES] for i in range(PICTURES)] if len(files) > PICTURES else files
+    chosen = [files[i * len(files) // IMAGES] for i in range(IMAGES)] if len(files) > IMAGES else files
     return [crop(decode(path.read_bytes()), spec.resize, spec.resize) for path in chosen]
 
 
 def _synthetic(run: Path, spec: ModelSpec) -> list[np.ndarray]:
     """Soft patches of random colours, of a grid that is finer in each next one."""
     draw = np.random.default_rng(0)
-    grids = [draw.integers(0, 256, (i + 2, i + 2, 3), np.uint8) for i in range(PICTURES)]
+    grids = [draw.integers(0, 256, (i + 2, i + 2, 3), np.uint8) for i in range(IMAGES)]
     side = (spec.resize, spec.resize)
     return [np.asarray(Image.fromarray(grid).resize(side, Image.Resampling.BICUBIC)) for grid in grids]
 

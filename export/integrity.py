@@ -32,11 +32,11 @@ from handler.backends import FILES, HALF_TOLERANCE
 from handler.golden import FILE as GOLDEN
 from handler.golden import Golden
 from model.files import sha256, write_text
-from model.pictures import read
+from model.images import read
 from model.spec import ModelSpec
 
 TOLERANCE = 1e-4  # of a probability, and of a logit times the largest: that of export/parity.py
-PICTURES = 8
+IMAGES = 8
 MOST_TEXT = 64_000_000  # bytes of a text inside an archive: a zip file can promise terabytes
 ANEW = "export again or restore the file"
 
@@ -333,7 +333,7 @@ def _check_golden(folder: Path, names: list[str], specs: Mapping[str, ModelSpec]
         found, rows = Golden(folder), len(_read_json(folder / GOLDEN)["probabilities"])
         good = found.bodies and all(found.bodies) and found.expected.shape == (len(found.bodies), len(spec.labels))
         if not (good and rows and np.allclose(found.expected.sum(axis=1), 1, atol=1e-4) and found.expected.min() >= 0):
-            findings.append(f"{GOLDEN}: holds no pictures, or no probability of each label for each; export again")
+            findings.append(f"{GOLDEN}: holds no images, or no probability of each label for each; export again")
         seen = _read_json(folder / MANIFEST)["golden_difference"]
         for name in names:
             served = FILES[_backend(folder)].format(name)
@@ -440,10 +440,10 @@ def _differs(what: str, source: str) -> str:
 
 
 def _compare_answers(folder: Path, name: str, specs: Mapping[str, ModelSpec], findings: list[str]) -> None:
-    """The three graphs of NAME.pt against those of the other files, on the same seeded pictures."""
+    """The three graphs of NAME.pt against those of the other files, on the same seeded images."""
     script = f"{name}.pt"
     for graph, middle in GRAPHS.items():
-        batch = _pictures(specs[script], graph)
+        batch = _images(specs[script], graph)
         expected = None
         with _noting(script, findings):
             expected = run_torchscript(folder, name, graph, [batch]).outputs[0]
@@ -464,17 +464,17 @@ def _compare_answers(folder: Path, name: str, specs: Mapping[str, ModelSpec], fi
 def _compare_smaller(
     folder: Path, name: str, small: str, tolerance: float, spec: ModelSpec, findings: list[str]
 ) -> None:
-    """The network of an int8 or fp16 pair against its crop graph, which the golden pictures judge."""
+    """The network of an int8 or fp16 pair against its crop graph, which the golden images judge."""
     file, crops = f"{name}.{small}.onnx", f"{name}.crops.{small}.onnx"
     with _noting(file, findings):
-        logits = reduced.outputs(folder / file, _pictures(spec, "network")) / spec.temperature
+        logits = reduced.outputs(folder / file, _images(spec, "network")) / spec.temperature
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        expected = reduced.outputs(folder / crops, _pictures(spec, "crops"))
+        expected = reduced.outputs(folder / crops, _images(spec, "crops"))
         _compare(file, crops, powers / powers.sum(axis=1, keepdims=True), expected, tolerance, findings)
 
 
 def _compare_golden(folder: Path, name: str, spec: ModelSpec, findings: list[str]) -> None:
-    """Each file that could serve against the archive's golden pictures."""
+    """Each file that could serve against the archive's golden images."""
     seen, found = _read_json(folder / MANIFEST)["golden_difference"], Golden(folder)
     crops = np.stack([read(body, spec.size, spec.resize) for body in found.bodies])
     for file, classify in golden.servable(folder, name).items():
@@ -492,16 +492,16 @@ def _compare(
         findings.append(f"{file}: is of another training than {reference} ({what}); export again")
 
 
-def _pictures(spec: ModelSpec, graph: str) -> np.ndarray:
-    """Noise around a colour and a contrast for each picture, so that they get different answers.
+def _images(spec: ModelSpec, graph: str) -> np.ndarray:
+    """Noise around a colour and a contrast for each image, so that they get different answers.
 
     Returns:
         For `network` float32 (N, 3, S, S), normalised; else uint8 (N, S, S, 3).
     """
     random = np.random.default_rng(0)
-    colours = random.uniform(0, 255, (PICTURES, 1, 1, 3))
-    contrasts = np.linspace(5, 120, PICTURES).reshape(-1, 1, 1, 1)  # grey levels
-    noise = random.standard_normal((PICTURES, spec.size, spec.size, 3))
+    colours = random.uniform(0, 255, (IMAGES, 1, 1, 3))
+    contrasts = np.linspace(5, 120, IMAGES).reshape(-1, 1, 1, 1)  # grey levels
+    noise = random.standard_normal((IMAGES, spec.size, spec.size, 3))
     pixels = (colours + contrasts * noise).clip(0, 255).astype(np.uint8)
     if graph != "network":
         return pixels

@@ -1,4 +1,4 @@
-"""The proof: every exported graph, reloaded from disk, against eager PyTorch on real pictures."""
+"""The proof: every exported graph, reloaded from disk, against eager PyTorch on real images."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from export import onnx, programs, torchscript
-from export.pictures import Named
+from export.images import Named
 from export.programs import GRAPHS
 from export.runtimes import INSTALLED, RUNTIMES, Batch, Crashed, Missing
 from model.classifier import Classifier
 from model.files import write_text
-from model.pictures import crop
+from model.images import crop
 from model.preprocessing import normalise, resize_crop
 from model.spec import ModelSpec
 
 LOGIT_TOLERANCE = 1e-4  # times the largest reference logit: a purely relative one is flaky near zero
 CROP_TOLERANCE = 1e-4  # probability, from the same pixels
-PIXEL_TOLERANCE = 5e-3  # probability, from the whole picture
+PIXEL_TOLERANCE = 5e-3  # probability, from the whole image
 LEVEL_TOLERANCE = 0  # grey levels between the resize in the graph and Pillow's
 
 BATCHES = (1, 3, 8, 5)  # none is the batch of 2 that the export used
@@ -45,14 +45,14 @@ class Row:
     graph: str  # network, crops, pixels, or resize
     runtime: str
     version: str = ""
-    pictures: int = 0
+    images: int = 0
     max_difference: float = 0.0
     mean_difference: float = 0.0
-    top1_agreement: float = 0.0  # share of the pictures that are not ties
-    ties: tuple[str, ...] = ()  # pictures whose two best lie closer than twice the tolerance
+    top1_agreement: float = 0.0  # share of the images that are not ties
+    ties: tuple[str, ...] = ()  # images whose two best lie closer than twice the tolerance
     tolerance: float = 0.0
-    milliseconds: float | None = None  # for each picture, in the runtime's own call
-    worst: str = ""  # the picture with the largest difference
+    milliseconds: float | None = None  # for each image, in the runtime's own call
+    worst: str = ""  # the image with the largest difference
     passed: bool = False
     skipped: str = ""  # why it was not compared: never counted as passed
 
@@ -64,13 +64,13 @@ class Row:
 def verify(
     classifier: Classifier,
     spec: ModelSpec,
-    pictures: Sequence[Named],
+    images: Sequence[Named],
     folder: Path,
     name: str,
     runtimes: Iterable[str] = INSTALLED,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Compares all artifacts in `folder` with `classifier` on `pictures`, in each of `runtimes`.
+    """Compares all artifacts in `folder` with `classifier` on `images`, in each of `runtimes`.
 
     Args:
         say: is given a line for each graph and runtime as it is done, which may take minutes.
@@ -79,10 +79,10 @@ def verify(
         ParityError: an artifact carries another spec, or one of `INSTALLED` cannot run its graph.
     """
     _check_specs(folder, name, spec)
-    names = [name for name, _ in pictures]
-    crops = torch.from_numpy(np.stack([crop(picture, spec.size, spec.resize) for _, picture in pictures]))
+    names = [name for name, _ in images]
+    crops = torch.from_numpy(np.stack([crop(image, spec.size, spec.resize) for _, image in images]))
     planes = normalise(crops, classifier.mean, classifier.std)
-    pixels = [np.asarray(picture) for _, picture in pictures]
+    pixels = [np.asarray(image) for _, image in images]
     batches = {
         "network": list(_uneven(planes.numpy())),
         "crops": list(_uneven(crops.numpy())),
@@ -137,7 +137,7 @@ def compare(
         graph,
         runtime,
         version,
-        pictures=len(reference),
+        images=len(reference),
         max_difference=float(difference.max()),
         mean_difference=float(difference.mean()),
         top1_agreement=float(agrees.double().mean()) if len(agrees) else 1.0,
@@ -165,7 +165,7 @@ def write_json(
 
 def table(rows: list[Row]) -> str:
     """The rows as text, for the terminal."""
-    head = ("graph", "runtime", "version", "pictures", "max |Δ|", "mean |Δ|", "tolerance", "top-1", "ms", "verdict")
+    head = ("graph", "runtime", "version", "images", "max |Δ|", "mean |Δ|", "tolerance", "top-1", "ms", "verdict")
     lines = [head, *map(_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -181,7 +181,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.graph,
         row.runtime,
         row.version,
-        f"{row.pictures:,}",
+        f"{row.images:,}",
         f"{row.max_difference:.1e}",
         f"{row.mean_difference:.1e}",
         f"{row.tolerance:.1e}",
@@ -222,7 +222,7 @@ def _row(
     except Missing as error:
         return Row(graph, runtime, skipped=str(error))
     except Crashed as error:
-        return Row(graph, runtime, worst=f"all pictures: {error}")
+        return Row(graph, runtime, worst=f"all images: {error}")
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if runtime in INSTALLED:
@@ -240,7 +240,7 @@ def _compare_levels(expected: Tensor, resized: Tensor, names: Sequence[str]) -> 
         "resize",
         "Pillow",
         PIL.__version__,
-        pictures=len(levels),
+        images=len(levels),
         max_difference=largest,
         mean_difference=float(levels.mean()),
         top1_agreement=1.0,
@@ -250,8 +250,8 @@ def _compare_levels(expected: Tensor, resized: Tensor, names: Sequence[str]) -> 
     )
 
 
-def _runs_of_equal_size(pictures: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    for _, same in groupby(pictures, key=lambda picture: picture.shape):
+def _runs_of_equal_size(images: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    for _, same in groupby(images, key=lambda image: image.shape):
         yield list(same)
 
 

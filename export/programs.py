@@ -37,7 +37,7 @@ class Program:
 
 
 def trace(classifier: Classifier) -> dict[str, Program]:
-    """The three graphs by name, and `PARTS`. The batch is open, and of pictures height and width too.
+    """The three graphs by name, and `PARTS`. The batch is open, and of images height and width too.
 
     Raises:
         RuntimeError: torch.export cannot express the network; the message is its own.

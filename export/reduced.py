@@ -29,31 +29,31 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from export import clock, pictures, programs
+from export import clock, images, programs
 from export import onnx as onnx_files
 from model.classifier import Classifier
 from model.files import atomic_write
-from model.pictures import PictureError, read
+from model.images import ImageError, read
 from model.preprocessing import normalise
 from model.spec import ModelSpec
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when ONNX Runtime is imported, which the functions do
 
 # Two right answers of 372 that int8 lost are no proof that it is worse, nor are 0.6 points of them: a loss counts where
-# the two files' answers to the same pictures show it (McNemar 1947, exact), or where it is both of these.
+# the two files' answers to the same images show it (McNemar 1947, exact), or where it is both of these.
 SIGNIFICANCE = 0.05
 MAX_LOSS = 0.5  # points of top-1 accuracy on the test split
-FEW_PICTURES = 2
+FEW_IMAGES = 2
 KEEP = ("auto", "always", "never")
 Z = 1.959964  # standard deviations on either side of the mean that hold 95% of a normal distribution
 MIN_SPEEDUP = {"int8": 2.5, "fp16": 1.0}  # times fp32 ONNX Runtime
 
-CALIBRATION = 512  # training pictures
+CALIBRATION = 512  # training images
 SEED = 0  # of their choice
 THREADS = 1  # as a TorchServe worker runs
-BATCH = {"int8": 1, "fp16": 32}  # pictures, on the clock: a CPU answers at once, a GPU worker fills its batches
+BATCH = {"int8": 1, "fp16": 32}  # images, on the clock: a CPU answers at once, a GPU worker fills its batches
 ROUNDS = 40  # of the clock
-CHUNK = 64  # pictures decoded at a time, so that a test split of any size fits in memory
+CHUNK = 64  # images decoded at a time, so that a test split of any size fits in memory
 
 # What has integer kernels on CPUs and bears rounding. Softmax, normalisation and the sigmoids stay in float: 256 levels
 # are few for them, and with them in int8 too mobilenet_v3_small and efficientnet_b0 stayed below ×1.2 of fp32's speed.
@@ -69,21 +69,21 @@ class ReducedRow:
 
     precision: str  # int8 or fp16
     file: str  # the crop graph's; the network graph's is kept or dropped with it
-    pictures: int  # of the test split
+    images: int  # of the test split
     accuracy_fp32: float
     accuracy: float
     loss_points: float  # of top-1 accuracy; negative where it gained
     interval: tuple[float, float]  # of the loss, 95%
-    lost: int  # pictures that fp32 names rightly and this does not
+    lost: int  # images that fp32 names rightly and this does not
     won: int  # the reverse
     p_value: float  # of as many lost by chance, were the two equally good
     speedup: float | None  # times fp32; None where it was not measured
-    batch: int  # pictures, when the speed was measured
+    batch: int  # images, when the speed was measured
     threads: int
     kept: bool
     reason: str
-    calibration_pictures: int
-    seed: int | None  # of the choice of the calibration pictures
+    calibration_images: int
+    seed: int | None  # of the choice of the calibration images
     versions: Mapping[str, str]
 
 
@@ -142,7 +142,7 @@ def make_int8(
 
     Args:
         network_onnx: the network graph in fp32.
-        calibration: uint8 (N, S, S, 3), RGB: training pictures, which set the range of each activation.
+        calibration: uint8 (N, S, S, 3), RGB: training images, which set the range of each activation.
         seed: of their choice; recorded in the files, not used.
 
     Raises:
@@ -155,7 +155,7 @@ def make_int8(
         "activations": "uint8",
         "weights": "int8, per channel",
         "calibration": "MinMax",
-        "pictures": len(calibration),
+        "images": len(calibration),
         "seed": seed,
         "versions": _versions(),
     }
@@ -210,7 +210,7 @@ def judge(
         row = ReducedRow(
             precision,
             path.name,
-            pictures=count,
+            images=count,
             accuracy_fp32=float(before.mean()),
             accuracy=float(after.mean()),
             loss_points=100 * (lost - won) / count,
@@ -223,7 +223,7 @@ def judge(
             threads=THREADS,
             kept=kept,
             reason="; ".join([*asked, *faults, *unjudged]),
-            calibration_pictures=note.get("pictures", 0),
+            calibration_images=note.get("images", 0),
             seed=note.get("seed"),
             versions=_versions(),
         )
@@ -232,7 +232,7 @@ def judge(
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """The two-sided p-value of McNemar's exact test: of pictures that only one of two classifiers names rightly, as
+    """The two-sided p-value of McNemar's exact test: of images that only one of two classifiers names rightly, as
     many or more on one side, were each side as likely (McNemar 1947).
     """
     total, fewer = lost + won, min(lost, won)
@@ -243,33 +243,33 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def paired_interval(lost: int, won: int, count: int) -> tuple[float, float]:
-    """The 95% interval of the loss as a share of `count` pictures that both classifiers saw (Agresti and Min 2005)."""
+    """The 95% interval of the loss as a share of `count` images that both classifiers saw (Agresti and Min 2005)."""
     b, c, n = lost + 0.5, won + 0.5, count + 2
     centre, half = (b - c) / n, Z * math.sqrt(b + c - (b - c) ** 2 / n) / n
     return centre - half, centre + half
 
 
 def _loss(lost: int, won: int, count: int, max_loss: float) -> str:
-    """Why so many lost pictures are held against a file; empty if they are not."""
+    """Why so many lost images are held against a file; empty if they are not."""
     loss = 100 * (lost - won) / count
     low, high = (100 * end for end in paired_interval(lost, won, count))
     said = f"loses {loss:.2f} points of accuracy (95% interval {low:+.2f} to {high:+.2f})"
     if lost > won and mcnemar(lost, won) < SIGNIFICANCE:
-        return f"{said}, more than chance: {lost} pictures lost, {won} won"
-    if loss > max_loss and lost - won > FEW_PICTURES:
+        return f"{said}, more than chance: {lost} images lost, {won} won"
+    if loss > max_loss and lost - won > FEW_IMAGES:
         return f"{said}, more than {max_loss:g}"
     return ""
 
 
 def table(rows: list[ReducedRow]) -> str:
     """The rows as text, for the terminal."""
-    lines = [("precision", "file", "pictures", "fp32 top-1", "top-1", "loss, points (95%)", "speed", "verdict")]
+    lines = [("precision", "file", "images", "fp32 top-1", "top-1", "loss, points (95%)", "speed", "verdict")]
     for row in rows:
         speed = "" if row.speedup is None else f"×{row.speedup:.2f}"
         loss = f"{row.loss_points:+.2f} ({row.interval[0]:+.2f} to {row.interval[1]:+.2f})"
         numbers = (f"{row.accuracy_fp32:.2%}", f"{row.accuracy:.2%}", loss, speed)
         verdict = ("kept" if row.kept else "NOT kept") + (f": {row.reason}" if row.reason else "")
-        lines.append((row.precision, row.file, str(row.pictures), *numbers, verdict))
+        lines.append((row.precision, row.file, str(row.images), *numbers, verdict))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -277,26 +277,26 @@ def table(rows: list[ReducedRow]) -> str:
 def calibration_crops(
     run: Path, spec: ModelSpec, data: str | None = None, count: int = CALIBRATION, seed: int = SEED
 ) -> np.ndarray:
-    """uint8 (n, S, S, 3): `count` of the training pictures, drawn with `seed`, less those that cannot be read.
+    """uint8 (n, S, S, 3): `count` of the training images, drawn with `seed`, less those that cannot be read.
 
     Raises:
         ValueError: the data cannot be found, or none of them can be read.
     """
-    bodies = (body for _, _, body in _shown(pictures.read(run, "train", data), "training pictures"))
-    crops = [found for found in _crops(pictures.sample(bodies, count, seed), spec) if found is not None]
+    bodies = (body for _, _, body in _shown(images.read(run, "train", data), "training images"))
+    crops = [found for found in _crops(images.sample(bodies, count, seed), spec) if found is not None]
     if not crops:
-        raise ValueError(f"{run}: no training picture can be read; pass --data with what it was trained on")
+        raise ValueError(f"{run}: no training image can be read; pass --data with what it was trained on")
     return np.stack(crops)
 
 
 def labelled_crops(run: Path, spec: ModelSpec, data: str | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The whole test split in parts, as `judge` takes it; pictures that cannot be read are left out.
+    """The whole test split in parts, as `judge` takes it; images that cannot be read are left out.
 
     Raises:
-        ValueError: the data cannot be found, has a class that the spec has not, or has no readable test picture.
+        ValueError: the data cannot be found, has a class that the spec has not, or has no readable test image.
     """
     index, count = {label: i for i, label in enumerate(spec.labels)}, 0
-    items = iter(_shown(pictures.read(run, "test", data), "test pictures"))
+    items = iter(_shown(images.read(run, "test", data), "test images"))
     while chunk := list(islice(items, CHUNK)):
         if unknown := sorted({label for _, label, _ in chunk} - index.keys()):
             raise ValueError(f"{run}: '{unknown[0]}' is none of its labels; pass --data with what it was trained on")
@@ -306,7 +306,7 @@ def labelled_crops(run: Path, spec: ModelSpec, data: str | None = None) -> Itera
             count += len(good)
             yield np.stack([crops for crops, _ in good]), np.array([target for _, target in good])
     if not count:
-        raise ValueError(f"{run}: no test picture can be read; pass --data with what it was trained on")
+        raise ValueError(f"{run}: no test image can be read; pass --data with what it was trained on")
 
 
 def milliseconds(
@@ -359,7 +359,7 @@ class _Reader:
 def _right(
     sessions: Mapping[str, Any], test: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Whether each session names each picture rightly, bool (N,), and the first pictures."""
+    """Whether each session names each image rightly, bool (N,), and the first images."""
     right: dict[str, list[np.ndarray]] = {key: [] for key in sessions}
     first: np.ndarray | None = None
     for crops, targets in test:
@@ -386,8 +386,8 @@ def _quantise(network_onnx: Path, batches: Iterator[np.ndarray]) -> onnx.ModelPr
             weight_type=QuantType.QInt8,
             per_channel=True,
             op_types_to_quantize=list(OPERATORS),
-            # simplecnn on 5,000 test pictures of CIFAR-10, fp32 65.54%: MinMax and Entropy 65.76%, Percentile 65.62%;
-            # the last two keep every activation of every picture in memory, gigabytes for 512 pictures of 224 px
+            # simplecnn on 5,000 test images of CIFAR-10, fp32 65.54%: MinMax and Entropy 65.76%, Percentile 65.62%;
+            # the last two keep every activation of every image in memory, gigabytes for 512 images of 224 px
             calibrate_method=CalibrationMethod.MinMax,
         )
         return onnx.load(quantised)
@@ -493,12 +493,12 @@ def _run(session: Any, crops: np.ndarray) -> np.ndarray:
 
 
 def _crops(bodies: list[bytes], spec: ModelSpec) -> list[np.ndarray | None]:
-    """The squares that the network sees, uint8 (S, S, 3); None for a picture that cannot be read."""
+    """The squares that the network sees, uint8 (S, S, 3); None for an image that cannot be read."""
 
     def one(body: bytes) -> np.ndarray | None:
         try:
             return read(body, spec.size, spec.resize)
-        except PictureError:  # left out of training too, by --skip-bad
+        except ImageError:  # left out of training too, by --skip-bad
             return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -506,7 +506,7 @@ def _crops(bodies: list[bytes], spec: ModelSpec) -> list[np.ndarray | None]:
 
 
 def _shown(items: Iterable[tuple[str, str, bytes]], what: str) -> Iterable[tuple[str, str, bytes]]:
-    return tqdm(items, desc=what, unit="pictures", leave=False, disable=None)  # on a terminal only
+    return tqdm(items, desc=what, unit="images", leave=False, disable=None)  # on a terminal only
 
 
 def _versions() -> dict[str, str]:

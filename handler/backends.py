@@ -34,7 +34,7 @@ FILES = {
     "torchscript": "{}.pt",
     "pt2": "{}.crops.pt2",
 }
-GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64)  # pictures; a batch is filled up to the next of them
+GPU_BATCHES = (1, 2, 4, 8, 16, 32, 64)  # images; a batch is filled up to the next of them
 STICKY = 70  # exit status of a worker whose CUDA failed
 HALF_TOLERANCE = 0.02  # of a probability, between half and full precision, when a GPU worker starts
 
@@ -160,7 +160,7 @@ def surviving(classify: Classify) -> Classify:
             if is_out_of_memory(error):
                 torch.cuda.empty_cache()
                 if len(crops) == 1:
-                    raise MemoryError("the GPU has no memory for one picture") from None  # TorchServe answers 507
+                    raise MemoryError("the GPU has no memory for one image") from None  # TorchServe answers 507
             elif "CUDA error" in text or "device-side assert" in text:
                 logging.critical("this worker's CUDA has failed for good, so it ends: %s", text.splitlines()[0])
                 logging.shutdown()

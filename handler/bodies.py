@@ -1,9 +1,9 @@
-"""What a request holds, and how its answer is written: the shapes of bodies, without pictures or networks.
+"""What a request holds, and how its answer is written: the shapes of bodies, without images or networks.
 
-A parsed request is (shape, pictures by name), where a picture is the bytes of a file, an array of pixels, or the
-PictureError that stands for it. The shapes:
+A parsed request is (shape, images by name), where an image is the bytes of a file, an array of pixels, or the
+ImageError that stands for it. The shapes:
 
-    one          a picture: {label: probability, …}
+    one          an image: {label: probability, …}
     fields       several multipart fields: {field: answer, …}
     instances    KServe v1: {"predictions": [answer, …]}
     inputs:ID    KServe v2: {"outputs": [labels, probabilities], …}, with the request's own id
@@ -22,7 +22,7 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
-from pictures import PictureError
+from images import ImageError
 
 # What a client's mistake is answered with, over REST as over gRPC.
 STATUSES = {
@@ -31,15 +31,15 @@ STATUSES = {
     "bad_base64": (400, "Bad Request"),
     "explanations_off": (403, "Forbidden"),
     "too_many_pixels": (413, "Payload Too Large"),
-    "too_many_pictures": (413, "Payload Too Large"),
-    "not_a_picture": (415, "Unsupported Media Type"),
+    "too_many_images": (413, "Payload Too Large"),
+    "not_an_image": (415, "Unsupported Media Type"),
     "unsupported_kind": (415, "Unsupported Media Type"),
     "truncated": (422, "Unprocessable Entity"),
     "too_slow": (422, "Unprocessable Entity"),
     "no_time": (503, "Service Unavailable"),  # the server's fault, and asking again may help
 }
 
-Picture = bytes | np.ndarray | PictureError
+ImageInput = bytes | np.ndarray | ImageError
 Answer = dict[str, Any]
 
 MAX_NAME = 1000  # characters of an id or a field's name, which the answer repeats
@@ -54,7 +54,7 @@ class TooMany(Exception):
     """More images in a request than are accepted."""
 
 
-def parse(request: Mapping[str, Any], json_fields: Container[str], most: int) -> tuple[str, dict[str, Picture]]:
+def parse(request: Mapping[str, Any], json_fields: Container[str], most: int) -> tuple[str, dict[str, ImageInput]]:
     """The shape of the answer and the images by name.
 
     At most `most` images are made of a body, and parsing takes a few times its bytes in memory, whatever it holds: the
@@ -71,19 +71,19 @@ def parse(request: Mapping[str, Any], json_fields: Container[str], most: int) ->
         if len(request) > 1:
             _check_count(len(request), most)
             return "fields", {
-                name: _picture(_value(body, name in json_fields, most)[0]) for name, body in request.items()
+                name: _image(_value(body, name in json_fields, most)[0]) for name, body in request.items()
             }
         for name, body in request.items():
             value, numbers = _value(body, name in json_fields, most)
             return _of_value(value, numbers, most)
-        return "one", {"": _picture(b"")}
+        return "one", {"": _image(b"")}
     except TooMany as error:
-        way_out = "send several requests, or have the operator raise `max_pictures` in model-config.yaml"
-        return "one", {"": PictureError("too_many_pictures", f"{error}; {way_out}")}
+        way_out = "send several requests, or have the operator raise `max_images` in model-config.yaml"
+        return "one", {"": ImageError("too_many_images", f"{error}; {way_out}")}
 
 
 def _value(body: Any, is_json: bool, most: int) -> tuple[Any, bytes]:
-    """What a body holds: an image's bytes, the value of JSON, or a PictureError; and the numbers of a tensor in it.
+    """What a body holds: an image's bytes, the value of JSON, or a ImageError; and the numbers of a tensor in it.
 
     Raises:
         TooMany.
@@ -97,13 +97,13 @@ def _value(body: Any, is_json: bool, most: int) -> tuple[Any, bytes]:
         numbers = found[2]
         body = b"".join((body[: found.start(2)], b"[]", body[found.end(2) :]))
     if body.count(b"[") > PARTS * most:
-        return PictureError("bad_json", f"the body holds {body.count(b'['):,} lists; {SHAPES}"), b""
+        return ImageError("bad_json", f"the body holds {body.count(b'['):,} lists; {SHAPES}"), b""
     if max(body.count(b"{"), body.count(b","), body.count(b'"') // 2) > PARTS * most:
         raise TooMany(f"the body holds more values of JSON than {most} images need, and no more are accepted")
     try:
         return json.loads(body), numbers
     except (ValueError, RecursionError) as error:
-        return PictureError("bad_json", f"the body is not JSON ({error})"), b""
+        return ImageError("bad_json", f"the body is not JSON ({error})"), b""
 
 
 def _scalar(body: bytes) -> Any:
@@ -114,13 +114,13 @@ def _scalar(body: bytes) -> Any:
         return bytes(body)
 
 
-def _of_value(value: Any, numbers: bytes, most: int) -> tuple[str, dict[str, Picture]]:
+def _of_value(value: Any, numbers: bytes, most: int) -> tuple[str, dict[str, ImageInput]]:
     if isinstance(value, dict) and isinstance(value.get("instances"), list):
         _check_count(len(value["instances"]), most)
-        return _several("instances", [_picture(instance) for instance in value["instances"]], "instances")
+        return _several("instances", [_image(instance) for instance in value["instances"]], "instances")
     if isinstance(value, dict) and isinstance(value.get("inputs"), list):
         return _inputs(value, numbers, most)
-    return "one", {"": _picture(value)}
+    return "one", {"": _image(value)}
 
 
 def _check_count(count: int, most: int) -> None:
@@ -128,21 +128,21 @@ def _check_count(count: int, most: int) -> None:
         raise TooMany(f"{count:,} images in a request, and at most {most} are accepted")
 
 
-def _too_long(what: str) -> PictureError:
+def _too_long(what: str) -> ImageError:
     hint = "; was JSON sent as a form? Name it: Content-Type: application/json" if what.startswith("a field") else ""
-    return PictureError("bad_json", f"{what} has more than {MAX_NAME:,} characters{hint}")
+    return ImageError("bad_json", f"{what} has more than {MAX_NAME:,} characters{hint}")
 
 
 def answer(
-    shape: str, outcomes: Mapping[str, Answer | PictureError], model: str, version: str
+    shape: str, outcomes: Mapping[str, Answer | ImageError], model: str, version: str
 ) -> tuple[Answer, str | None]:
-    """The body of an answer as a value for JSON, and what failed it: None if any picture was good.
+    """The body of an answer as a value for JSON, and what failed it: None if any image was good.
 
-    A picture's error stands in the place of its answer. KServe v2 has no place for that: there one fails them all.
+    An image's error stands in the place of its answer. KServe v2 has no place for that: there one fails them all.
     """
     if shape == "one" and isinstance(outcome := outcomes[""], dict):  # nearly all
         return outcome, None
-    errors = [outcome for outcome in outcomes.values() if isinstance(outcome, PictureError)]
+    errors = [outcome for outcome in outcomes.values() if isinstance(outcome, ImageError)]
     is_v2 = shape.startswith("inputs:")
     if errors and (is_v2 or len(errors) == len(outcomes)):
         body = as_error(errors[0])
@@ -150,39 +150,39 @@ def answer(
     if is_v2:
         request_id = shape.removeprefix("inputs:")
         return {"model_name": model, "model_version": version, "id": request_id, "outputs": _outputs(outcomes)}, None
-    values = {name: as_error(it) if isinstance(it, PictureError) else it for name, it in outcomes.items()}
+    values = {name: as_error(it) if isinstance(it, ImageError) else it for name, it in outcomes.items()}
     return ({"predictions": list(values.values())} if shape == "instances" else values), None
 
 
-def as_error(error: PictureError) -> Answer:
+def as_error(error: ImageError) -> Answer:
     return {"code": STATUSES[error.cause][0], "type": error.cause, "message": str(error)}
 
 
-def _picture(value: Any) -> Picture:
-    """The bytes of one field or instance, or its PictureError."""
+def _image(value: Any) -> ImageInput:
+    """The bytes of one field or instance, or its ImageError."""
     if isinstance(value, str):
         return value.encode(errors="replace")  # JSON may hold halves of UTF-16 pairs, which UTF-8 cannot
-    if isinstance(value, (bytes, PictureError)):
+    if isinstance(value, (bytes, ImageError)):
         return value
     if not isinstance(value, dict) or not isinstance(value.get("b64"), str):
-        return PictureError("bad_json", SHAPES)
+        return ImageError("bad_json", SHAPES)
     return _from_base64(value["b64"])
 
 
-def _from_base64(text: str) -> Picture:
+def _from_base64(text: str) -> ImageInput:
     try:
         return base64.b64decode(text.encode("ascii").translate(None, string.whitespace.encode()), validate=True)
     except (binascii.Error, ValueError) as error:
-        return PictureError("bad_base64", f"'b64' is not base64 ({error}); send it without a data: prefix")
+        return ImageError("bad_base64", f"'b64' is not base64 ({error}); send it without a data: prefix")
 
 
-def _several(shape: str, pictures: list[Picture], field: str) -> tuple[str, dict[str, Picture]]:
-    if not pictures:
-        return "one", {"": PictureError("empty", f"'{field}' is empty; send at least one picture")}
-    return shape, {str(i): picture for i, picture in enumerate(pictures)}
+def _several(shape: str, images: list[ImageInput], field: str) -> tuple[str, dict[str, ImageInput]]:
+    if not images:
+        return "one", {"": ImageError("empty", f"'{field}' is empty; send at least one image")}
+    return shape, {str(i): image for i, image in enumerate(images)}
 
 
-def _inputs(value: Answer, numbers: bytes, most: int) -> tuple[str, dict[str, Picture]]:
+def _inputs(value: Answer, numbers: bytes, most: int) -> tuple[str, dict[str, ImageInput]]:
     """KServe v2 (the Open Inference Protocol): one input, BYTES [N] as base64 or UINT8 [N, H, W, 3], RGB.
 
     Args:
@@ -192,7 +192,7 @@ def _inputs(value: Answer, numbers: bytes, most: int) -> tuple[str, dict[str, Pi
     if len(request_id) > MAX_NAME:
         return "inputs:", {"": _too_long("'id'")}
     shape = f"inputs:{request_id}"
-    wrong = PictureError(
+    wrong = ImageError(
         "bad_json",
         "'inputs' must be one of BYTES, shape [N], with base64 texts as 'data', or one of UINT8, shape [N, H, W, 3]",
     )

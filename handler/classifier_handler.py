@@ -1,18 +1,18 @@
-"""The TorchServe handler: pictures in, `{label: probability}` out, best first. Each picture succeeds or fails alone.
+"""The TorchServe handler: images in, `{label: probability}` out, best first. Each image succeeds or fails alone.
 
 A request to `/predictions/NAME` is one of
-- a picture file as the raw body, or one multipart field: answered `{label: probability, …}`;
+- an image file as the raw body, or one multipart field: answered `{label: probability, …}`;
 - several multipart fields with different names: `{field: answer, …}` (of a repeated name TorchServe keeps the last);
 - JSON `{"b64": "…"}`: as a raw body;
 - JSON `{"instances": [{"b64": "…"}, …]}`: `{"predictions": [answer, …]}`, as KServe v1 clients expect;
 - JSON `{"inputs": [{"datatype": "BYTES", …}]}`: `{"outputs": […]}`, as KServe v2 clients expect;
 - nothing, with the header `health: True`: whether the model is healthy.
 
-Where a request holds several pictures, a bad one has its error in the place of its answer; the status is 200 if any
-picture was good. Otherwise the status is that of the first error, from bodies.STATUSES. An error reads
+Where a request holds several images, a bad one has its error in the place of its answer; the status is 200 if any
+image was good. Otherwise the status is that of the first error, from bodies.STATUSES. An error reads
 `{"code": 422, "type": "truncated", "message": "…"}`.
 
-The same to `/explanations/NAME` shows what spoke for the best label: a PNG, or where there are several pictures JSON
+The same to `/explanations/NAME` shows what spoke for the best label: a PNG, or where there are several images JSON
 with `label`, `probability` and `png` (base64). Off unless model-config.yaml says `explain: true`: an explanation costs
 as much as a hundred predictions, and the predictions behind it wait.
 
@@ -37,17 +37,17 @@ import numpy as np
 import worker
 from decoder_process import DecoderProcess
 from golden import Golden
+from images import MAX_PIXELS, NO_MEMORY, ImageError, crop, read
 from measures import Measures
-from pictures import MAX_PIXELS, NO_MEMORY, PictureError, crop, read
 from PIL import Image
 
-CHUNK = 64  # pictures decoded and put through the network at a time: bounds the memory of requests with many
+CHUNK = 64  # images decoded and put through the network at a time: bounds the memory of requests with many
 STAGES = ("decode", "forward", "post")  # of which the time is told
-MAX_PICTURES = 256  # of one request: a few kilobytes of tiny pictures could otherwise block a worker for minutes
-DECODE_SECONDS = 12.0  # for all pictures of a batch: TorchServe replaces a worker that takes longer than 30
+MAX_IMAGES = 256  # of one request: a few kilobytes of tiny images could otherwise block a worker for minutes
+DECODE_SECONDS = 12.0  # for all images of a batch: TorchServe replaces a worker that takes longer than 30
 SEVERAL_SECONDS = 2.0  # after which those of requests with several are put off: 256 may be large, and neighbours wait
 FORWARD_SECONDS = 20.0  # after a batch has begun nothing more is put through the network, nor explained
-MAX_EXPLAINED = 8  # of one request, whatever max_pictures says: each costs as much as a hundred predictions
+MAX_EXPLAINED = 8  # of one request, whatever max_images says: each costs as much as a hundred predictions
 EMPTY = "the request has no bytes; send an image, or the header `health: True` to ask whether the model is healthy"
 EXPLANATIONS_OFF = "explanations are off; the operator can switch them on with `explain: true` in model-config.yaml"
 
@@ -61,14 +61,14 @@ class ClassifierHandler:
         """Reads the settings and the spec, loads the backend, and checks it, so that the first client does not wait.
 
         Raises:
-            ValueError: the archive or model-config.yaml is wrong, or a golden picture is answered wrongly; TorchServe
+            ValueError: the archive or model-config.yaml is wrong, or a golden image is answered wrongly; TorchServe
                 logs it and does not serve the model.
         """
         settings, system = context.model_yaml_config or {}, context.system_properties
         folder, model = Path(system["model_dir"]), context.manifest["model"]
         self.topk = _setting(settings, "topk", 5)
         self.max_pixels = _setting(settings, "max_pixels", MAX_PIXELS)
-        self.max_pictures = _setting(settings, "max_pictures", MAX_PICTURES)
+        self.max_images = _setting(settings, "max_images", MAX_IMAGES)
         if not system.get("limit_max_image_pixels", True):
             self.max_pixels = None  # the operator lifted the limit in config.properties
         self.decoder = DecoderProcess(self.max_pixels) if os.name == "posix" else None
@@ -119,50 +119,50 @@ class ClassifierHandler:
         started, latest = time.perf_counter(), time.monotonic() + FORWARD_SECONDS
         seconds = dict.fromkeys(STAGES, 0.0)
         parsed = [self._parse(request, context, i) for i, request in enumerate(requests)]
-        pictures = [(picture, len(its) > 1) for _, _, its in parsed for picture in its.values()]
-        outcomes = self._classify(pictures, seconds)
+        images = [(image, len(its) > 1) for _, _, its in parsed for image in its.values()]
+        outcomes = self._classify(images, seconds)
         coming, until = iter(outcomes), min(latest, time.monotonic() + explanations.SECONDS)
         answers = []
-        for i, (kind, shape, pictures) in enumerate(parsed):
-            its = {name: next(coming) for name in pictures}
+        for i, (kind, shape, images) in enumerate(parsed):
+            its = {name: next(coming) for name in images}
             if kind == "explanation":
-                its = {name: self._explain(pictures[name], outcome, until) for name, outcome in its.items()}
+                its = {name: self._explain(images[name], outcome, until) for name, outcome in its.items()}
             answers.append(self._answer(kind, shape, its, context, i))
         seconds["post"] = time.perf_counter() - started - sum(seconds.values())
         self.measures.add(
-            [outcome.cause if isinstance(outcome, PictureError) else "ok" for outcome in outcomes],
-            [next(iter(outcome.items())) for outcome in outcomes if not isinstance(outcome, PictureError)],
+            [outcome.cause if isinstance(outcome, ImageError) else "ok" for outcome in outcomes],
+            [next(iter(outcome.items())) for outcome in outcomes if not isinstance(outcome, ImageError)],
             seconds,
         )
         return answers
 
     def _parse(self, request, context, i):
-        """What is asked for (`prediction`, `explanation`, `description`, `health`), the shape and the pictures."""
+        """What is asked for (`prediction`, `explanation`, `description`, `health`), the shape and the images."""
         headers = context.get_all_request_header(i)
         if all(value == b"" for value in request.values()):
             kind = _asked_without_an_image(request, headers)
-            return (kind, "one", {}) if kind else ("prediction", "one", {"": PictureError("empty", EMPTY)})
+            return (kind, "one", {}) if kind else ("prediction", "one", {"": ImageError("empty", EMPTY)})
         json_fields = {name for name in request if _is_json(headers.get(name))}
         if headers.get("explain") != "True":
-            return "prediction", *bodies.parse(request, json_fields, self.max_pictures)
+            return "prediction", *bodies.parse(request, json_fields, self.max_images)
         if self.explainer is None:
-            return "explanation", "one", {"": PictureError("explanations_off", EXPLANATIONS_OFF)}
-        return "explanation", *bodies.parse(request, json_fields, min(self.max_pictures, MAX_EXPLAINED))
+            return "explanation", "one", {"": ImageError("explanations_off", EXPLANATIONS_OFF)}
+        return "explanation", *bodies.parse(request, json_fields, min(self.max_images, MAX_EXPLAINED))
 
-    def _classify(self, pictures, seconds):
-        """An answer or a PictureError for each of `pictures`, in order. Adds to `seconds` what the stages took.
+    def _classify(self, images, seconds):
+        """An answer or a ImageError for each of `images`, in order. Adds to `seconds` what the stages took.
 
         Args:
-            pictures: each with whether it is one of several in its request.
+            images: each with whether it is one of several in its request.
         """
         outcomes, last = [], time.perf_counter()
         latest = time.monotonic() + FORWARD_SECONDS
         self.started = time.monotonic()
         if self.decoder:
             self.decoder.begin_batch()
-        for chunk in self._decoded(pictures):
+        for chunk in self._decoded(images):
             decoded = time.perf_counter()
-            good = [i for i, outcome in enumerate(chunk) if not isinstance(outcome, PictureError)]
+            good = [i for i, outcome in enumerate(chunk) if not isinstance(outcome, ImageError)]
             for start in range(0, len(good), self.batch):  # as many as export found a worker to answer in good time
                 some = good[start : start + self.batch]
                 late = time.monotonic() > latest
@@ -175,11 +175,11 @@ class ClassifierHandler:
             seconds["forward"] += last - decoded
         return outcomes
 
-    def _decoded(self, pictures):
-        """Lists of at most CHUNK crops or PictureErrors; with threads, the next is on its way while one is used."""
-        chunks = (pictures[start : start + CHUNK] for start in range(0, len(pictures), CHUNK))
+    def _decoded(self, images):
+        """Lists of at most CHUNK crops or ImageErrors; with threads, the next is on its way while one is used."""
+        chunks = (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
         if self.pool is None:
-            yield from ([self._decode(*picture) for picture in chunk] for chunk in chunks)
+            yield from ([self._decode(*image) for image in chunk] for chunk in chunks)
             return
         coming = None
         for chunk in chunks:
@@ -189,21 +189,21 @@ class ClassifierHandler:
         if coming is not None:
             yield list(coming)
 
-    def _decode(self, picture, is_of_several=False):
-        """The crop of one picture, uint8 (S, S, 3), or its PictureError."""
-        if isinstance(picture, PictureError):
-            return picture
+    def _decode(self, image, is_of_several=False):
+        """The crop of one image, uint8 (S, S, 3), or its ImageError."""
+        if isinstance(image, ImageError):
+            return image
         allowed = SEVERAL_SECONDS if is_of_several else DECODE_SECONDS
         if time.monotonic() > self.started + allowed:
-            return PictureError("no_time", f"the pictures of a batch have {allowed:g} s; ask again, for fewer at once")
+            return ImageError("no_time", f"the images of a batch have {allowed:g} s; ask again, for fewer at once")
         try:
-            if isinstance(picture, np.ndarray):
-                return crop(Image.fromarray(picture), self.size, self.resize)
-            return read(picture, self.size, self.resize, self.max_pixels, self.decoder and self._read_elsewhere)
-        except PictureError as error:
+            if isinstance(image, np.ndarray):
+                return crop(Image.fromarray(image), self.size, self.resize)
+            return read(image, self.size, self.resize, self.max_pixels, self.decoder and self._read_elsewhere)
+        except ImageError as error:
             return error.bare()
         except MemoryError:
-            return PictureError("too_many_pixels", NO_MEMORY)
+            return ImageError("too_many_pixels", NO_MEMORY)
 
     def _read_elsewhere(self, file):
         return self.decoder.read(file, self.size, self.resize)
@@ -219,22 +219,22 @@ class ClassifierHandler:
             for row_places, row_values in zip(places.tolist(), values.tolist(), strict=True)
         ]
 
-    def _explain(self, picture, outcome, until):
-        """Label, probability and PNG (bytes) of one picture's explanation, or its PictureError."""
-        if isinstance(outcome, PictureError):
+    def _explain(self, image, outcome, until):
+        """Label, probability and PNG (bytes) of one image's explanation, or its ImageError."""
+        if isinstance(outcome, ImageError):
             return outcome
         label, probability = next(iter(outcome.items()))
-        pixels = self._decode(picture)
-        if isinstance(pixels, PictureError):
+        pixels = self._decode(image)
+        if isinstance(pixels, ImageError):
             return pixels
         try:
             attributions = self.explainer.attributions(pixels, self.spec["labels"].index(label), until)
-        except PictureError as error:
+        except ImageError as error:
             return error
         except RuntimeError as error:
             if not backends.is_out_of_memory(error):
                 raise
-            return PictureError("no_time", "there is no memory for an explanation now; ask again")
+            return ImageError("no_time", "there is no memory for an explanation now; ask again")
         return {"label": label, "probability": probability, "png": explanations.overlay(pixels, attributions)}
 
     def _answer(self, kind, shape, outcomes, context, i):
@@ -244,7 +244,7 @@ class ClassifierHandler:
             body = self.description
         elif kind == "health":
             body, status = self._health()
-        elif kind == "explanation" and shape == "one" and not isinstance(outcome := outcomes[""], PictureError):
+        elif kind == "explanation" and shape == "one" and not isinstance(outcome := outcomes[""], ImageError):
             best = {"x-label": quote(outcome["label"]), "x-probability": f"{outcome['probability']:.6f}"}
             headers, content_type, body = {**headers, **best}, "image/png", outcome["png"]
         else:
@@ -265,19 +265,19 @@ class ClassifierHandler:
         return json.dumps(body, ensure_ascii=False).encode(errors="replace")  # a request's id may hold anything
 
     def _health(self):
-        """A golden picture through the whole of it: the body and, if it is answered wrongly, the status."""
+        """A golden image through the whole of it: the body and, if it is answered wrongly, the status."""
         if complaint := self._check_golden(count=1):
             return {"status": "Unhealthy", "message": complaint}, (503, "Service Unavailable")
         return {"status": "Healthy", "model": self.model, "version": self.version}, None
 
     def _check_golden(self, count=None):
-        """What is wrong with the answers of the first `count` golden pictures, or all; empty if nothing is."""
+        """What is wrong with the answers of the first `count` golden images, or all; empty if nothing is."""
         ratio, complaint = self.golden.compare(self._probabilities, self.device, count)
         self.measures.gauge("classifier_golden_difference_ratio", ratio)
         return complaint
 
     def _probabilities(self, files):
-        """Files of pictures to probabilities float32 (N, C)."""
+        """Files of images to probabilities float32 (N, C)."""
         return self.classify_crops(np.stack([read(file, self.size, self.resize) for file in files]))
 
     def _warm_up(self, batch):
@@ -319,11 +319,11 @@ def _is_grpc(headers):
 
 
 def _no_time():
-    return PictureError("no_time", f"the images of a batch have {FORWARD_SECONDS:g} s; ask again, for fewer at once")
+    return ImageError("no_time", f"the images of a batch have {FORWARD_SECONDS:g} s; ask again, for fewer at once")
 
 
 def _with_text(outcome):
-    if isinstance(outcome, PictureError):
+    if isinstance(outcome, ImageError):
         return outcome
     return {**outcome, "png": base64.b64encode(outcome["png"]).decode()}
 

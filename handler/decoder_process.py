@@ -1,6 +1,6 @@
 """Decodes what is not plainly harmless in a process of its own, which may be killed.
 
-A worker decodes plain files itself (`pictures.is_plain`). All else, among it files of a kilobyte that make libtiff or
+A worker decodes plain files itself (`images.is_plain`). All else, among it files of a kilobyte that make libtiff or
 Pillow work for minutes or take gigabytes, goes to a child process that stays alive beside the worker, has limits of its
 own, and is replaced when it has died of an image. It ends when its worker does: its socket then does.
 
@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from pictures import MAX_PIXELS, NO_MEMORY, PictureError, read
+from images import MAX_PIXELS, NO_MEMORY, ImageError, read
 
 BATCH_SECONDS = 1.5  # that the images of a batch may wait for the child, all together
 SECONDS = 1.0  # of the processor, for one image
@@ -40,7 +40,7 @@ MAX_MESSAGE = 4_096  # bytes
 
 _REQUEST, _REPLY = struct.Struct("<IIIq"), struct.Struct("<BI")
 READY, CROP, REFUSED = range(3)
-_CAUSES = ("empty", "not_a_picture", "unsupported_kind", "truncated", "too_many_pixels")
+_CAUSES = ("empty", "not_an_image", "unsupported_kind", "truncated", "too_many_pixels")
 
 # What the child gets of the environment: how libraries are found, none of the server's secrets.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR")
@@ -79,10 +79,10 @@ class DecoderProcess:
         self._left = BATCH_SECONDS * _scale(self._max_pixels)
 
     def read(self, body: bytes, size: int, resize: int) -> np.ndarray:
-        """`pictures.read` in the child.
+        """`images.read` in the child.
 
         Raises:
-            PictureError: as `pictures.read`; `too_slow`: it takes the processor more than SECONDS; `no_time`: there is
+            ImageError: as `images.read`; `too_slow`: it takes the processor more than SECONDS; `no_time`: there is
                 none left in this batch, so the machine is busy or a neighbour was expensive.
         """
         with self._lock:
@@ -118,16 +118,16 @@ class DecoderProcess:
             pass
         raise self._death()
 
-    def _death(self) -> PictureError:
+    def _death(self) -> ImageError:
         """Why the child is gone, or answers what it never should; there is a new one."""
         status = self._restart()
         if status == -signal.SIGPROF:
-            return PictureError(
-                "too_slow", f"decoding this picture takes over {SECONDS:g} s; save it as a JPEG or PNG of fewer pixels"
+            return ImageError(
+                "too_slow", f"decoding this image takes over {SECONDS:g} s; save it as a JPEG or PNG of fewer pixels"
             )
         if status == -signal.SIGKILL:  # not ours: the system's, when memory is short
-            return PictureError("too_many_pixels", NO_MEMORY)
-        return PictureError("truncated", "the picture is damaged: its decoder crashed")
+            return ImageError("too_many_pixels", NO_MEMORY)
+        return ImageError("truncated", "the image is damaged: its decoder crashed")
 
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair()
@@ -150,7 +150,7 @@ class DecoderProcess:
         """Kills the child if it lives, starts another, and returns the status of the first (0 if it lived).
 
         Raises:
-            PictureError: `no_time`: there is no memory for another now.
+            ImageError: `no_time`: there is no memory for another now.
         """
         with contextlib.suppress(subprocess.TimeoutExpired):  # a moment, in which it may be dying of its own accord
             self._child.wait(0.05)
@@ -203,17 +203,17 @@ def _remaining(until: float) -> float:
     return seconds
 
 
-def _no_time() -> PictureError:
-    return PictureError(
-        "no_time", "pictures other than plain JPEG, PNG and WebP have a time for each batch, and it is over; ask again"
+def _no_time() -> ImageError:
+    return ImageError(
+        "no_time", "images other than plain JPEG, PNG and WebP have a time for each batch, and it is over; ask again"
     )
 
 
-def _refusal(reply: bytes) -> PictureError:
+def _refusal(reply: bytes) -> ImageError:
     cause, _, message = reply.decode(errors="replace").partition("\n")
     if cause not in _CAUSES:
-        return PictureError("truncated", "the picture is damaged: its decoder gives no sense")
-    return PictureError(cause, " ".join(message.split()))
+        return ImageError("truncated", "the image is damaged: its decoder gives no sense")
+    return ImageError(cause, " ".join(message.split()))
 
 
 # In the child
@@ -241,7 +241,7 @@ def _limit() -> None:
         resource.setrlimit(kind, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     warnings.simplefilter("ignore")
-    with contextlib.suppress(PictureError):  # Pillow loads its readers now
+    with contextlib.suppress(ImageError):  # Pillow loads its readers now
         read(b"RIFF", 1, 1)
 
 
@@ -251,24 +251,24 @@ def _outcome(body: bytes, size: int, resize: int, max_pixels: int | None) -> tup
     signal.setitimer(signal.ITIMER_PROF, SECONDS * scale)
     try:
         crop = _attempt(body, size, resize, max_pixels, MEMORY)
-        if isinstance(crop, PictureError) and (crop.cause == "truncated" or str(crop) == NO_MEMORY):
+        if isinstance(crop, ImageError) and (crop.cause == "truncated" or str(crop) == NO_MEMORY):
             with _alone():  # some libraries call a lack of memory damage
                 crop = _attempt(body, size, resize, max_pixels, int(ALONE_MEMORY * scale))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    if isinstance(crop, PictureError):
+    if isinstance(crop, ImageError):
         return REFUSED, f"{crop.cause}\n{crop}".encode(errors="replace")[:MAX_MESSAGE]
     return CROP, crop.tobytes()
 
 
-def _attempt(body: bytes, size: int, resize: int, max_pixels: int | None, room: int) -> np.ndarray | PictureError:
+def _attempt(body: bytes, size: int, resize: int, max_pixels: int | None, room: int) -> np.ndarray | ImageError:
     try:
         with _memory(room):
             return read(body, size, resize, max_pixels)
-    except PictureError as error:
+    except ImageError as error:
         return error.bare()
     except MemoryError:
-        return PictureError("too_many_pixels", NO_MEMORY)
+        return ImageError("too_many_pixels", NO_MEMORY)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Which pixels spoke for the best label: integrated gradients (Sundararajan, Taly and Yan 2017, arXiv:1703.01365).
 
-The gradient of the label's logit by the pixels, averaged over the way from a grey picture (the training data's mean) to
-the picture, times the distance. The sums of what is for and against the label add up to the difference of the logits at
+The gradient of the label's logit by the pixels, averaged over the way from a grey image (the training data's mean) to
+the image, times the distance. The sums of what is for and against the label add up to the difference of the logits at
 both ends, whatever the network. It needs PyTorch, which a worker loads at its first explanation.
 """
 
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pictures import PictureError
+from images import ImageError
 from PIL import Image
 
 STEPS = 32  # points on the way
 AT_ONCE = 4  # of them in one pass, so that the clock is looked at between
 SECONDS = 10.0  # for all explanations of a batch: TorchServe replaces a worker that takes longer than 30
-SHOWN = 224  # px, the least side of the picture that is answered
+SHOWN = 224  # px, the least side of the image that is answered
 CELLS = 32  # a side, over which the strengths are averaged: single pixels say little to the eye
 STRONG = 99  # percentile of the strengths that gets the full colour
 FOR, AGAINST = (220, 30, 30), (30, 90, 220)  # RGB
@@ -45,7 +45,7 @@ class Explainer:
             float32 (S, S): in logits, summed over the colours; above 0 is for the label.
 
         Raises:
-            PictureError: `no_time`.
+            ImageError: `no_time`.
         """
         import torch
 
@@ -56,7 +56,7 @@ class Explainer:
         points = (torch.arange(STEPS, device=planes.device, dtype=planes.dtype) + 0.5) / STEPS  # middles of the steps
         for some in points.split(AT_ONCE):
             if time.monotonic() > until:
-                raise PictureError("no_time", f"explanations of a batch have {SECONDS:g} s; ask for fewer at once")
+                raise ImageError("no_time", f"explanations of a batch have {SECONDS:g} s; ask for fewer at once")
             inputs = (planes * some.view(-1, 1, 1, 1)).requires_grad_()
             logits = module.network(inputs)
             gradient += torch.autograd.grad(logits[:, place].sum(), inputs)[0].sum(dim=0, keepdim=True)

@@ -1,6 +1,6 @@
-"""Pictures that travel in the archive with their answers: a worker that answers them otherwise does not serve.
+"""Images that travel in the archive with their answers: a worker that answers them otherwise does not serve.
 
-golden.json, written by export: `pictures` [{"name", "b64"}], `probabilities` (N, C) of eager PyTorch, and `tolerance`,
+golden.json, written by export: `images` [{"name", "b64"}], `probabilities` (N, C) of eager PyTorch, and `tolerance`,
 of a probability, by what the worker runs on. So a processor on which int8 overflows, a library that decodes otherwise
 and a file that was mixed up are found when the worker starts, not by a client.
 """
@@ -21,25 +21,25 @@ NOT_A_NUMBER = 1e6  # the ratio where a probability is NaN, which TorchServe's m
 
 
 class Golden:
-    """The pictures of an archive; none where it has no golden.json, as archives made by hand may not."""
+    """The images of an archive; none where it has no golden.json, as archives made by hand may not."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / FILE
         if not path.is_file():
             logging.warning("%s is not in the archive: its answers are not checked", FILE)
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"pictures": []}
-        self.names = [picture["name"] for picture in content["pictures"]]
-        self.bodies = [base64.b64decode(picture["b64"]) for picture in content["pictures"]]
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"images": []}
+        self.names = [image["name"] for image in content["images"]]
+        self.bodies = [base64.b64decode(image["b64"]) for image in content["images"]]
         self.expected = np.array(content.get("probabilities", []), dtype=np.float32)  # (N, C)
         self.tolerance: dict[str, float] = content.get("tolerance", {})
 
     def compare(
         self, classify: Callable[[list[bytes]], np.ndarray], device: str, count: int | None = None
     ) -> tuple[float, str]:
-        """The largest difference of a probability over the first `count` pictures, or all, by what is allowed.
+        """The largest difference of a probability over the first `count` images, or all, by what is allowed.
 
         Args:
-            classify: files of pictures to probabilities float32 (N, C).
+            classify: files of images to probabilities float32 (N, C).
             device: `cpu` or `gpu`.
 
         Returns:
@@ -54,7 +54,7 @@ class Golden:
         if difference <= tolerance:
             return difference / tolerance, ""
         return difference / tolerance if math.isfinite(difference) else NOT_A_NUMBER, (
-            f"golden picture {self.names[worst]}: a probability is {difference:.2g} off, and {tolerance:g} is allowed; "
+            f"golden image {self.names[worst]}: a probability is {difference:.2g} off, and {tolerance:g} is allowed; "
             "this archive answers wrongly on this machine: export again, with another --backend if it was int8"
         )
 
@@ -62,7 +62,7 @@ class Golden:
         """As `compare`, the ratio.
 
         Raises:
-            ValueError: it is above 1; the message names the picture.
+            ValueError: it is above 1; the message names the image.
         """
         ratio, complaint = self.compare(classify, device, count)
         if complaint:

@@ -1,7 +1,7 @@
 """What a worker counts for Prometheus, told to TorchServe once a second; metrics.yaml lists it.
 
-TorchServe takes a metric as a line of the worker's log, which it parses: a line for each picture would cost more than
-the picture. And its histograms have buckets that suit neither probabilities nor batches, so ours are counters with the
+TorchServe takes a metric as a line of the worker's log, which it parses: a line for each image would cost more than
+the image. And its histograms have buckets that suit neither probabilities nor batches, so ours are counters with the
 label `le`, cumulative as Prometheus' own, and histogram_quantile works on them.
 """
 
@@ -23,7 +23,7 @@ BATCH_SIZE = "classifier_batch_size_bucket_total"
 STAGE = "classifier_stage_seconds_bucket_total"
 BUCKETS = {
     CONFIDENCE: (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, math.inf),
-    BATCH_SIZE: (1, 2, 4, 8, 16, 32, 64, 128, 256, math.inf),  # pictures
+    BATCH_SIZE: (1, 2, 4, 8, 16, 32, 64, 128, 256, math.inf),  # images
     STAGE: (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, math.inf),
 }
 
@@ -51,7 +51,7 @@ class Measures:
     def begin(self, causes: Iterable[str], labels: Iterable[str], stages: Iterable[str]) -> None:
         """Every series with 0: Prometheus' rate() sees no increase in a series that begins with its first event."""
         with self._lock:
-            self._counts["classifier_pictures_total"].update({(cause,): 0 for cause in ("ok", *causes)})
+            self._counts["classifier_images_total"].update({(cause,): 0 for cause in ("ok", *causes)})
             self._counts["classifier_predictions_total"].update({(label,): 0 for label in labels})
             self._counts["classifier_batches_total"][()] += 0
             for name in (CONFIDENCE, BATCH_SIZE):
@@ -64,16 +64,16 @@ class Measures:
         """Counts a batch.
 
         Args:
-            outcomes: of each picture: "ok", or its error's type.
+            outcomes: of each image: "ok", or its error's type.
             best: label and probability of each that is ok.
             seconds: spent, by stage.
         """
         bounds = BUCKETS[CONFIDENCE]
         with self._lock:
             counts, places = self._counts, self._places
-            counts["classifier_pictures_total"]["ok",] += len(best)
+            counts["classifier_images_total"]["ok",] += len(best)
             if len(best) < len(outcomes):
-                counts["classifier_pictures_total"].update([(outcome,) for outcome in outcomes if outcome != "ok"])
+                counts["classifier_images_total"].update([(outcome,) for outcome in outcomes if outcome != "ok"])
             counts["classifier_predictions_total"].update([(label,) for label, _ in best])
             counts["classifier_batches_total"][()] += 1
             places[CONFIDENCE, ()].update([bisect_left(bounds, probability) for _, probability in best])

@@ -1,4 +1,4 @@
-"""What this project changes in TorchServe's worker, so that it spends its time on pictures.
+"""What this project changes in TorchServe's worker, so that it spends its time on images.
 
 All are about its inner loop (ts/protocol/otf_message_handler.py of 0.12, the last release), and none changes what goes
 over the wire.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from socket import socket
 
-BUFFER = 1 << 18  # bytes: a batch of small pictures in one read
+BUFFER = 1 << 18  # bytes: a batch of small images in one read
 
 
 def tune() -> None:

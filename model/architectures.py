@@ -35,7 +35,7 @@ class SimpleCNN(nn.Module):
         super().__init__()
         side = ((size - 4) // 2 - 4) // 2  # two 5×5 convolutions without padding, each halved by its pooling
         if side < 1:
-            raise ValueError(f"simplecnn needs pictures of at least 16 px, not {size}; pass --size 16 or more")
+            raise ValueError(f"simplecnn needs images of at least 16 px, not {size}; pass --size 16 or more")
         self.features = nn.Sequential(
             nn.Conv2d(3, 6, 5),
             nn.ReLU(),
@@ -66,7 +66,7 @@ def build(arch: str, classes: int, size: int) -> nn.Module:
     """A network with random weights: float32 (N, 3, size, size), normalised, to logits float32 (N, classes).
 
     Raises:
-        ValueError: no such architecture, or it cannot take pictures of this size; the message says what can.
+        ValueError: no such architecture, or it cannot take images of this size; the message says what can.
     """
     if arch not in OWN and arch not in names():
         close = difflib.get_close_matches(arch, names(), n=3) or ["simplecnn", "resnet18", "mobilenet_v3_small"]
@@ -90,7 +90,7 @@ def default_size(arch: str) -> tuple[int, int]:
 
 
 def takes(network: nn.Module, classes: int, size: int) -> bool:
-    """Whether the network gives logits for pictures of `size` px, which may not be those that it was built for."""
+    """Whether the network gives logits for images of `size` px, which may not be those that it was built for."""
     try:
         _check_shapes(network, classes, size)
     except (RuntimeError, ValueError, AssertionError):
@@ -199,8 +199,8 @@ def _check_shapes(network: nn.Module, classes: int, size: int) -> None:
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     with torch.no_grad():
         shapes = {name: value.to("meta") for name, value in tensors.items()}
-        pictures = torch.empty(2, 3, size, size, device="meta")
-        logits = torch.func.functional_call(network.eval(), shapes, pictures)
+        images = torch.empty(2, 3, size, size, device="meta")
+        logits = torch.func.functional_call(network.eval(), shapes, images)
     network.train(training)
     assert logits.shape == (2, classes), f"it gives {tuple(logits.shape)}"
 

@@ -1,4 +1,4 @@
-"""A small convolutional network that learns 32 px pictures in minutes: airbench's (Jordan 2024, arXiv:2404.00498)."""
+"""A small convolutional network that learns 32 px images in minutes: airbench's (Jordan 2024, arXiv:2404.00498)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCALE = 1 / 9  # of the logits: keeps the first losses, and with them the first 
 class FastNet(nn.Module):
     """A frozen whitening layer, three blocks that halve the side, a maximum over what is left, a linear head.
 
-    Takes pictures of 16 px or more. Call `whiten` with training pictures before training.
+    Takes images of 16 px or more. Call `whiten` with training images before training.
     """
 
     def __init__(self, classes: int, widths: Sequence[int]) -> None:

@@ -25,7 +25,7 @@ class SpecError(ValueError):
 class ModelSpec:
     """What a trained classifier is, in everything that others must agree on.
 
-    The pixel rule: of a picture of W×H px the centred square of `round(min(W, H) * size / resize)` px is cut out
+    The pixel rule: of an image of W×H px the centred square of `round(min(W, H) * size / resize)` px is cut out
     and resized to `size`×`size` with an antialiased bilinear filter (Pillow's `BILINEAR`); pixels / 255 are then
     normalised with `mean` and `std`. The network's logits divided by `temperature` go through softmax.
 
@@ -36,11 +36,11 @@ class ModelSpec:
     arch: str  # a name from model.architectures.names()
     labels: tuple[str, ...]  # one per output of the head, in the head's order; unique
     size: int  # px, side of the square that the network sees
-    resize: int  # px, the picture's short edge at the scale of that square; resize == size cuts no margin
+    resize: int  # px, the image's short edge at the scale of that square; resize == size cuts no margin
     mean: tuple[float, ...]  # RGB, for pixels in 0..1
     std: tuple[float, ...]  # RGB, for pixels in 0..1
     temperature: float = 1.0  # divides the logits; 1 leaves them as they are
-    trained_on: str = ""  # for people: the data's name and the number of pictures
+    trained_on: str = ""  # for people: the data's name and the number of images
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the test split, e.g. {"accuracy": 0.98}
     weights_sha256: str = ""  # of the file model.pt
     versions: Mapping[str, str] = field(default_factory=dict)  # of the libraries that trained it

@@ -28,11 +28,11 @@ import train as trainer
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from clients.python.classify import Client
-from export import parity, pictures
+from export import images, parity
 from export.__main__ import export_run
 from export.archive import BESIDE_HANDLER
 from model import Classifier, load_run
-from model.pictures import crop, decode
+from model.images import crop, decode
 from serve import Ports, Server, serving
 from training.config import TrainConfig
 from training.report import write_report
@@ -115,7 +115,7 @@ def verify(run: Path, exported: Path) -> Callable[..., list[parity.Row]]:
     classifier = Classifier(network, spec).eval()
 
     def rows(*names: str) -> list[parity.Row]:
-        found = parity.verify(classifier, spec, pictures.photographs(24), exported, "digits", names)
+        found = parity.verify(classifier, spec, images.photographs(24), exported, "digits", names)
         return [row for row in found if row.runtime in names]
 
     return rows
@@ -140,7 +140,7 @@ def client(server: Server) -> Client:
 
 @pytest.fixture(scope="session")
 def sample(run: Path) -> bytes:
-    """A picture file of a seven."""
+    """An image file of a seven."""
     return (run / "samples" / "7-0.png").read_bytes()
 
 
@@ -194,7 +194,7 @@ def handler_can_import_its_neighbours(tmp_path_factory: pytest.TempPathFactory) 
     """In an archive the handler's files lie side by side; the tests that import the handler need them so too."""
     folder = tmp_path_factory.mktemp("handler")
     beside = (PROJECT / "handler" / name for name in ("classifier_handler.py", *BESIDE_HANDLER))
-    for path in (PROJECT / "model" / "pictures.py", *beside):
+    for path in (PROJECT / "model" / "images.py", *beside):
         (folder / path.name).write_bytes(path.read_bytes())
     sys.path.insert(0, str(folder))
     import decoder_process

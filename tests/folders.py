@@ -1,4 +1,4 @@
-"""Small folders and archives of labelled pictures, made for a test."""
+"""Small folders and archives of labelled images, made for a test."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 
-def picture(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """A noisy picture of one colour."""
+def image(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """A noisy image of one colour."""
     noise = np.random.default_rng(seed).integers(-30, 30, (size[1], size[0], 3))
     return Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
 
@@ -25,7 +25,7 @@ def make_folder(root: Path, count: int = 6, splits: tuple[str, ...] = ("",), kin
             folder = root / split / label
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(count):
-                picture(colour, 100 * s + i).save(folder / f"{i}.{kind}")
+                image(colour, 100 * s + i).save(folder / f"{i}.{kind}")
     return root
 
 

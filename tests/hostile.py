@@ -34,15 +34,15 @@ class Hostile(NamedTuple):
     kind: str
 
 
-PICTURE = gradient(96, 72)
+IMAGE = gradient(96, 72)
 FILES = {
-    "jpeg": save(PICTURE, "JPEG", quality=90),
-    "progressive": save(PICTURE, "JPEG", progressive=True),
-    "png": save(PICTURE, "PNG"),
-    "gif": save(PICTURE.quantize(64), "GIF"),
-    "webp": save(PICTURE, "WEBP", lossless=True),
-    "bmp": save(PICTURE, "BMP"),
-    "tiff": save(PICTURE, "TIFF", compression="tiff_lzw"),
+    "jpeg": save(IMAGE, "JPEG", quality=90),
+    "progressive": save(IMAGE, "JPEG", progressive=True),
+    "png": save(IMAGE, "PNG"),
+    "gif": save(IMAGE.quantize(64), "GIF"),
+    "webp": save(IMAGE, "WEBP", lossless=True),
+    "bmp": save(IMAGE, "BMP"),
+    "tiff": save(IMAGE, "TIFF", compression="tiff_lzw"),
 }
 NOISE = random.Random(1)
 B64 = base64.b64encode(FILES["png"]).decode()
@@ -217,8 +217,8 @@ def oddities() -> Iterator[tuple[str, bytes, str]]:
     for kind in ("GIF", "PNG", "WEBP", "TIFF"):
         yield f"{kind} of 60 frames", save(frames[0], kind, save_all=True, append_images=frames[1:]), "any"
         if kind != "GIF":
-            yield f"{kind} with trash as its profile", save(PICTURE, kind, icc_profile=NOISE.randbytes(3_000)), "any"
-    yield "jpeg with trash as its profile", save(PICTURE, "JPEG", icc_profile=b"\0\0\0\1acsp" * 400), "any"
+            yield f"{kind} with trash as its profile", save(IMAGE, kind, icc_profile=NOISE.randbytes(3_000)), "any"
+    yield "jpeg with trash as its profile", save(IMAGE, "JPEG", icc_profile=b"\0\0\0\1acsp" * 400), "any"
     first, last = ihdr(4, 4), idat()
     for name, chunks in {
         "twice its header": (first, first, last, END), "no header": (last, END), "no pixels": (first, END),
@@ -320,7 +320,7 @@ def json_bodies() -> Iterator[tuple[str, bytes, str, dict[str, str]]]:
         "not base64": '{"b64":"????"}', "short base64": '{"b64":"A"}', "padding": '{"b64":"===="}',
         "none": '{"b64":""}',
         "url-safe base64": '{"b64":"_-_-"}', "data url": json.dumps({"b64": f"data:image/png;base64,{B64}"}),
-        "no picture": json.dumps({"b64": base64.b64encode(b"x" * 999).decode()}), "unknown name": '{"image":"x"}',
+        "no image": json.dumps({"b64": base64.b64encode(b"x" * 999).decode()}), "unknown name": '{"image":"x"}',
         "100,000 instances": '{"instances":[' + "1," * (many - 1) + "1]}", "no instances": '{"instances":[]}',
         "257 instances": json.dumps({"instances": [{"b64": ""}] * 257}), "url": '{"url":"http://127.0.0.1:1/"}',
         "100,000 names": json.dumps({str(i): i for i in range(many)}), "proto": '{"__proto__":{"b64":"x"}}',
@@ -331,16 +331,16 @@ def json_bodies() -> Iterator[tuple[str, bytes, str, dict[str, str]]]:
         "pixels": '{"inputs":[{"datatype":"UINT8","shape":[699051,1,1,3],"data":[' + "0," * (2 * MIB) + "0]}]}",
     }  # fmt: skip
     for value in (None, True, 7, -0.5, [], [[]], {}, "x", ["x"], [{"b64": B64}]):
-        called = "a picture" if B64 in str(value) else repr(value)
+        called = "an image" if B64 in str(value) else repr(value)
         texts[called] = json.dumps(value)
         for name in ("b64", "instances", "inputs"):
             texts[f"{name}={called}"] = json.dumps({name: value})
         texts[f"instances of {called}"] = json.dumps({"instances": [value]})
-    del texts["instances=a picture"]  # that is a good one
+    del texts["instances=an image"]  # that is a good one
     for name, text in texts.items():
         yield f"json {name}", text.encode(), "bad", JSON
     yield "json in latin-1", b'{"b64":"\xe9"}', "bad", JSON
-    yield "json of a picture", FILES["png"], "any", JSON
+    yield "json of an image", FILES["png"], "any", JSON
     yield "json with a wrong type", json.dumps({"b64": B64}).encode(), "any", {"Content-Type": "image/png"}
 
 

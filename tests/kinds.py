@@ -1,4 +1,4 @@
-"""Picture files of every kind that is read, and of kinds that are refused, each with what it must become."""
+"""Image files of every kind that is read, and of kinds that are refused, each with what it must become."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from PIL import Image, ImageOps
 
 
 def gradient(width: int = 24, height: int = 18) -> Image.Image:
-    """A smooth picture without symmetry, so that a turned or mirrored one is noticed."""
+    """A smooth image without symmetry, so that a turned or mirrored one is noticed."""
     x, y = np.meshgrid(np.linspace(0, 200, width), np.linspace(0, 250, height))
     return Image.fromarray(np.stack([x, y, (x + y) / 2], axis=2).astype(np.uint8))
 
 
-def save(picture: Image.Image, kind: str, **options: object) -> bytes:
+def save(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -29,7 +29,7 @@ def _turned(orientation: int) -> bytes:
 
 
 def _stored(orientation: int) -> Image.Image:
-    """The pixels as a camera stores them, for the picture to come out as `gradient()`."""
+    """The pixels as a camera stores them, for the image to come out as `gradient()`."""
     undo = {
         1: None,
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -79,12 +79,12 @@ def _cmyk() -> tuple[bytes, Image.Image]:
 ADAM7 = ((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1))
 
 
-def _interlaced(picture: Image.Image) -> bytes:
+def _interlaced(image: Image.Image) -> bytes:
     """As Adam7, which Pillow does not write: seven passes, each (first row, row step, first column, column step)."""
-    pixels = np.asarray(picture)
+    pixels = np.asarray(image)
     rows = [row.tobytes() for y, dy, x, dx in ADAM7 for row in pixels[y::dy, x::dx]]
     chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", *picture.size, 8, 2, 0, 0, 1)),  # 8-bit RGB, interlaced
+        (b"IHDR", struct.pack(">IIBBBBB", *image.size, 8, 2, 0, 0, 1)),  # 8-bit RGB, interlaced
         (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))),  # 0: no filter
         (b"IEND", b""),
     ]
@@ -98,7 +98,7 @@ PLAIN = gradient()
 GREY = PLAIN.convert("L")
 PALETTE = PLAIN.quantize(64)
 
-# name: (file, the picture that it must become, mean difference in grey levels that its compression may cost)
+# name: (file, the image that it must become, mean difference in grey levels that its compression may cost)
 GOOD: dict[str, tuple[bytes, Image.Image, float]] = {
     "jpeg": (save(PLAIN, "JPEG", quality=95), PLAIN, 2),
     "jpeg progressive": (save(PLAIN, "JPEG", quality=95, progressive=True), PLAIN, 2),
@@ -135,9 +135,9 @@ _JPEG = save(gradient(200, 150), "JPEG")
 # name: (body, cause)
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty"),
-    "text": (b"hello", "not_a_picture"),
-    "zeros": (bytes(100), "not_a_picture"),
-    "html": (b"<!doctype html><title>404</title>", "not_a_picture"),
+    "text": (b"hello", "not_an_image"),
+    "zeros": (bytes(100), "not_an_image"),
+    "html": (b"<!doctype html><title>404</title>", "not_an_image"),
     "png cut in its pixels": (_PNG[: len(_PNG) // 2], "truncated"),
     "png cut in its header": (_PNG[:12], "truncated"),
     "jpeg cut in its pixels": (_JPEG[: len(_JPEG) // 2], "truncated"),

@@ -15,7 +15,7 @@ def draws(count, seed=0, rows=slice(None)):
 
 
 def numbered(count=6, size=8):
-    """Pictures whose red is the column and whose green is the row."""
+    """Images whose red is the column and whose green is the row."""
     steps = torch.arange(size, dtype=torch.uint8)
     columns, rows = steps.expand(size, size), steps[:, None].expand(size, size)
     return torch.stack([columns, rows, torch.zeros_like(rows)], dim=2).expand(count, size, size, 3)
@@ -27,7 +27,7 @@ def test_off_is_off():
     assert jitter(crops, 0.0, draws(6)) is crops
 
 
-def test_flip_mirrors_about_half_of_the_pictures_and_leaves_the_others():
+def test_flip_mirrors_about_half_of_the_images_and_leaves_the_others():
     crops = numbered(count=400)
     got = flip_and_shift(crops, True, 0, draws(400))
     mirrored = (got == crops.flip(2)).flatten(1).all(dim=1)
@@ -37,7 +37,7 @@ def test_flip_mirrors_about_half_of_the_pictures_and_leaves_the_others():
 
 
 @given(st.integers(1, 7), st.integers(0, 99))
-def test_a_shift_is_a_crop_of_the_picture_padded_with_mirrored_edges(padding, seed):
+def test_a_shift_is_a_crop_of_the_image_padded_with_mirrored_edges(padding, seed):
     crops = numbered(count=5)
     got = flip_and_shift(crops, False, padding, draws(5, seed))
     padded = torch.nn.functional.pad(crops.permute(0, 3, 1, 2).float(), [padding] * 4, mode="reflect")
@@ -50,10 +50,10 @@ def test_a_shift_is_a_crop_of_the_picture_padded_with_mirrored_edges(padding, se
 def test_every_shift_happens():
     crops = numbered(count=500)
     got = flip_and_shift(crops, False, 2, draws(500))
-    assert {tuple(picture[4, 4, :2].tolist()) for picture in got} == {(x, y) for x in range(2, 7) for y in range(2, 7)}
+    assert {tuple(image[4, 4, :2].tolist()) for image in got} == {(x, y) for x in range(2, 7) for y in range(2, 7)}
 
 
-def test_jitter_changes_pictures_one_by_one_and_within_its_strength():
+def test_jitter_changes_images_one_by_one_and_within_its_strength():
     crops = torch.full((64, 4, 4, 3), 100, dtype=torch.uint8)  # grey: contrast and saturation leave it alone
     got = jitter(crops, 0.2, draws(64))
     assert got.dtype == torch.uint8
@@ -81,7 +81,7 @@ def test_a_part_of_a_batch_is_augmented_as_in_the_whole(augment):
         assert torch.equal(augment(crops[rows], draws(8, rows=rows)), whole[rows])
 
 
-def test_mixup_blends_each_picture_with_its_neighbour():
+def test_mixup_blends_each_image_with_its_neighbour():
     mix = draw_mix(0.4, 0, 8, generator())
     images, neighbours = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
     assert mix.box is None

@@ -30,7 +30,7 @@ def answer(exported):
 
 def crops(count, seed=0):
     noise = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
-    return noise.repeat(8, axis=1).repeat(8, axis=2)  # blocks of 8×8 px: pictures that get different answers
+    return noise.repeat(8, axis=1).repeat(8, axis=2)  # blocks of 8×8 px: images that get different answers
 
 
 def test_the_export_has_a_file_for_each_backend_but_int8(answer):
@@ -134,11 +134,11 @@ def test_a_batch_for_which_a_gpu_has_no_memory_is_halved_until_it_fits(answer, e
     assert calls == [11, 5, 2, 3, 6, 3, 3]
 
 
-def test_a_single_picture_without_memory_is_said_to_torchserve_as_that():
+def test_a_single_image_without_memory_is_said_to_torchserve_as_that():
     def full(batch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(MemoryError, match="no memory for one picture"):
+    with pytest.raises(MemoryError, match="no memory for one image"):
         backends.surviving(full)(crops(2))
 
 

@@ -58,7 +58,7 @@ def test_only_networks_with_a_small_momentum_are_touched(arch, slow):
     assert slow_norms(network) == []  # frozen layers keep their statistics
 
 
-def test_the_statistics_are_those_of_the_training_pictures(digits):
+def test_the_statistics_are_those_of_the_training_images(digits):
     network = Slow()
     estimate_statistics(network, slow_norms(network), digits.train, SCALE, batch=64)
     chosen = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(0))[: batchnorm.IMAGES]
@@ -83,7 +83,7 @@ def test_the_same_weights_give_the_same_statistics_and_no_random_number_is_drawn
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9}], ids=str)
 def test_a_network_is_evaluated_with_statistics_that_belong_to_its_weights(digits, options):
-    """Their distance from those of all training pictures, before and after."""
+    """Their distance from those of all training images, before and after."""
     torch.manual_seed(0)
     trainer = make(digits, Slow(), **options)
     trainer.train_one_epoch()
@@ -103,12 +103,12 @@ def test_a_network_that_is_quick_enough_keeps_its_statistics(digits):
     assert torch.equal(trainer.network.layers[1].running_var, before)
 
 
-def test_a_bounded_number_of_pictures_is_looked_at(digits, monkeypatch):
+def test_a_bounded_number_of_images_is_looked_at(digits, monkeypatch):
     monkeypatch.setattr(batchnorm, "IMAGES", 100)
     network, seen = Slow(), []
     network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     estimate_statistics(network, ["layers.1"], digits.train, SCALE, batch=33)
-    assert seen == [33, 33, 33]  # a last picture alone may have no variance
+    assert seen == [33, 33, 33]  # a last image alone may have no variance
 
 
 def test_a_network_that_gives_one_label_to_all_is_named(digits):
@@ -127,4 +127,4 @@ def test_a_run_says_that_its_network_gives_one_label_to_all(digits, tmp_path, ca
     (tmp_path / "run").mkdir()
     loop.fit(trainer, tmp_path / "run")
     said = capsys.readouterr().out
-    assert said.count("the network gives '3' to nearly all val pictures") == 1
+    assert said.count("the network gives '3' to nearly all val images") == 1

@@ -61,10 +61,10 @@ def change(path: Path, **values):
 
 
 def with_labels(copy, labels):
-    """The run as if it had been trained on these labels, with one wrong picture of each but the first."""
+    """The run as if it had been trained on these labels, with one wrong image of each but the first."""
     change(copy / "spec.json", labels=list(labels))
     metrics = json.loads((copy / "metrics.json").read_text())
-    scores = {"precision": 1.0, "recall": 0.9, "f1": 0.95, "pictures": 10}
+    scores = {"precision": 1.0, "recall": 0.9, "f1": 0.95, "images": 10}
     test = metrics["test"] | {"per_class": {label: dict(scores) for label in labels}}
     test["per_class"][labels[0]]["recall"] = 1.0
     change(copy / "metrics.json", test=test)
@@ -95,7 +95,7 @@ def test_the_text_carries_the_numbers_of_the_run(card, run):
     for value in (metrics["test"]["accuracy"], metrics["test"]["macro"]["f1"], metrics["test"]["ece"]):
         assert f"| {value:.2%} |" in text
     for split in ("train", "val", "test"):
-        assert f"| {split} | {metrics[split]['pictures']:,} |" in text
+        assert f"| {split} | {metrics[split]['images']:,} |" in text
     for label, scores in metrics["test"]["per_class"].items():
         assert f"| {label} | {scores['precision']:.2%} | {scores['recall']:.2%} | {scores['f1']:.2%} |" in text
     assert f"{metrics['train']['parameters']:,} parameters" in text
@@ -106,13 +106,13 @@ def test_the_limits_give_the_interval_of_the_accuracy_and_name_the_classes_that_
     test = json.loads((copy / "metrics.json").read_text())["test"]
     for label, scores in test["per_class"].items():
         scores["recall"] = {"4": 0.5, "7": 0.25}.get(label, 1.0)
-    test["per_class"]["3"]["pictures"] = 0
-    change(copy / "metrics.json", test=test | {"accuracy": 0.9, "pictures": 100})
+    test["per_class"]["3"]["images"] = 0
+    change(copy / "metrics.json", test=test | {"accuracy": 0.9, "images": 100})
     limits = card().split("## Limits")[1]
     assert "82.56% to 94.48%" in limits
     missed = next(line for line in limits.splitlines() if "misses most often" in line)
     assert re.findall(r"(\d), (\d+\.\d\d%) of", missed) == [("7", "25.00%"), ("4", "50.00%")]
-    assert "No test picture shows: 3." in limits
+    assert "No test image shows: 3." in limits
 
 
 def test_the_interval_is_wilsons():
@@ -125,16 +125,16 @@ def test_the_interval_is_wilsons():
 def test_the_python_in_the_card_works_beside_the_files(card, exported, run, label, tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", card(), flags=re.DOTALL)
     shutil.copy(exported / "digits.pixels.onnx", tmp_path)
-    shutil.copy(run / "samples" / "7-0.png", tmp_path / "picture.jpg")  # Pillow looks at the content
+    shutil.copy(run / "samples" / "7-0.png", tmp_path / "image.jpg")  # Pillow looks at the content
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == label, done.stderr
 
 
 @pytest.mark.parametrize(("source", "words"), [("samples", "samples of the data"), ("synthetic", "none of the data")])
-def test_the_card_says_which_pictures_the_archive_holds(card, copy, source, words):
+def test_the_card_says_which_images_the_archive_holds(card, copy, source, words):
     change(copy / "export" / "golden.json", source=source)
-    section = card().split("## The archive's pictures")[1].split("##")[0]
-    assert "holds 8 golden pictures" in section
+    section = card().split("## The archive's images")[1].split("##")[0]
+    assert "holds 8 golden images" in section
     assert words in section
 
 
@@ -150,7 +150,7 @@ def test_every_row_of_the_parity_report_is_in_the_card_and_a_skipped_one_says_wh
 
 
 def test_smaller_files_are_in_the_card_with_what_they_cost_and_those_that_were_not_kept(card, copy):
-    row = {"file": "digits.crops.int8.onnx", "pictures": 360, "accuracy_fp32": 0.98, "accuracy": 0.975, "kept": True}
+    row = {"file": "digits.crops.int8.onnx", "images": 360, "accuracy_fp32": 0.98, "accuracy": 0.975, "kept": True}
     row |= {"loss_points": 0.5, "interval": [-0.25, 1.25]}
     rows = [{**row, "speedup": 3.21, "reason": ""}, {**row, "kept": False, "speedup": None, "reason": "too slow"}]
     change(copy / "export" / "parity.json", reduced=rows)
@@ -181,7 +181,7 @@ def test_names_that_yaml_would_take_for_something_else_stay_names(card, name):
 
 
 def test_a_data_set_with_an_odd_name_keeps_it(card, copy):
-    change(copy / "spec.json", trained_on='"q": *x* # ü, 1,295 pictures')
+    change(copy / "spec.json", trained_on='"q": *x* # ü, 1,295 images')
     assert header(card())["model-index"][0]["results"][0]["dataset"]["name"] == '"q": *x* # ü'
 
 

@@ -24,10 +24,10 @@ SECONDS = 120  # until it is ready, or stopped
 
 @pytest.fixture
 def alone(exported, run, tmp_path):
-    """A folder with the archive, a picture, and the ports of this test: TorchServe's own may be taken."""
+    """A folder with the archive, an image, and the ports of this test: TorchServe's own may be taken."""
     ports = Ports.free()
     shutil.copy(exported / "digits.mar", tmp_path)
-    shutil.copy(run / "samples" / "7-0.png", tmp_path / "picture.jpg")
+    shutil.copy(run / "samples" / "7-0.png", tmp_path / "image.jpg")
     lines = [
         f"{kind}_address=http://127.0.0.1:{getattr(ports, kind)}" for kind in ("inference", "management", "metrics")
     ]

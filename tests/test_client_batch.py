@@ -1,4 +1,4 @@
-"""clients/batch with a real Ray and real kills: one row for each picture, and the answers of the endpoint."""
+"""clients/batch with a real Ray and real kills: one row for each image, and the answers of the endpoint."""
 
 import importlib.util
 import json
@@ -17,14 +17,14 @@ import pytest
 import requests
 
 from clients.batch.classify import Model, main
-from model import pictures
+from model import images
 from tests.conftest import PROJECT
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs Ray: pip install 'ray[data]'", allow_module_level=True)
 parquet = pytest.importorskip("pyarrow.parquet")
 
-PICTURES = 2000
+IMAGES = 2000
 SCRIPT = PROJECT / "clients" / "batch" / "classify.py"
 
 
@@ -35,10 +35,10 @@ def archive(exported) -> Path:
 
 @pytest.fixture(scope="module")
 def many(run, tmp_path_factory) -> Path:
-    """A folder of folders with many pictures, names of every kind, and some that are none."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """A folder of folders with many images, names of every kind, and some that are none."""
+    folder = tmp_path_factory.mktemp("images")
     samples = sorted((run / "samples").iterdir())
-    for i in range(PICTURES - 3):
+    for i in range(IMAGES - 3):
         path = folder / f"{i % 7}" / f"{i:05d} ü\n.png" if i % 1000 == 0 else folder / f"{i % 7}" / f"{i:05d}.png"
         path.parent.mkdir(exist_ok=True)
         os.link(samples[i % len(samples)], path)
@@ -54,9 +54,9 @@ def rows(out: Path) -> list[dict]:
     return [row for file in sorted(out.glob("part-*")) for row in parquet.read_table(file).to_pylist()]
 
 
-def start(archive: Path, pictures: Path, out: Path, part_size: int = 10) -> subprocess.Popen:
+def start(archive: Path, images: Path, out: Path, part_size: int = 10) -> subprocess.Popen:
     """In a process of its own, as Ray reads its settings once in each."""
-    command = [sys.executable, SCRIPT, archive, pictures, "--out", out, "--workers", "2", "--part-size", str(part_size)]
+    command = [sys.executable, SCRIPT, archive, images, "--out", out, "--workers", "2", "--part-size", str(part_size)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -84,7 +84,7 @@ def workers(job: subprocess.Popen) -> list[psutil.Process]:
     return [p for p in psutil.Process(job.pid).children(recursive=True) if "Worker" in p.name() or "Map" in p.name()]
 
 
-def test_whatever_is_killed_each_picture_has_exactly_one_row(archive, many, tmp_path):
+def test_whatever_is_killed_each_image_has_exactly_one_row(archive, many, tmp_path):
     out, before = tmp_path / "answers", set(Path("/tmp").glob("ray-*"))
     job = start(archive, many, out)
     try:
@@ -102,19 +102,19 @@ def test_whatever_is_killed_each_picture_has_exactly_one_row(archive, many, tmp_
         job.communicate()
         for left in set(Path("/tmp").glob("ray-*")) - before:  # only a kill leaves it
             shutil.rmtree(left, ignore_errors=True)
-    assert parts(out) < PICTURES // 10
+    assert parts(out) < IMAGES // 10
     written = {file.name: file.stat().st_mtime_ns for file in out.glob("part-*")}
     # 3. and the same command goes on
-    assert end(start(archive, many, out))[:2] == (1, f"{out}: {PICTURES:,} pictures, 3 with errors\n")
+    assert end(start(archive, many, out))[:2] == (1, f"{out}: {IMAGES:,} images, 3 with errors\n")
     assert {name: (out / name).stat().st_mtime_ns for name in written} == written  # none was done twice
     paths = [row["path"] for row in rows(out)]
-    assert len(paths) == PICTURES
+    assert len(paths) == IMAGES
     assert sorted(paths) == sorted(
         str(p) for p in many.rglob("*") if not p.is_dir() and p.name[0] != "." and p.suffix != ".txt"
     )
     assert json.loads((out / "_SUCCESS").read_text()) == {
-        "pictures": PICTURES,
-        "rows": {"ok": PICTURES - 3, "empty": 1, "truncated": 1, "unreadable": 1},
+        "images": IMAGES,
+        "rows": {"ok": IMAGES - 3, "empty": 1, "truncated": 1, "unreadable": 1},
     }
 
 
@@ -123,7 +123,7 @@ def begun(archive, run, tmp_path_factory) -> Path:
     """The answers to the run's samples, in three parts."""
     out = tmp_path_factory.mktemp("begun") / "answers"
     job = start(archive, run / "samples", out, 30)
-    assert end(job)[:2] == (0, f"{out}: 64 pictures, 0 with errors\n")
+    assert end(job)[:2] == (0, f"{out}: 64 images, 0 with errors\n")
     return out
 
 
@@ -145,7 +145,7 @@ def test_answers_are_the_endpoints(begun, server):
 def test_a_job_that_is_done_is_not_done_again(archive, run, begun, capsys):
     before = {file.name: file.stat().st_mtime_ns for file in begun.glob("part-*")}
     assert main([str(archive), str(run / "samples"), "--out", str(begun), "--part-size", "30"]) == 0
-    assert "64 pictures, 0 with errors" in capsys.readouterr().out
+    assert "64 images, 0 with errors" in capsys.readouterr().out
     assert {file.name: file.stat().st_mtime_ns for file in begun.glob("part-*")} == before
 
 
@@ -156,13 +156,13 @@ def test_mistakes_are_one_line_and_change_nothing(archive, run, begun, tmp_path,
     (tmp_path / "none.mar").write_bytes(b"no zip")
     before = sorted(path.name for path in begun.iterdir())
     for arguments, said in [
-        ([str(archive), str(tmp_path / "nowhere"), "--out", str(tmp_path / "a")], "no such picture or folder"),
-        ([str(archive), "--out", str(tmp_path / "a")], "no pictures there"),
+        ([str(archive), str(tmp_path / "nowhere"), "--out", str(tmp_path / "a")], "no such image or folder"),
+        ([str(archive), "--out", str(tmp_path / "a")], "no images there"),
         ([str(tmp_path / "absent.mar"), samples, "--out", str(tmp_path / "b")], "No such file"),
         ([str(tmp_path / "none.mar"), samples, "--out", str(tmp_path / "c")], "no whole archive"),
         ([str(archive), samples, "--out", str(full)], "holds something else"),
         ([str(archive), samples, "--out", str(begun), "--part-size", "31"], "another part size"),
-        ([str(archive), f"{samples}/0-0.png", "--out", str(begun), "--part-size", "30"], "another pictures"),
+        ([str(archive), f"{samples}/0-0.png", "--out", str(begun), "--part-size", "30"], "another images"),
     ]:
         assert main(arguments) == 2, said
         error = capsys.readouterr().err
@@ -171,7 +171,7 @@ def test_mistakes_are_one_line_and_change_nothing(archive, run, begun, tmp_path,
     assert sorted(path.name for path in begun.iterdir()) == before
 
 
-def test_an_archive_that_answers_its_golden_pictures_wrongly_is_not_used(archive, run, tmp_path):
+def test_an_archive_that_answers_its_golden_images_wrongly_is_not_used(archive, run, tmp_path):
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(tmp_path / "digits.mar", "w") as new:
         for name in old.namelist():
             content = old.read(name)
@@ -196,7 +196,7 @@ def test_an_image_at_which_a_decoder_fails_in_any_way_is_a_row_and_the_part_ends
         return np.full((8, 8, 3), int(body), np.uint8)
 
     model = Model.__new__(Model)  # without an archive
-    model.reader = types.SimpleNamespace(read=read, PictureError=pictures.PictureError)
+    model.reader = types.SimpleNamespace(read=read, ImageError=images.ImageError)
     model.labels, model.size, model.resize, model.topk, model.max_pixels = ["a", "b"], 8, 8, 2, None
     model.probabilities = lambda crops: np.stack([[0.25, 0.75]] * len(crops))
     for name in "012":

@@ -1,4 +1,4 @@
-"""clients/cpp: built and used as its README prints it, and held against model/pictures.py and PyTorch."""
+"""clients/cpp: built and used as its README prints it, and held against model/images.py and PyTorch."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from export import runtimes, torchscript
-from model.pictures import PictureError, decode
+from model.images import ImageError, decode
 from tests.conftest import PROJECT, label_of
 from tests.kinds import BAD, GOOD, gradient, save
 
@@ -110,13 +110,13 @@ def built(run, exported, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classify(built, exported):
-    """Runs `classify` with the exported model: its exit code, and its line for each of the pictures."""
+    """Runs `classify` with the exported model: its exit code, and its line for each of the images."""
 
-    def classify(*pictures: Path, model: Path = exported / "digits.pt"):
-        done = call(built[0] / "classify", model, *pictures)
+    def classify(*images: Path, model: Path = exported / "digits.pt"):
+        done = call(built[0] / "classify", model, *images)
         assert done.stderr == ""
         lines = [json.loads(line) for line in done.stdout.splitlines()]
-        assert len(lines) == len(pictures)
+        assert len(lines) == len(images)
         return done.returncode, lines
 
     return classify
@@ -132,7 +132,7 @@ def answers(classify, tmp_path_factory):
     """What `classify` says of each of KINDS."""
     paths = write(KINDS, tmp_path_factory.mktemp("kinds"))
     code, lines = classify(*paths)
-    assert [line["picture"] for line in lines] == [str(path) for path in paths]
+    assert [line["image"] for line in lines] == [str(path) for path in paths]
     assert code == 0, [line for line in lines if "error" in line]
     return dict(zip(KINDS, (line["answer"] for line in lines), strict=True))
 
@@ -160,7 +160,7 @@ def test_the_exporter_finds_pytorchs_answers_in_its_three_graphs(built, verify, 
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_picture_has_the_answer_that_the_endpoints_decoding_and_pytorch_give(answers, module, name):
+def test_an_image_has_the_answer_that_the_endpoints_decoding_and_pytorch_give(answers, module, name):
     pixels = torch.from_numpy(np.asarray(decode(KINDS[name])).copy())[None]
     with torch.inference_mode():
         expected = {str(i): value for i, value in enumerate(module(pixels)[0].tolist())}
@@ -172,7 +172,7 @@ def test_a_picture_has_the_answer_that_the_endpoints_decoding_and_pytorch_give(a
     assert answers[name] == pytest.approx({label: expected[label] for label in answers[name]}, abs=tolerance, rel=0)
 
 
-def test_a_bad_picture_is_an_error_of_its_own_line(classify, tmp_path, sample, label):
+def test_a_bad_image_is_an_error_of_its_own_line(classify, tmp_path, sample, label):
     bad = write({name: body for name, (body, _) in BAD.items()}, tmp_path)
     good = tmp_path / "good"
     good.write_bytes(sample)
@@ -197,7 +197,7 @@ def test_a_truncated_file_is_refused_wherever_the_endpoint_refuses_it(classify, 
     for (length, cut), line in zip(cuts.items(), lines, strict=True):
         try:
             decode(cut)
-        except PictureError:
+        except ImageError:
             assert "error" in line, f"cut at {length} of {len(body)}"
 
 
@@ -208,7 +208,7 @@ def test_labels_and_paths_of_any_text_are_printed_as_json(classify, module, tmp_
     path = tmp_path / 'Löwe "1"\udcff.png'  # the last byte is no UTF-8
     path.write_bytes(sample)
     code, (line,) = classify(path, model=torchscript_file)
-    assert (code, line["picture"]) == (0, str(path).replace("\udcff", "\ufffd"))
+    assert (code, line["image"]) == (0, str(path).replace("\udcff", "\ufffd"))
     with torch.inference_mode():
         best = module(torch.from_numpy(np.asarray(decode(sample)).copy())[None])[0].topk(5).indices
     assert list(line["answer"]) == [labels[place] for place in best]
@@ -217,13 +217,13 @@ def test_labels_and_paths_of_any_text_are_printed_as_json(classify, module, tmp_
 def test_a_wrong_call_or_model_is_one_line_and_exit_code_2(built, module, run, tmp_path):
     torch.jit.save(module, tmp_path / "bare.pt")
     (tmp_path / "text.pt").write_text("nothing")
-    picture = run / "samples" / "7-0.png"
+    image = run / "samples" / "7-0.png"
     for arguments, words in [
-        ((), "usage: classify MODEL.pt PICTURE"),
+        ((), "usage: classify MODEL.pt IMAGE"),
         ((tmp_path / "bare.pt",), "usage"),
-        ((tmp_path / "none.pt", picture), "none.pt: open file failed"),
-        ((tmp_path / "text.pt", picture), "text.pt: "),
-        ((tmp_path / "bare.pt", picture), "bare.pt: carries no spec.json; export the run again"),
+        ((tmp_path / "none.pt", image), "none.pt: open file failed"),
+        ((tmp_path / "text.pt", image), "text.pt: "),
+        ((tmp_path / "bare.pt", image), "bare.pt: carries no spec.json; export the run again"),
     ]:
         done = call(built[0] / "classify", *arguments)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done

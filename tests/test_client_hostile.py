@@ -62,7 +62,7 @@ def test_an_image_is_not_sent_to_where_a_redirect_leads(tmp_path, capsys, status
         for location in (f"{other.url}/predictions/m", "//[", "http://[::1", "file:///etc/passwd"):
             with scripted(in_turn((status, ANSWER, {"Location": location}))) as server:
                 with pytest.raises(ClassifierError, match=f"{status} .*sends to another address"):
-                    Client(server.url, "m").classify(b"picture")
+                    Client(server.url, "m").classify(b"image")
                 assert main([str(folder_of(tmp_path, 1)), "--url", server.url, "--model", "m"]) == 2
                 assert capsys.readouterr().err.count("\n") == 1
         assert other.bodies == []
@@ -78,7 +78,7 @@ def test_an_answer_that_comes_byte_after_byte_ends_with_the_time_for_an_answer(b
             time.sleep(0.02)
 
     with raw_server(drip) as url, pytest.raises(Unavailable, match=r"took too long|timed out"):
-        Client(url, "m", timeout=0.5, retry_seconds=0).classify(b"picture")
+        Client(url, "m", timeout=0.5, retry_seconds=0).classify(b"image")
 
 
 @pytest.mark.parametrize("head", ["Content-Length: 3000000000", "Connection: close", "Transfer-Encoding: chunked"])
@@ -100,7 +100,7 @@ def test_of_an_answer_without_end_no_more_is_read_than_an_answer_may_have(head):
 
     with raw_server(flood) as url:
         with pytest.raises(ClassifierError, match="answer_too_long: more than 4,000,000 bytes"):
-            Client(url, "m").classify(b"picture")
+            Client(url, "m").classify(b"image")
         assert over.wait(60)  # the connection is closed, and not read to its end
     assert sent < LARGEST_ANSWER + 50_000_000  # what sockets hold on the way
 
@@ -108,7 +108,7 @@ def test_of_an_answer_without_end_no_more_is_read_than_an_answer_may_have(head):
 def test_an_answer_is_not_unpacked():
     packed = (200, gzip.compress(bytes(50_000_000)), {"Content-Encoding": "gzip"})
     with scripted(in_turn(packed)) as server, pytest.raises(ClassifierError, match="200 no_answer"):
-        Client(server.url, "m").classify(b"picture")
+        Client(server.url, "m").classify(b"image")
 
 
 @pytest.mark.parametrize("body", [b"[" * 1_000_000, b'{"a":' * 500_000, b"9" * 5_000, b"\xff" * 100, b'{"7": "x"}'])
@@ -170,9 +170,9 @@ def test_no_cell_of_a_table_is_run_by_a_spreadsheet_and_resume_still_knows_the_n
             rows = list(csv.DictReader(file))
         for row in rows:
             assert not [cell for cell in row.values() if cell[:1] in tuple("=+-@\t\r")]
-            name = row["picture"].removeprefix("'")
+            name = row["image"].removeprefix("'")
             assert json.loads(row["answer"] or "{}") == ({} if name == "@1.png" else {name: 0.5, "=2": 0.25})
-        assert [row["picture"].removeprefix("'") for row in rows] == sorted(FORMULAS)
+        assert [row["image"].removeprefix("'") for row in rows] == sorted(FORMULAS)
         assert [row["label"].removeprefix("'") for row in rows if row["label"]] == [
             name.replace("\t", "\\t") for name in sorted(FORMULAS) if name != "@1.png"
         ]
@@ -227,9 +227,9 @@ def test_an_image_that_kills_its_worker_twice_is_a_row_with_an_error_and_its_nei
     with scripted(server_of) as server:
         assert main([str(folder), "--url", server.url, "--model", "m", "--out", str(out)]) == 1
     rows = read_rows(out)
-    assert [row.picture for row in rows] == [str(path) for path in sorted(folder.rglob("*.png"))]
+    assert [row.image for row in rows] == [str(path) for path in sorted(folder.rglob("*.png"))]
     (bad,) = [row for row in rows if row.error]
-    assert bad.picture.endswith("0003.png")
+    assert bad.image.endswith("0003.png")
     assert bad.error == (f"500 worker_died: the server failed 2 times at this image, the last time alone ({message})")
     assert len(server_of.companions[b"poison"]) == 2
     for tries in server_of.companions.values():
@@ -267,7 +267,7 @@ def test_the_python_client_verifies_tls_by_a_certificate_that_is_named(tmp_path,
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "localhost.pem"))  # what is around decides nothing
     (image,) = sorted(folder_of(tmp_path / "p", 1).rglob("*.png"))
     with over_tls(tmp_path) as server:
-        assert Client(server.url, "m", cacert=tmp_path / "localhost.pem").classify(b"picture") == ANSWER
+        assert Client(server.url, "m", cacert=tmp_path / "localhost.pem").classify(b"image") == ANSWER
         common = [str(image), "--url", server.url, "--model", "m"]
         assert main([*common, "--cacert", str(tmp_path / "localhost.pem")]) == 0
         assert json.loads(capsys.readouterr().out)["answer"] == ANSWER
@@ -287,10 +287,10 @@ def test_the_pages_server_verifies_tls_by_a_certificate_that_is_named(tmp_path, 
     with over_tls(tmp_path) as server:
         for name, status in (("localhost.pem", 200), ("stranger.pem", 502), (None, 502)):
             with pages(torchserve=server.url, cacert=name and tmp_path / name) as url:
-                reply = requests.post(f"{url}/predictions/m", data=b"picture", timeout=30)
+                reply = requests.post(f"{url}/predictions/m", data=b"image", timeout=30)
             assert reply.status_code == status
             assert reply.json() == ANSWER if status == 200 else reply.json()["type"] == "unreachable"
-        assert server.bodies == [b"picture"]
+        assert server.bodies == [b"image"]
     for path, words in ((tmp_path / "none.pem", "No such file"), (Path(serve.__file__), "name a PEM file")):
         assert serve.main(["--torchserve", server.url, "--cacert", str(path)]) == 2
         error = capsys.readouterr().err
@@ -330,5 +330,5 @@ def test_the_pages_server_forwards_no_answer_without_end():
             connection.sendall(bytes(1 << 16))
 
     with raw_server(flood) as address, pages(torchserve=address) as url:
-        reply = requests.post(f"{url}/predictions/m", data=b"picture", timeout=60)
+        reply = requests.post(f"{url}/predictions/m", data=b"image", timeout=60)
         assert (reply.status_code, reply.json()["type"]) == (502, "unreachable")

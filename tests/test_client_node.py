@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from model.pictures import decode
+from model.images import decode
 from tests.conftest import PROJECT, label_of
 from tests.kinds import BAD, GOOD, gradient, save
 
@@ -93,13 +93,13 @@ def test_the_readmes_command_works_as_it_is_printed(run, exported, tmp_path):
 
 
 def test_samples_have_the_answers_that_they_have_in_python(exported, run):
-    pictures = sorted((run / "samples").iterdir())
-    done = node("classify.mjs", exported / "digits.pixels.onnx", *pictures)
+    images = sorted((run / "samples").iterdir())
+    done = node("classify.mjs", exported / "digits.pixels.onnx", *images)
     assert (done.returncode, done.stderr) == (0, "")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["picture"] for line in lines] == list(map(str, pictures))
+    assert [line["image"] for line in lines] == list(map(str, images))
     labels = json.loads((run / "spec.json").read_text())["labels"]
-    for line, path in zip(lines, pictures, strict=True):
+    for line, path in zip(lines, images, strict=True):
         expected = reference(exported / "digits.pixels.onnx", np.asarray(decode(path.read_bytes()))[None])[0]
         assert len(line["answer"]) == 5
         assert list(line["answer"].values()) == sorted(line["answer"].values(), reverse=True)
@@ -108,7 +108,7 @@ def test_samples_have_the_answers_that_they_have_in_python(exported, run):
         )
 
 
-def test_every_kind_of_picture_is_decoded_as_pillow_does(tmp_path):
+def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path):
     names = [name for name in GOOD if name != "bmp"]  # sharp reads all others
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (40, 50, 4), np.uint8)
@@ -119,7 +119,7 @@ def test_every_kind_of_picture_is_decoded_as_pillow_does(tmp_path):
     for name, body in files.items():
         (tmp_path / name).write_bytes(body)
     script = (
-        f"import {{ decode }} from {json.dumps((NODE / 'pictures.mjs').as_uri())};"
+        f"import {{ decode }} from {json.dumps((NODE / 'images.mjs').as_uri())};"
         "import { readFileSync } from 'node:fs';"
         "for (const path of process.argv.slice(1)) { const { data, height, width } = await decode(readFileSync(path));"
         "console.log(JSON.stringify([height, width, Buffer.from(data).toString('base64')])) }"
@@ -134,7 +134,7 @@ def test_every_kind_of_picture_is_decoded_as_pillow_does(tmp_path):
         assert abs(got.astype(int) - expected).max() <= (1 if "jpeg" in name else 0), name  # libjpeg differs by version
 
 
-def test_every_bad_picture_is_one_line_with_an_error_beside_the_others(exported, sample, label, tmp_path):
+def test_every_bad_image_is_one_line_with_an_error_beside_the_others(exported, sample, label, tmp_path):
     bodies = {"good": sample, **{name: body for name, (body, _) in BAD.items()}}
     for name, body in bodies.items():
         (tmp_path / name).write_bytes(body)
@@ -168,8 +168,8 @@ def test_labels_of_any_text_come_out_of_the_file(exported, sample, tmp_path):
     [
         ("", "usage: "),
         ("none.onnx", "no such file"),
-        ("digits.onnx", "does not take whole pictures; take NAME.pixels.onnx"),
-        ("digits.crops.onnx", "does not take whole pictures; take NAME.pixels.onnx"),
+        ("digits.onnx", "does not take whole images; take NAME.pixels.onnx"),
+        ("digits.crops.onnx", "does not take whole images; take NAME.pixels.onnx"),
         ("parity.json", "not an ONNX file"),
         ("cut", "not an ONNX file, or one that is cut short"),
         ("bare", "carries no spec"),
@@ -185,7 +185,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(exported, tmp_path, model, 
         bare = onnx.load(exported / "digits.pixels.onnx")
         del bare.metadata_props[:]
         onnx.save(bare, path)
-    done = node("classify.mjs", *([path, "picture.png"] if model else []))
+    done = node("classify.mjs", *([path, "image.png"] if model else []))
     assert (done.returncode, done.stdout) == (2, "")
     assert words in done.stderr
     assert done.stderr.count("\n") == 1

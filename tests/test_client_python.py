@@ -34,7 +34,7 @@ from clients.python.classify import (
     Row,
     Unavailable,
     classify_files,
-    find_pictures,
+    find_images,
     main,
 )
 from serve import Ports, serving
@@ -125,7 +125,7 @@ def in_turn(*replies: object) -> Callable[[bytes, int], object]:
 
 
 def folder_of(root: Path, count: int) -> Path:
-    """Files that are named like pictures and hold their own name."""
+    """Files that are named like images and hold their own name."""
     for i in range(count):
         path = root / f"{i % 3}" / f"{i:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,10 +134,10 @@ def folder_of(root: Path, count: int) -> Path:
 
 
 def by_name(body: bytes, _: int = 0) -> object:
-    """An answer that differs for each picture; each seventh is refused."""
+    """An answer that differs for each image; each seventh is refused."""
     number = int(body[:4])
     if number % 7 == 3:
-        return 415, {"code": 415, "type": "not_a_picture", "message": 'no "picture",\nbut lines'}
+        return 415, {"code": 415, "type": "not_an_image", "message": 'no "image",\nbut lines'}
     return 200, {f"label {number}": 1 / (number + 2), "other, label": 0.0}
 
 
@@ -153,8 +153,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_that_fails_for_a_while_is_asked_again(quick, status):
     failure = (status, {"code": status, "type": "ServiceUnavailableException", "message": "no worker is up"})
     with scripted(in_turn(failure, failure, failure, (200, ANSWER))) as server:
-        assert Client(server.url, "m").classify(b"picture") == ANSWER
-    assert server.bodies == [b"picture"] * 4
+        assert Client(server.url, "m").classify(b"image") == ANSWER
+    assert server.bodies == [b"image"] * 4
 
 
 @pytest.mark.parametrize(
@@ -163,44 +163,44 @@ def test_a_server_that_fails_for_a_while_is_asked_again(quick, status):
 )
 def test_a_lost_connection_is_asked_again(quick, lost):
     with scripted(in_turn(lost, lost, (200, ANSWER))) as server:
-        assert Client(server.url, "m").classify(b"picture") == ANSWER
+        assert Client(server.url, "m").classify(b"image") == ANSWER
     assert len(server.bodies) == 3
 
 
-def test_several_pictures_in_a_request_are_asked_again_too(quick):
+def test_several_images_in_a_request_are_asked_again_too(quick):
     with scripted(in_turn(None, (503, {}), (200, {"a": ANSWER, "b": ANSWER}))) as server:
         assert Client(server.url, "m").classify_many({"a": b"1", "b": b"2"}) == {"a": ANSWER, "b": ANSWER}
     assert len(server.bodies) == 3
 
 
 @pytest.mark.parametrize(
-    ("status", "type"), [(400, "empty"), (413, "too_many_pixels"), (415, "not_a_picture"), (422, "truncated")]
+    ("status", "type"), [(400, "empty"), (413, "too_many_pixels"), (415, "not_an_image"), (422, "truncated")]
 )
-def test_a_picture_that_is_refused_is_not_asked_again(status, type):
+def test_an_image_that_is_refused_is_not_asked_again(status, type):
     with scripted(in_turn((status, {"code": status, "type": type, "message": "why"}))) as server:
         with pytest.raises(ClassifierError, match=f"{status} {type}: why") as caught:
-            Client(server.url, "m").classify(b"picture")
-        assert caught.value.is_about_the_picture
+            Client(server.url, "m").classify(b"image")
+        assert caught.value.is_about_the_image
     assert len(server.bodies) == 1
 
 
-def test_a_refusal_of_every_picture_is_final_and_known_as_such():
+def test_a_refusal_of_every_image_is_final_and_known_as_such():
     with scripted(in_turn((404, {"code": 404, "type": "ModelNotFoundException", "message": "none"}))) as server:
         with pytest.raises(ClassifierError, match="404 ModelNotFoundException") as caught:
-            Client(server.url, "m").classify(b"picture")
-        assert not caught.value.is_about_the_picture
+            Client(server.url, "m").classify(b"image")
+        assert not caught.value.is_about_the_image
     assert len(server.bodies) == 1
 
 
 @pytest.mark.parametrize("body", [b"<html>", [], {}])
 def test_an_answer_without_labels_is_an_error(body):
     with scripted(in_turn((200, body))) as server, pytest.raises(ClassifierError, match="200 no_answer"):
-        Client(server.url, "m").classify(b"picture")
+        Client(server.url, "m").classify(b"image")
 
 
 def test_retry_after_is_waited_for(quick):
     with scripted(in_turn((503, {}, {"Retry-After": "1"}), (200, ANSWER))) as server:
-        assert Client(server.url, "m").classify(b"picture") == ANSWER
+        assert Client(server.url, "m").classify(b"image") == ANSWER
     first, second = server.times
     assert second - first >= 0.99
 
@@ -218,7 +218,7 @@ def test_retry_after_may_be_a_date(monkeypatch):
 def test_a_wait_longer_than_the_retry_time_is_not_begun():
     refused = pytest.raises(Unavailable, match=r"429 http.*asks to wait 3600 s")
     with scripted(in_turn((429, {}, {"Retry-After": "3600"}))) as server, refused:
-        Client(server.url, "m", retry_seconds=60).classify(b"picture")
+        Client(server.url, "m", retry_seconds=60).classify(b"image")
     assert len(server.bodies) == 1
 
 
@@ -226,10 +226,10 @@ def test_asking_ends_with_the_retry_time_and_says_what_the_server_said():
     failure = (503, {"code": 503, "type": "ServiceUnavailableException", "message": "no worker"})
     given_up = pytest.raises(Unavailable, match=r"no answer within 0\.5 s \(503 ServiceUnavailableException: no worker")
     with scripted(in_turn(failure)) as server, given_up:
-        Client(server.url, "m", retry_seconds=0.5).classify(b"picture")
+        Client(server.url, "m", retry_seconds=0.5).classify(b"image")
     assert len(server.bodies) > 1
     with pytest.raises(Unavailable, match="Connection refused"):  # the server is gone
-        Client(server.url, "m", retry_seconds=0).classify(b"picture")
+        Client(server.url, "m", retry_seconds=0).classify(b"image")
     assert not Client(server.url, "m").is_healthy()
 
 
@@ -243,7 +243,7 @@ def test_an_outage_is_told_once_and_not_by_each_thread(caplog, monkeypatch, tmp_
         return (503, {}) if place < 8 else (200, ANSWER)
 
     with scripted(fail_together) as server:
-        rows = list(classify_files(Client(server.url, "m"), find_pictures([folder_of(tmp_path, 4)]), threads=4))
+        rows = list(classify_files(Client(server.url, "m"), find_images([folder_of(tmp_path, 4)]), threads=4))
     assert [row.answer for row in rows] == [ANSWER] * 4
     assert len(server.bodies) == 12
     (message,) = caplog.messages
@@ -268,7 +268,7 @@ def test_a_slow_answer_is_given_up_and_asked_for_again(quick):
 
     with scripted(slow_at_first) as server:
         try:
-            assert Client(server.url, "m", timeout=0.5).classify(b"picture") == ANSWER
+            assert Client(server.url, "m", timeout=0.5).classify(b"image") == ANSWER
             assert len(server.bodies) > 1
         finally:
             over.set()
@@ -302,7 +302,7 @@ def test_a_key_file_that_is_missing_or_half_written_is_waited_for(quick, tmp_pat
         threading.Timer(0.4, write_key, (path, "new")).start()
 
     with scripted(lambda body, place: restart(body, place) if place == 0 else (200, ANSWER), key="new") as server:
-        assert Client(server.url, "m", key_file=path).classify(b"picture") == ANSWER
+        assert Client(server.url, "m", key_file=path).classify(b"image") == ANSWER
     assert set(server.keys[:-1]) == {"old"}
     assert server.keys[-1] == "new"
 
@@ -312,8 +312,8 @@ def test_a_wrong_key_is_refused_at_once(tmp_path):
     with scripted(in_turn((200, ANSWER)), key="right") as server:
         for client in (Client(server.url, "m", "wrong"), Client(server.url, "m", key_file=path)):
             with pytest.raises(ClassifierError, match="400 InvalidKeyException") as caught:
-                client.classify(b"picture")
-            assert not caught.value.is_about_the_picture
+                client.classify(b"image")
+            assert not caught.value.is_about_the_image
     assert len(server.bodies) == 2
 
 
@@ -328,7 +328,7 @@ def test_a_key_file_without_a_key_is_named(tmp_path):
         Client("http://127.0.0.1:1", "m", "token", key_file=tmp_path / "keys.json")
 
 
-# ── many pictures ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── many images ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_rows_keep_their_order_whatever_order_the_answers_come_in(quick, tmp_path):
@@ -338,20 +338,20 @@ def test_rows_keep_their_order_whatever_order_the_answers_come_in(quick, tmp_pat
         time.sleep(rng.random() / 50)
         return (503, {}) if rng.random() < 0.1 else by_name(body)
 
-    pictures = list(find_pictures([folder_of(tmp_path, 200)]))
+    images = list(find_images([folder_of(tmp_path, 200)]))
     with scripted(sometimes_late) as server:
-        rows = list(classify_files(Client(server.url, "m"), pictures, threads=8))
-    assert [row.picture for row in rows] == [str(path) for path in pictures]
-    for path, row in zip(pictures, rows, strict=True):
+        rows = list(classify_files(Client(server.url, "m"), images, threads=8))
+    assert [row.image for row in rows] == [str(path) for path in images]
+    for path, row in zip(images, rows, strict=True):
         status, values = by_name(path.read_bytes())
         assert row.answer == (values if status == 200 else {})
         assert bool(row.error) == (status != 200)
 
 
-def test_pictures_without_end_take_no_memory_without_end(tmp_path):
-    (picture,) = find_pictures([folder_of(tmp_path, 1)])
+def test_images_without_end_take_no_memory_without_end(tmp_path):
+    (image,) = find_images([folder_of(tmp_path, 1)])
     taken = itertools.count()
-    endless = (picture for _ in taken)
+    endless = (image for _ in taken)
     with scripted(by_name) as server:
         rows = classify_files(Client(server.url, "m"), endless, threads=2)
         assert len(list(itertools.islice(rows, 300))) == 300
@@ -363,17 +363,17 @@ def test_a_file_that_cannot_be_read_is_a_row_with_an_error(tmp_path):
     folder = folder_of(tmp_path, 2)
     (folder / "0" / "0001.png").symlink_to(tmp_path / "nowhere")
     with scripted(by_name) as server:
-        rows = list(classify_files(Client(server.url, "m"), find_pictures([folder])))
+        rows = list(classify_files(Client(server.url, "m"), find_images([folder])))
     assert [row.error for row in rows] == ["", "cannot be read: No such file or directory", ""]
 
 
 def test_all_rows_before_the_end_of_a_server_are_given_out(tmp_path):
-    pictures = list(find_pictures([folder_of(tmp_path, 40)]))
-    bad = pictures[20].read_bytes()
+    images = list(find_images([folder_of(tmp_path, 40)]))
+    bad = images[20].read_bytes()
     with scripted(lambda body, _: None if body == bad else by_name(body)) as server:
-        rows = classify_files(Client(server.url, "m", retry_seconds=0.2), pictures, threads=4)
-        assert [next(rows).picture for _ in range(20)] == [str(path) for path in pictures[:20]]
-        with pytest.raises(Unavailable, match=re.escape(f"{pictures[20]}: {server.url}: no answer")):
+        rows = classify_files(Client(server.url, "m", retry_seconds=0.2), images, threads=4)
+        assert [next(rows).image for _ in range(20)] == [str(path) for path in images[:20]]
+        with pytest.raises(Unavailable, match=re.escape(f"{images[20]}: {server.url}: no answer")):
             next(rows)
 
 
@@ -383,15 +383,15 @@ def test_folders_are_searched_in_the_order_of_the_names(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "a" / "circle").symlink_to(tmp_path)
     (tmp_path / "linked").symlink_to(tmp_path / "a" / "y")
-    found = [path.relative_to(tmp_path).as_posix() for path in find_pictures([tmp_path])]
+    found = [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path])]
     assert found == ["a/y/x.webp", "a/z.jpg", "a.tiff", "b.PNG", "linked/x.webp"]
-    assert list(find_pictures([tmp_path / "n.txt"])) == [tmp_path / "n.txt"]  # what is named is asked about
+    assert list(find_images([tmp_path / "n.txt"])) == [tmp_path / "n.txt"]  # what is named is asked about
 
 
-def test_the_names_of_pictures_are_those_of_the_model():
-    from model import pictures
+def test_the_names_of_images_are_those_of_the_model():
+    from model import images
 
-    assert SUFFIXES == pictures.SUFFIXES
+    assert SUFFIXES == images.SUFFIXES
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -401,27 +401,27 @@ def read_rows(path: Path) -> list[Row]:
     """As another program would read the file."""
     if ".jsonl" in path.suffixes:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return [Row(line["picture"], line.get("answer", {}), line.get("error", "")) for line in lines]
+        return [Row(line["image"], line.get("answer", {}), line.get("error", "")) for line in lines]
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         answer = json.loads(row["answer"] or "{}")
         assert (row["label"], row["probability"]) == next(((n, str(v)) for n, v in answer.items()), ("", ""))
-    return [Row(row["picture"], json.loads(row["answer"] or "{}"), row["error"]) for row in rows]
+    return [Row(row["image"], json.loads(row["answer"] or "{}"), row["error"]) for row in rows]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_the_command_writes_a_row_for_each_picture(tmp_path, capsys, kind):
-    folder, out = folder_of(tmp_path / "pictures", 30), tmp_path / f"answers.{kind}"
+def test_the_command_writes_a_row_for_each_image(tmp_path, capsys, kind):
+    folder, out = folder_of(tmp_path / "images", 30), tmp_path / f"answers.{kind}"
     with scripted(by_name) as server:
         assert main([str(folder), "--url", server.url, "--model", "m", "--out", str(out)]) == 1
         assert capsys.readouterr().out == ""
         assert main([str(folder), "--url", server.url, "--model", "m"]) == 1
         printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     rows = read_rows(out)
-    assert [row.picture for row in rows] == [str(path) for path in sorted(folder.rglob("*.png"))]
+    assert [row.image for row in rows] == [str(path) for path in sorted(folder.rglob("*.png"))]
     assert sum(bool(row.error) for row in rows) == 4
-    assert [line["picture"] for line in printed] == [row.picture for row in rows]
+    assert [line["image"] for line in printed] == [row.image for row in rows]
     assert [line.get("answer", {}) for line in printed] == [row.answer for row in rows]
     assert [line.get("error", "") for line in printed] == [row.error for row in rows]
     assert {line["model"] for line in printed if "answer" in line} == {"m"}
@@ -431,29 +431,29 @@ def test_the_command_writes_a_row_for_each_picture(tmp_path, capsys, kind):
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_run_that_was_stopped_at_any_byte_is_continued_without_loss(tmp_path, kind):
     names = ["plain.png", "a,comma.png", 'a"quote.png', "ä.png", "two\r\nlines.png", "zz.png"]
-    names += [os.fsdecode(b"not \xff unicode.png"), "picture.png"]
+    names += [os.fsdecode(b"not \xff unicode.png"), "image.png"]
     for name in names:
-        (tmp_path / "pictures" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "pictures" / name).write_bytes(b"%04d" % len(name))
-    out, pictures = tmp_path / f"answers.{kind}", list(find_pictures([tmp_path / "pictures"]))
-    command = [str(tmp_path / "pictures"), "--model", "m", "--out", str(out), "--resume"]
+        (tmp_path / "images" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(b"%04d" % len(name))
+    out, images = tmp_path / f"answers.{kind}", list(find_images([tmp_path / "images"]))
+    command = [str(tmp_path / "images"), "--model", "m", "--out", str(out), "--resume"]
     with scripted(by_name) as server:
         assert main([*command, "--url", server.url]) == 1  # --resume with nothing to resume
         whole = out.read_bytes()
-        assert [row.picture for row in read_rows(out)] == [str(path) for path in pictures]
+        assert [row.image for row in read_rows(out)] == [str(path) for path in images]
         part = tmp_path / f"answers.{kind}.part"
         ends = set()
         for size in range(len(whole) + 1):
             part.write_bytes(whole[:size])
-            rest = find_pictures([tmp_path / "pictures"])
+            rest = find_images([tmp_path / "images"])
             done, refused, model = classify._keep(part, rest)
             kept = part.read_bytes()
             assert whole.startswith(kept)
-            assert [*rest] == pictures[done:]
+            assert [*rest] == images[done:]
             assert model == ("m" if done > refused else "")
             assert refused == sum(bool(row.error) for row in read_rows(out)[:done])
             ends.add((done, len(kept)))
-        assert sorted(done for done, _ in ends) == list(range(len(pictures) + 1))  # one end for each number of rows
+        assert sorted(done for done, _ in ends) == list(range(len(images) + 1))  # one end for each number of rows
         for size in (0, 5, len(whole) // 3, len(whole) - 1, len(whole)):
             part.write_bytes(whole[:size])
             assert main([*command, "--url", server.url]) == 1
@@ -517,10 +517,10 @@ def test_a_command_that_is_killed_is_continued_where_it_was(tmp_path, kind, numb
         assert again == everything - set(re.findall(rb"\d{4}\.png", kept))  # none that had a row was asked about again
         assert main([*common, "--out", str(undisturbed)]) == 1
     assert out.read_bytes() == undisturbed.read_bytes()
-    assert [row.picture for row in rows] == [str(path) for path in sorted(folder.rglob("*.png"))]
+    assert [row.image for row in rows] == [str(path) for path in sorted(folder.rglob("*.png"))]
 
 
-def test_a_file_of_other_pictures_is_not_continued(tmp_path, capsys):
+def test_a_file_of_other_images_is_not_continued(tmp_path, capsys):
     folder, out = folder_of(tmp_path / "p", 5), tmp_path / "out.csv"
     with scripted(by_name) as server:
         command = [str(folder), "--url", server.url, "--model", "m", "--out", str(out)]
@@ -533,7 +533,7 @@ def test_a_file_of_other_pictures_is_not_continued(tmp_path, capsys):
         for path in folder.rglob("*.png"):
             path.unlink()
         assert main([*command, "--resume"]) == 2
-        assert "holds no pictures" in capsys.readouterr().err
+        assert "holds no images" in capsys.readouterr().err
 
 
 def test_a_server_that_is_gone_ends_the_command_and_keeps_the_rows(tmp_path, capsys):
@@ -570,8 +570,8 @@ def test_a_wrong_command_is_told_in_one_line(tmp_path, capsys, monkeypatch):
         ([str(folder), "--resume"], "--resume goes on with a file; name it with --out"),
         ([str(folder), "--out", "answers.txt"], "must end in .csv or .jsonl"),
         ([str(folder), "--threads", "0"], "--threads is 0; it must be at least 1"),
-        ([str(tmp_path / "none")], "no such picture or folder"),
-        ([str(empty), "--out", str(tmp_path / "out.csv")], "holds no pictures"),
+        ([str(tmp_path / "none")], "no such image or folder"),
+        ([str(empty), "--out", str(tmp_path / "out.csv")], "holds no images"),
         ([str(folder), "--url", "nonsense"], "nonsense"),
         ([str(folder), "--key-file", str(tmp_path / "none.json")], "none.json: No such file"),
     ]:
@@ -581,11 +581,11 @@ def test_a_wrong_command_is_told_in_one_line(tmp_path, capsys, monkeypatch):
         assert said in line
 
 
-def test_a_folder_without_pictures_is_a_mistake_without_out_too(tmp_path, capsys):
+def test_a_folder_without_images_is_a_mistake_without_out_too(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for options in ([], ["--out", str(tmp_path / "out.csv")]):
         assert main([str(tmp_path / "empty"), "--model", "m", *options]) == 2
-        assert "empty: holds no pictures" in capsys.readouterr().err
+        assert "empty: holds no images" in capsys.readouterr().err
     assert not (tmp_path / "out.csv.part").exists()
 
 
@@ -616,7 +616,7 @@ def test_two_commands_do_not_write_one_file(tmp_path, capsys):
                 assert process.returncode == 1
         finally:
             released.set()
-    assert [row.picture for row in read_rows(out)] == [str(path) for path in sorted(folder.rglob("*.png"))]
+    assert [row.image for row in read_rows(out)] == [str(path) for path in sorted(folder.rglob("*.png"))]
     assert not part.exists()
 
 
@@ -663,8 +663,8 @@ def test_one_file_holds_the_answers_of_one_model(tmp_path, capsys, kind):
 
 def test_a_file_of_an_earlier_version_of_the_program_is_not_continued_and_not_cut(tmp_path, capsys):
     folder, part = folder_of(tmp_path / "p", 3), tmp_path / "out.csv.part"
-    first, *_ = find_pictures([folder])
-    before = f'picture,label,probability,error,answer\r\n{first},cat,0.5,,"{{""cat"": 0.5}}"\r\n'
+    first, *_ = find_images([folder])
+    before = f'image,label,probability,error,answer\r\n{first},cat,0.5,,"{{""cat"": 0.5}}"\r\n'
     part.write_text(before, newline="")
     with scripted(by_name) as server:
         command = [str(folder), "--url", server.url, "--model", "m", "--out", str(tmp_path / "out.csv"), "--resume"]
@@ -678,7 +678,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch
         progress._next = 0
         progress.step()
         progress.step()  # the next line is ten seconds away
-    assert re.fullmatch(r"2 of 3 pictures, \d+ a second\n", capsys.readouterr().err)
+    assert re.fullmatch(r"2 of 3 images, \d+ a second\n", capsys.readouterr().err)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with classify._Progress(3, 1) as progress:
         progress.step()
@@ -688,7 +688,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch
     with classify._Progress(3, 1) as progress:
         progress._next = 0
         progress.step()
-    assert capsys.readouterr().err.startswith("2 of 3 pictures")
+    assert capsys.readouterr().err.startswith("2 of 3 images")
 
 
 # ── a real server ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -712,14 +712,14 @@ ClassifierHandler.handle = _deadly
 
 @pytest.mark.server
 @pytest.mark.timeout(600)  # two starts of TorchServe, and of the trained run where nothing has asked for it before
-def test_a_torchserve_that_is_killed_and_started_anew_costs_no_picture(exported, run, tmp_path, capsys, monkeypatch):
+def test_a_torchserve_that_is_killed_and_started_anew_costs_no_image(exported, run, tmp_path, capsys, monkeypatch):
     import psutil
 
     samples = [path.read_bytes() for path in sorted((run / "samples").iterdir())]
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(300):
-        (pictures / f"{i:03}.png").write_bytes(b"no picture" if i % 50 == 7 else samples[i % len(samples)])
+        (images / f"{i:03}.png").write_bytes(b"no image" if i % 50 == 7 else samples[i % len(samples)])
     archive, folder, ports = tmp_path / "digits.mar", tmp_path / "server", Ports.free()
     slow = "batchSize: 32\nmaxBatchDelay: 30\nminWorkers: 1\nmaxWorkers: 1\n"  # so that it is killed in the middle
     with zipfile.ZipFile(exported / "digits.mar") as files:
@@ -730,7 +730,7 @@ def test_a_torchserve_that_is_killed_and_started_anew_costs_no_picture(exported,
     with contextlib.ExitStack() as stack:
         with serving([archive], folder, ports=ports) as server:
             first_key = server.key()
-            common = [pictures, "--model", "digits", "--url", server.url, "--key-file", folder / "key_file.json"]
+            common = [images, "--model", "digits", "--url", server.url, "--key-file", folder / "key_file.json"]
             client = stack.enter_context(started(*common, "--out", out, "--retry", "200"))
             wait_for(lambda: part.exists() and part.read_bytes().count(b".png") >= 60, client)
             family = psutil.Process(server.process.pid).children(recursive=True)
@@ -744,7 +744,7 @@ def test_a_torchserve_that_is_killed_and_started_anew_costs_no_picture(exported,
             assert server.key() != first_key
             _, said = client.communicate(timeout=200)
             assert client.returncode == 1, said
-            assert b"300 pictures, 6 refused" in said
+            assert b"300 images, 6 refused" in said
             (tmp_path / "poison").mkdir()
             for name, body in (("0.png", b"poison"), ("1.png", samples[0]), ("2.png", samples[1])):
                 (tmp_path / "poison" / name).write_bytes(body)
@@ -761,11 +761,11 @@ def test_a_torchserve_that_is_killed_and_started_anew_costs_no_picture(exported,
             examples = re.findall(r"^```python\n(.*?)^```$", (PROGRAM.parent / "README.md").read_text(), re.M | re.S)
             run_examples(examples, server.url, capsys)
     rows = read_rows(out)
-    assert [row.picture for row in rows] == [str(path) for path in sorted(pictures.iterdir())]
+    assert [row.image for row in rows] == [str(path) for path in sorted(images.iterdir())]
     for row, expected in zip(rows, read_rows(undisturbed), strict=True):
-        assert (row.picture, row.error) == (expected.picture, expected.error)
+        assert (row.image, row.error) == (expected.image, expected.error)
         assert row.answer == pytest.approx(expected.answer, abs=1e-5)
-    assert sum(row.error.startswith("415 not_a_picture") for row in rows) == 6
+    assert sum(row.error.startswith("415 not_an_image") for row in rows) == 6
 
 
 def run_examples(examples: list[str], url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -777,4 +777,4 @@ def run_examples(examples: list[str], url: str, capsys: pytest.CaptureFixture[st
         exec(compile(example.replace("http://127.0.0.1:8080", url), "README.md", "exec"), {})
     first, *rows = capsys.readouterr().out.splitlines()
     assert len(ast.literal_eval(first)) == 5
-    assert [row.split()[0] for row in rows] == [f"pictures/{i:03}.png" for i in range(300)]
+    assert [row.split()[0] for row in rows] == [f"images/{i:03}.png" for i in range(300)]

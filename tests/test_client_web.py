@@ -22,7 +22,7 @@ import pytest
 import requests
 
 from clients.web import serve, verify
-from model.pictures import decode
+from model.images import decode
 from tests.conftest import label_of
 from tests.kinds import GOOD
 from tests.test_client_node import WEB, batches, install, readme_command, reference, save_batches
@@ -98,10 +98,10 @@ class Visit:
         return dict(self.page.locator(f"#{who}-answer .bars li").evaluate_all(script))
 
     def choose(self, name: str, body: bytes) -> None:
-        """A picture, and waits for what the page says of it."""
+        """An image, and waits for what the page says of it."""
         self.page.locator("#page-answer .headline").evaluate("place => place.textContent = 'old'")
         file = {"name": name, "mimeType": "", "buffer": body}
-        self.page.set_input_files("#picture-file", file)
+        self.page.set_input_files("#image-file", file)
         playwright.expect(self.page.locator("#page-answer .headline")).to_contain_text("In this page: ", timeout=60_000)
 
     def draw(self, strokes: list[list[tuple[float, float]]]) -> None:
@@ -154,7 +154,7 @@ def visit(browser: Any, site: str) -> Iterator[Visit]:
 
 @pytest.fixture(scope="module")
 def long_visit(browser: Any, site: str) -> Iterator[Visit]:
-    """One such page for many pictures, which is quicker, and what people do."""
+    """One such page for many images, which is quicker, and what people do."""
     with opened(browser, site) as one:
         yield one
         check_quiet(one, site)
@@ -264,7 +264,7 @@ def test_from_a_plain_file_server_with_the_model_chosen_by_hand(browser, exporte
         url = f"http://127.0.0.1:{port}"
         wait_until_open(port)
         visit = Visit(browser, url)
-        visit.page.set_input_files("#picture-file", {"name": "a.png", "mimeType": "", "buffer": sample})
+        visit.page.set_input_files("#image-file", {"name": "a.png", "mimeType": "", "buffer": sample})
         visit.wait_for("#page-answer .headline", "Choose a model first.")
         visit.page.set_input_files("#model-file", exported / "digits.pixels.onnx")
         visit.wait_for("#page-answer .headline", f"In this page: {label}, ")  # what was chosen before is not lost
@@ -334,7 +334,7 @@ def test_where_no_torchserve_is_named_the_page_says_so(browser, site, sample, la
     visit.context.close()
 
 
-def test_by_keyboard_alone_a_model_and_a_picture_are_chosen_and_a_digit_is_drawn(browser, site, exported, run):
+def test_by_keyboard_alone_a_model_and_an_image_are_chosen_and_a_digit_is_drawn(browser, site, exported, run):
     visit = Visit(browser, site)
     page = visit.page
     page.on("filechooser", lambda _: None)  # asks for them now: a dialog that opens before Playwright listens is lost
@@ -349,7 +349,7 @@ def test_by_keyboard_alone_a_model_and_a_picture_are_chosen_and_a_digit_is_drawn
                 return
         raise AssertionError(f"{name} cannot be reached")
 
-    for name, path in (("model-file", exported / "digits.pixels.onnx"), ("picture-file", run / "samples" / "3-0.png")):
+    for name, path in (("model-file", exported / "digits.pixels.onnx"), ("image-file", run / "samples" / "3-0.png")):
         tab_to(name)
         with page.expect_file_chooser() as chooser:
             page.keyboard.press("Space")
@@ -385,7 +385,7 @@ def test_a_drawing_that_is_cleared_before_its_file_is_there_stays_cleared(visit)
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
-def test_pictures_and_models_are_taken_by_drop_and_paste(visit, sample, label, way):
+def test_images_and_models_are_taken_by_drop_and_paste(visit, sample, label, way):
     script = """([way, name, bytes]) => {
         const transfer = new DataTransfer();
         transfer.items.add(new File([Uint8Array.from(bytes)], name));
@@ -399,10 +399,10 @@ def test_pictures_and_models_are_taken_by_drop_and_paste(visit, sample, label, w
     visit.wait_for("#model-status", "bad.onnx: not an ONNX file")
 
 
-def test_a_picture_that_cannot_be_read_is_an_error_that_the_next_one_replaces(visit, sample, label):
+def test_an_image_that_cannot_be_read_is_an_error_that_the_next_one_replaces(visit, sample, label):
     for body in (b"hello", b"", sample[: len(sample) // 2]):
         visit.choose("bad.png", body)
-        visit.wait_for("#page-answer .headline", "the browser cannot read this as a picture")
+        visit.wait_for("#page-answer .headline", "the browser cannot read this as an image")
         assert visit.answer() == {}
         if body != sample[: len(sample) // 2]:  # of which the browser shows the half
             playwright.expect(visit.page.locator("#preview")).to_be_hidden()
@@ -413,8 +413,8 @@ def test_a_picture_that_cannot_be_read_is_an_error_that_the_next_one_replaces(vi
 
 def test_another_graph_or_another_file_is_no_model_and_the_old_one_stays(visit, exported, sample, label):
     for name, words in {
-        "digits.onnx": "does not take whole pictures; choose NAME.pixels.onnx",
-        "digits.crops.onnx": "does not take whole pictures; choose NAME.pixels.onnx",
+        "digits.onnx": "does not take whole images; choose NAME.pixels.onnx",
+        "digits.crops.onnx": "does not take whole images; choose NAME.pixels.onnx",
         "parity.json": "not an ONNX file",
     }.items():
         visit.page.set_input_files("#model-file", exported / name)
@@ -464,7 +464,7 @@ def test_several_images_are_a_list_of_thumbnails_and_labels_of_which_one_is_show
     page, paths = visit.page, [run / "samples" / f"{digit}-0.png" for digit in (7, 3, 0)]
     files = [{"name": path.name, "mimeType": "image/png", "buffer": path.read_bytes()} for path in paths]
     files.insert(1, {"name": "bad.png", "mimeType": "image/png", "buffer": b"nothing"})
-    page.set_input_files("#picture-file", files)
+    page.set_input_files("#image-file", files)
     visit.wait_for("#progress", "4 of 4 images")
     buttons = page.locator("#results button")
     assert buttons.locator(".name").all_text_contents() == ["7-0.png", "bad.png", "3-0.png", "0-0.png"]
@@ -558,7 +558,7 @@ def test_on_a_phone_the_answer_stands_next_to_the_image(browser, site, run, widt
             assert visit.page.locator(image).evaluate("image => image.getBoundingClientRect().bottom") <= 844
     pad = visit.page.locator("#pad").bounding_box()
     assert 0 < answers["y"] + answers["height"] - pad["y"] < 844  # pad and answer are seen together
-    visit.page.set_input_files("#picture-file", sorted((run / "samples").iterdir())[:5])
+    visit.page.set_input_files("#image-file", sorted((run / "samples").iterdir())[:5])
     visit.wait_for("#progress", "5 of 5 images")
     for row in visit.page.locator("#results button").all():  # as a list of images each beside its label
         image, label = row.locator("img").bounding_box(), row.locator(".label").bounding_box()
@@ -575,13 +575,13 @@ def test_nothing_but_predictions_of_the_own_page_is_forwarded(exported):
     with echo() as (address, calls), running(torchserve=address) as url:
         host = url.removeprefix("http://")
 
-        def post(path="/predictions/digits", body=b"picture", **headers):
+        def post(path="/predictions/digits", body=b"image", **headers):
             return requests.post(url + path, data=body, headers=headers, timeout=30)
 
         reply = post(Authorization="Bearer key", Cookie="secret", Origin=url)
         assert (reply.status_code, reply.json()) == (200, {"7": 1.0})
         ((path, headers, body),) = calls
-        assert (path, body, headers["Authorization"]) == ("/predictions/digits", b"picture", "Bearer key")
+        assert (path, body, headers["Authorization"]) == ("/predictions/digits", b"image", "Bearer key")
         assert "Cookie" not in headers
         assert "Origin" not in headers
         calls.clear()
@@ -640,7 +640,7 @@ def test_the_readmes_command_prints_the_address_of_the_page_with_its_model(run, 
     try:
         address = process.stdout.readline().strip()
         assert address.endswith("/?model=/digits.pixels.onnx")
-        assert "Picture classifier" in requests.get(address, timeout=30).text
+        assert "Image classifier" in requests.get(address, timeout=30).text
     finally:
         process.terminate()
         process.communicate()

@@ -14,7 +14,7 @@ from PIL import Image
 
 from export.__main__ import serve_command
 from model import checkpoint
-from model.pictures import crop
+from model.images import crop
 from tests.conftest import reports
 from tests.folders import as_zip, make_folder
 from train import export_command, main
@@ -37,12 +37,12 @@ def test_a_folder_becomes_crops_and_targets(tmp_path):
             assert data.labels[split.targets[place]] == name.split("/")[0]
 
 
-def test_unreadable_pictures_stop_the_run_with_all_their_names(tmp_path):
+def test_unreadable_images_stop_the_run_with_all_their_names(tmp_path):
     folder = make_folder(tmp_path, count=5)
     (folder / "red" / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
     (folder / "blue" / "page.png").write_text("<html>")
     (folder / "blue" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    with pytest.raises(DataError, match=r"3 of 18 pictures cannot be read.*--skip-bad") as caught:
+    with pytest.raises(DataError, match=r"3 of 18 images cannot be read.*--skip-bad") as caught:
         load(str(folder), size=16, resize=16)
     for name in ("red/broken.jpg", "blue/page.png", "blue/phone.heic: HEIC is not supported"):
         assert name in str(caught.value)
@@ -61,7 +61,7 @@ def test_a_class_of_which_nothing_is_readable_is_named(tmp_path):
     folder = make_folder(tmp_path, count=5)
     for path in (folder / "red").iterdir():
         path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="'red' has no readable training picture"):
+    with pytest.raises(DataError, match="'red' has no readable training image"):
         load(str(folder), size=16, resize=16, skip_bad=True)
 
 

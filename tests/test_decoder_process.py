@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.pictures import MAX_PIXELS, is_plain
-from model.pictures import read as read_here
+from model.images import MAX_PIXELS, is_plain
+from model.images import read as read_here
 from tests.hostile_images import IMAGES, bmp_of_runs, tiff_of_fax
 from tests.kinds import BAD, GOOD, gradient, save
 
@@ -36,13 +36,13 @@ def decoder():
 @pytest.fixture
 def ask(decoder):
     """The crop of a file, or the cause of its error, by way of the child."""
-    from pictures import PictureError
+    from images import ImageError
 
     def outcome(body):
         decoder.begin_batch()
         try:
             return decoder.read(body, SIZE, RESIZE)
-        except PictureError as error:
+        except ImageError as error:
             assert str(error)
             assert "\n" not in str(error)
             return error.cause
@@ -67,7 +67,7 @@ def read(body, *rest):
     if body == b"crash":
         os.abort()
     if body == b"sense":
-        raise PictureError("no_such_cause", "x" * 9_000)
+        raise ImageError("no_such_cause", "x" * 9_000)
     return _read(body, *rest)
 """
 
@@ -78,7 +78,7 @@ def odd(tmp_path, monkeypatch):
     import decoder_process
 
     here = Path(decoder_process.__file__)
-    for name in ("pictures.py", "decoder_process.py"):
+    for name in ("images.py", "decoder_process.py"):
         (tmp_path / name).write_text((here.parent / name).read_text())
     with (tmp_path / "decoder_process.py").open("a") as file:
         file.write(ODD)
@@ -144,11 +144,11 @@ def test_a_photograph_of_48_megapixels_is_read_in_the_child_upright(ask):
 
 
 def test_what_is_slow_for_the_processor_is_refused_and_the_next_image_is_answered(odd):
-    from pictures import PictureError
+    from images import ImageError
 
     for body, cause in ((b"slow", "too_slow"), (b"crash", "truncated"), (b"sense", "truncated")):
         odd.begin_batch()
-        with pytest.raises(PictureError) as caught:
+        with pytest.raises(ImageError) as caught:
             odd.read(body, SIZE, RESIZE)
         assert caught.value.cause == cause, body
         assert odd.read(GOOD["bmp"][0], SIZE, RESIZE).shape == (SIZE, SIZE, 3)
@@ -156,13 +156,13 @@ def test_what_is_slow_for_the_processor_is_refused_and_the_next_image_is_answere
 
 def test_a_batch_has_a_time_and_what_comes_later_is_to_ask_again(odd, monkeypatch):
     import decoder_process
-    from pictures import PictureError
+    from images import ImageError
 
     monkeypatch.setattr(decoder_process, "BATCH_SECONDS", 0.2)
     odd.begin_batch()
     first = odd._child
     for body in (b"slow", GOOD["bmp"][0]):  # the first takes more than is left of the batch, not yet of the processor
-        with pytest.raises(PictureError) as caught:
+        with pytest.raises(ImageError) as caught:
             odd.read(body, SIZE, RESIZE)
         assert caught.value.cause == "no_time"
     assert first.returncode == -signal.SIGKILL

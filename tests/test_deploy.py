@@ -550,7 +550,7 @@ def test_the_door_lets_in_who_has_a_token_and_only_where_clients_may_go(root, py
         instances = json.dumps({"instances": [{"b64": base64.b64encode(sample).decode()}]})
         assert next(iter(ask("v1/models/digits:predict", data=instances).json()["predictions"][0])) == label
         assert ask("predictions/nobody").status_code == 404
-        assert ask("predictions/digits", data=b"nothing").json()["type"] == "not_a_picture"
+        assert ask("predictions/digits", data=b"nothing").json()["type"] == "not_an_image"
         assert ask("predictions/digits", data=bytes(10_485_760 + 1)).status_code == 413
         for path in ("models", "models/digits", "metrics", "token?type=inference", "", "//models"):
             assert ask(path).status_code == 404, path

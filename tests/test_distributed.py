@@ -1,4 +1,4 @@
-"""`torchrun` with two real processes (gloo) against one process: the same curves, and each picture counted once."""
+"""`torchrun` with two real processes (gloo) against one process: the same curves, and each image counted once."""
 
 import json
 import os
@@ -53,14 +53,14 @@ def test_two_processes_learn_what_one_does(one, tmp_path):
         for name in ("train_accuracy", "val_accuracy"):
             assert b[name] == pytest.approx(a[name], abs=0.05), name
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["test"]["pictures"] == 360
+    assert summary["test"]["images"] == 360
     assert yaml.safe_load((out / "config.yaml").read_text())["batch_size"] == 60  # of both together
     load_run(out)
 
 
 @pytest.fixture(scope="module")
 def one_step(tmp_path_factory):
-    """A run of one step, in two processes: its batch is all 1,293 training pictures, 646 and 647 of them."""
+    """A run of one step, in two processes: its batch is all 1,293 training images, 646 and 647 of them."""
     recipe = [*RECIPE, "--epochs", "1", "--batch-size", "1293", "--warmup", "0"]
     out = tmp_path_factory.mktemp("runs") / "two"
     done = torchrun(*recipe, "--out", out)
@@ -80,13 +80,13 @@ def test_a_step_of_two_processes_is_that_of_one(one_step, tmp_path):
             torch.cat([state["momentum_buffer"].flatten() for state in last["optimizer"]["state"].values()])
             for last in (expected, got)
         ]  # after one step they are that
-        # The mean of the means of 647 and 648 pictures would be some 1e-4 off, rounding is 1e-6.
+        # The mean of the means of 647 and 648 images would be some 1e-4 off, rounding is 1e-6.
         assert (gradients[0] - gradients[1]).norm() <= 5e-5 * gradients[0].norm()
         (a,), (b,) = expected["history"], got["history"]
         for name in ("train_loss", "val_loss"):
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
-        for name, pictures in (("train_accuracy", 1295), ("val_accuracy", 142)):
-            assert b[name] == pytest.approx(a[name], abs=1.5 / pictures), name  # one on the edge
+        for name, images in (("train_accuracy", 1295), ("val_accuracy", 142)):
+            assert b[name] == pytest.approx(a[name], abs=1.5 / images), name  # one on the edge
 
 
 def test_a_run_goes_on_in_another_number_of_processes(one_step, tmp_path, capsys):
@@ -98,7 +98,7 @@ def test_a_run_goes_on_in_another_number_of_processes(one_step, tmp_path, capsys
 def test_a_mistake_names_itself_in_one_line_of_each_process(tmp_path):
     done = torchrun("--data", "digits", "--batch-size", "3", "--out", tmp_path / "run")
     assert done.returncode != 0
-    line = "train.py: --batch-size 3: must be at least 4, 2 pictures for each of 2 processes × 1 --accumulate"
+    line = "train.py: --batch-size 3: must be at least 4, 2 images for each of 2 processes × 1 --accumulate"
     assert line in done.stderr.splitlines()
     assert not (tmp_path / "run").exists()
 

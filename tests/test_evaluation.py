@@ -12,13 +12,13 @@ from training.report import write_report
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
-    """A folder of pictures without splits, and a run that was trained on it."""
+    """A folder of images without splits, and a run that was trained on it."""
     folder = tmp_path_factory.mktemp("colours")
-    make_folder(folder / "pictures", count=12)
+    make_folder(folder / "images", count=12)
     with reports(write_report):
-        assert main(["--data", str(folder / "pictures"), "--epochs", "60", "--out", str(folder / "run")]) == 0
+        assert main(["--data", str(folder / "images"), "--epochs", "60", "--out", str(folder / "run")]) == 0
     assert (folder / "run" / "report" / "index.html").exists()  # where there may be no mistakes
-    return folder / "pictures", folder / "run"
+    return folder / "images", folder / "run"
 
 
 def evaluate(capsys, *arguments):
@@ -31,12 +31,12 @@ def evaluate(capsys, *arguments):
     return line, json.loads(summary)
 
 
-def test_a_run_scores_its_own_test_pictures_as_training_did(run, capsys, tmp_path):
+def test_a_run_scores_its_own_test_images_as_training_did(run, capsys, tmp_path):
     line, summary = evaluate(capsys, run, "--out", tmp_path / "scores.json")
     metrics = json.loads((run / "metrics.json").read_text())
     assert {name: summary[name] for name in metrics["test"]} == metrics["test"]
     assert (summary["data"], summary["split"], summary["run"]) == ("digits", "test", str(run))
-    assert line.startswith(f"digits, test: {metrics['test']['accuracy']:.2%} of 360 pictures")
+    assert line.startswith(f"digits, test: {metrics['test']['accuracy']:.2%} of 360 images")
     assert json.loads((tmp_path / "scores.json").read_text()) == summary
     assert evaluate(capsys, run, "--split", "val")[1]["accuracy"] == metrics["val"]["accuracy"]
 
@@ -51,36 +51,36 @@ def test_the_temperature_changes_the_confidence_and_not_the_answers(run, tmp_pat
     assert cool["ece"] != warm["ece"]
 
 
-def test_other_pictures_are_all_scored_and_their_classes_found_by_name(colours, tmp_path, capsys):
+def test_other_images_are_all_scored_and_their_classes_found_by_name(colours, tmp_path, capsys):
     _, run = colours
     other = make_folder(tmp_path / "new", count=5, kind="png")
     shutil.rmtree(other / "blue")  # green and red are places 0 and 1 there, and 1 and 2 in the run
     _, summary = evaluate(capsys, run, "--data", other)
-    assert (summary["split"], summary["pictures"]) == ("all", 10)
-    assert summary["per_class"]["blue"]["pictures"] == 0
+    assert (summary["split"], summary["images"]) == ("all", 10)
+    assert summary["per_class"]["blue"]["images"] == 0
     correct = sum(label_of(run, path.read_bytes()) == path.parent.name for path in other.glob("*/*.png"))
     assert summary["accuracy"] == correct / 10 >= 0.6  # of plain colours
 
 
 def test_the_runs_own_data_is_cut_as_the_run_cut_it(colours, capsys):
-    pictures, run = colours
+    images, run = colours
     own = json.loads((run / "metrics.json").read_text())
-    assert evaluate(capsys, run)[1]["pictures"] == own["test"]["pictures"]
-    assert evaluate(capsys, run, "--data", pictures, "--split", "val")[1]["pictures"] == own["val"]["pictures"]
-    assert evaluate(capsys, run, "--data", pictures, "--split", "all")[1]["pictures"] == 36
+    assert evaluate(capsys, run)[1]["images"] == own["test"]["images"]
+    assert evaluate(capsys, run, "--data", images, "--split", "val")[1]["images"] == own["val"]["images"]
+    assert evaluate(capsys, run, "--data", images, "--split", "all")[1]["images"] == 36
 
 
-def test_unreadable_pictures_stop_it_or_are_left_out(colours, tmp_path, capsys):
-    pictures, run = colours
-    shutil.copytree(pictures, tmp_path / "new")
-    (tmp_path / "new" / "red" / "bad.jpg").write_bytes(b"no picture")
+def test_unreadable_images_stop_it_or_are_left_out(colours, tmp_path, capsys):
+    images, run = colours
+    shutil.copytree(images, tmp_path / "new")
+    (tmp_path / "new" / "red" / "bad.jpg").write_bytes(b"no image")
     assert main(["--evaluate", str(run), "--data", str(tmp_path / "new")]) == 2
     error = capsys.readouterr().err
     assert "red/bad.jpg" in error
     assert "--skip-bad" in error
     assert error.count("\n") == 1
     assert main(["--evaluate", str(run), "--data", str(tmp_path / "new"), "--skip-bad", "--split", "all"]) == 0
-    assert "of 36 pictures" in capsys.readouterr().out
+    assert "of 36 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

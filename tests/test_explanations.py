@@ -1,4 +1,4 @@
-"""Integrated gradients: what makes them a method and not a picture."""
+"""Integrated gradients: what makes them a method and not an image."""
 
 import io
 import time
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from export import torchscript
-from model.pictures import crop, decode
+from model.images import crop, decode
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def test_what_is_for_the_label_is_red_and_what_is_against_it_is_blue(side, shown
     attributions = np.zeros((side, side), dtype=np.float32)
     attributions[: side // 4] = 1
     attributions[-side // 4 :] = -1
-    picture = Image.open(io.BytesIO(overlay(np.full((side, side, 3), 128, np.uint8), attributions)))
-    pixels = np.asarray(picture).astype(int)
+    image = Image.open(io.BytesIO(overlay(np.full((side, side, 3), 128, np.uint8), attributions)))
+    pixels = np.asarray(image).astype(int)
     assert pixels.shape == (shown, shown, 3)
     top, middle, bottom = pixels[shown // 10], pixels[shown // 2], pixels[-shown // 10]
     assert (top[:, 0] > top[:, 2] + 50).all()
@@ -69,8 +69,8 @@ def test_what_is_for_the_label_is_red_and_what_is_against_it_is_blue(side, shown
     np.testing.assert_allclose(middle, 128, atol=2)
 
 
-def test_nothing_at_all_is_shown_as_the_picture():
+def test_nothing_at_all_is_shown_as_the_image():
     from explanations import overlay
 
-    picture = Image.open(io.BytesIO(overlay(np.full((224, 224, 3), 90, np.uint8), np.zeros((224, 224), np.float32))))
-    np.testing.assert_array_equal(np.asarray(picture), 90)
+    image = Image.open(io.BytesIO(overlay(np.full((224, 224, 3), 90, np.uint8), np.zeros((224, 224), np.float32))))
+    np.testing.assert_array_equal(np.asarray(image), 90)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from export import archive, integrity, parity, pictures, programs, runtimes, torchscript
+from export import archive, images, integrity, parity, programs, runtimes, torchscript
 from export import onnx as onnx_files
 from export.__main__ import export_run, main, name_of
 from export.runtimes import INSTALLED
 from model import Classifier, architectures, checkpoint, load_run
 from model.files import sha256
-from model.pictures import crop
+from model.images import crop
 from model.spec import ModelSpec
 from tests.conftest import PROJECT, label_of
 from tests.kinds import gradient, save
@@ -87,12 +87,12 @@ def test_each_torch_export_file_holds_its_graph_and_the_spec(exported, spec, fil
 
 
 def test_a_foreign_program_needs_the_onnx_file_alone(exported, run, spec):
-    """As one would use it without PyTorch: labels from the metadata, any picture, any size."""
+    """As one would use it without PyTorch: labels from the metadata, any image, any size."""
     session = onnxruntime.InferenceSession(exported / "digits.pixels.onnx", providers=["CPUExecutionProvider"])
     card = json.loads(session.get_modelmeta().custom_metadata_map["spec"])
-    picture = Image.open(run / "samples" / "7-0.png").convert("RGB").resize((61, 55))
-    (probabilities,) = session.run(["probabilities"], {"images": np.asarray(picture)[None]})
-    assert card["labels"][probabilities[0].argmax()] == label_of(run, save(picture, "PNG"))
+    image = Image.open(run / "samples" / "7-0.png").convert("RGB").resize((61, 55))
+    (probabilities,) = session.run(["probabilities"], {"images": np.asarray(image)[None]})
+    assert card["labels"][probabilities[0].argmax()] == label_of(run, save(image, "PNG"))
 
 
 def test_the_parity_report_has_a_passing_row_for_every_runtime_and_graph(exported):
@@ -102,7 +102,7 @@ def test_the_parity_report_has_a_passing_row_for_every_runtime_and_graph(exporte
         ("pixels", "Pillow + crops"),
         ("resize", "Pillow"),
     }
-    assert all(row["passed"] and row["pictures"] >= 64 for row in rows)
+    assert all(row["passed"] and row["images"] >= 64 for row in rows)
     assert next(row for row in rows if row["graph"] == "resize")["max_difference"] == 0
 
 
@@ -127,7 +127,7 @@ def test_one_changed_weight_in_any_artifact_fails_parity(exported, run, spec, tm
         values[0, 0, 0, 0] += 1
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
         onnx.save(model, path)
-    rows = parity.verify(classifier, spec, pictures.of_samples(run / "samples")[::8], folder, "digits")
+    rows = parity.verify(classifier, spec, images.of_samples(run / "samples")[::8], folder, "digits")
     failed = {(row.graph, row.runtime) for row in rows if not row.passed}
     if changed == "script":
         graphs = ("network", "crops", "pixels")
@@ -159,7 +159,7 @@ def content(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_outside_the_tolerance_export_fails_names_the_picture_and_leaves_the_earlier_export(
+def test_outside_the_tolerance_export_fails_names_the_image_and_leaves_the_earlier_export(
     run, copy, monkeypatch, capsys
 ):
     before = content(copy / "export")
@@ -175,7 +175,7 @@ def test_outside_the_tolerance_export_fails_names_the_picture_and_leaves_the_ear
     report = json.loads((copy / "export.failed" / "parity.json").read_text())
     failed = [row for row in report["rows"] if not row["passed"]]
     assert failed
-    assert failed[0]["worst"] in {name for name, _ in pictures.of_samples(run / "samples")}
+    assert failed[0]["worst"] in {name for name, _ in images.of_samples(run / "samples")}
     assert not list((copy / "export.failed").glob("*.mar"))
     assert not list(copy.glob(".export-*"))
     (copy / "export.failed" / "notes.txt").write_text("mine")
@@ -326,14 +326,14 @@ def test_other_architectures_export_and_agree(tmp_path, arch, capsys):
 def test_the_pixel_graph_applies_the_temperature_and_the_specs_pixel_rule(run, spec):
     _, network = load_run(run)
     warm = ModelSpec(**{**vars(spec), "temperature": 2.0, "resize": 40})
-    picture = gradient(50, 45)
-    pixels = torch.from_numpy(crop(picture, 32, 40).copy())[None]
+    image = gradient(50, 45)
+    pixels = torch.from_numpy(crop(image, 32, 40).copy())[None]
     planes = (pixels.permute(0, 3, 1, 2) / 255 - torch.tensor(spec.mean).view(3, 1, 1)) / torch.tensor(spec.std).view(
         3, 1, 1
     )
     with torch.inference_mode():
         expected = (network(planes) / 2).softmax(dim=1)
-        got = Classifier(network, warm).eval()(torch.from_numpy(np.asarray(picture).copy())[None])
+        got = Classifier(network, warm).eval()(torch.from_numpy(np.asarray(image).copy())[None])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 

@@ -11,7 +11,7 @@ from training.optimizer import make_optimizer
 
 
 def correlated(count: int = 500) -> torch.Tensor:
-    """Pictures as pictures are: neighbours and colours alike."""
+    """Images as images are: neighbours and colours alike."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(count, 1, 8, 8, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=32, mode="bilinear")

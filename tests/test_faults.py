@@ -20,7 +20,7 @@ import pytest
 import requests
 
 from benchmarks.faults import Scene
-from benchmarks.probes import Crowd, Note, Pictures, client_of, is_whole, ready_workers, workers_of
+from benchmarks.probes import Crowd, KnownImages, Note, client_of, is_whole, ready_workers, workers_of
 from benchmarks.serving import SMALL
 from clients.python.classify import IN_FLIGHT
 from tests.conftest import replace_in_archive
@@ -46,8 +46,8 @@ def model(run: Path, exported: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def pictures(model: Path) -> Pictures:
-    found = Pictures.of(model)
+def images(model: Path) -> KnownImages:
+    found = KnownImages.of(model)
     assert len(found.bodies) > 50
     assert not found.are_right(0, found.answers[1])
     assert not found.are_right(0, {})
@@ -63,10 +63,10 @@ def scene(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sce
 
 
 @pytest.fixture
-def notes(scene: Scene, pictures: Pictures, tmp_path: Path) -> Iterator[list[Note]]:
-    """What the Python client's requests came to so far; at the end each picture must have its one right answer."""
+def notes(scene: Scene, images: KnownImages, tmp_path: Path) -> Iterator[list[Note]]:
+    """What the Python client's requests came to so far; at the end each image must have its one right answer."""
     notes: list[Note] = []
-    crowd = Crowd(client_of(scene.server, notes, retry_seconds=2 * SECONDS), pictures, tmp_path / "pictures")
+    crowd = Crowd(client_of(scene.server, notes, retry_seconds=2 * SECONDS), images, tmp_path / "images")
     crowd.start()
     try:
         until(lambda: len(notes) > 200)
@@ -92,15 +92,15 @@ def waiting(scene: Scene) -> int:
     return state["jobQueueStatus"]["pendingRequests"]
 
 
-def test_the_excess_is_refused_while_the_rest_waits_and_is_answered(scene, pictures):
+def test_the_excess_is_refused_while_the_rest_waits_and_is_answered(scene, images):
     url, headers = f"{scene.server.url}/predictions/{SMALL}", {"Authorization": f"Bearer {scene.server.key()}"}
     statuses: Counter[int] = Counter()
 
     def ask(number: int) -> bool:
-        body = pictures.bodies[number % len(pictures.bodies)]
+        body = images.bodies[number % len(images.bodies)]
         reply = requests.post(url, data=body, headers=headers, timeout=SECONDS + 60)
         statuses[reply.status_code] += 1
-        return reply.status_code == 503 or pictures.are_right(number, reply.json())
+        return reply.status_code == 503 or images.are_right(number, reply.json())
 
     workers = workers_of(scene.server)
     crowd = CROWD + 32 * scene.workers
@@ -125,7 +125,7 @@ def test_the_excess_is_refused_while_the_rest_waits_and_is_answered(scene, pictu
 
 
 @pytest.mark.parametrize("which", ["one", "all"])
-def test_workers_that_are_killed_with_requests_cost_no_picture(scene, notes, which):
+def test_workers_that_are_killed_with_requests_cost_no_image(scene, notes, which):
     victims = workers_of(scene.server)[: 1 if which == "one" else None]
     for victim in victims:
         victim.suspend()
@@ -142,7 +142,7 @@ def test_workers_that_are_killed_with_requests_cost_no_picture(scene, notes, whi
     until(lambda: {note.status for note in notes} & {500, 507})  # those that the killed ones held
 
 
-def test_a_java_process_that_is_killed_takes_its_workers_along_and_costs_no_picture(scene, notes):
+def test_a_java_process_that_is_killed_takes_its_workers_along_and_costs_no_image(scene, notes):
     key, workers = scene.server.key(), workers_of(scene.server)
     workers[0].parent().kill()
     scene.server.process.wait(SECONDS)

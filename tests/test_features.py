@@ -49,7 +49,7 @@ def changed(network, before):
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3, "ema": 0.9, "label_smoothing": 0.1}], ids=str)
-def test_a_head_learns_from_features_what_it_learns_from_pictures(digits, options):
+def test_a_head_learns_from_features_what_it_learns_from_images(digits, options):
     """The same order and the same mirror images, so the same steps; only the backbone runs once instead of thrice."""
     cached, anew = make(digits, **options), make(digits, cache_features=False, **options)
     start = tensors(cached.network)
@@ -67,17 +67,17 @@ def test_a_head_learns_from_features_what_it_learns_from_pictures(digits, option
     assert close(cached.evaluate(), anew.evaluate())
 
 
-def test_the_backbone_sees_each_picture_once(digits):
+def test_the_backbone_sees_each_image_once(digits):
     trainer, seen = make(digits), []
     trainer.network.whitening.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     for _ in range(3):
         trainer.train_one_epoch()
         trainer.evaluate()
-    assert sum(seen) == 2 * len(digits.train) + len(digits.val) + 2 * 2  # twice two pictures for a look at the layers
+    assert sum(seen) == 2 * len(digits.train) + len(digits.val) + 2 * 2  # twice two images for a look at the layers
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_features_are_those_of_the_pictures(digits, flip):
+def test_features_are_those_of_the_images(digits, flip):
     network = architectures.build("simplecnn", 10, 32)
     found = compute_features(network, digits, SCALE, flip)
     assert (found.train.shape, found.val.shape) == ((1 + flip, len(digits.train), 84), (len(digits.val), 84))
@@ -106,7 +106,7 @@ def test_a_network_that_goes_on_after_its_last_layer_trains_all_the_same(digits,
     start = tensors(trainer.network)
     trainer.train_one_epoch()
     assert trainer.features is None
-    assert "sees all pictures in each epoch: the network goes on after its last layer" in capsys.readouterr().out
+    assert "sees all images in each epoch: the network goes on after its last layer" in capsys.readouterr().out
     assert changed(trainer.network, start) == {"classifier.1.weight", "classifier.1.bias"}
 
 
@@ -180,7 +180,7 @@ def test_a_run_that_ends_before_or_after_the_thaw_goes_on_with_the_same_bits(
 
 
 def test_transfer_from_a_run_of_other_classes(tmp_path, capsys):
-    """The command of the README, with weights of ours: a head for other classes, trained on few pictures."""
+    """The command of the README, with weights of ours: a head for other classes, trained on few images."""
     data = ["--data", "digits", "--arch", "fastnet_small"]
     assert main([*data, "--epochs", "2", "--out", str(tmp_path / "digits")]) == 0
     weights = tmp_path / "digits" / "model.pt"
@@ -189,12 +189,12 @@ def test_transfer_from_a_run_of_other_classes(tmp_path, capsys):
     options = ["--arch", "fastnet_small", "--weights", str(weights), "--freeze", "--lr", "0.1", "--epochs", "40"]
     assert main(["--data", str(folder), *options, "--out", str(tmp_path / "colours-run")]) == 0
     said = capsys.readouterr().out
-    assert "features of the pictures and mirror images computed in" in said
+    assert "features of the images and mirror images computed in" in said
     assert "shift 0 px" in said
     before, after = checkpoint.load_state_dict(weights), checkpoint.load_state_dict(tmp_path / "colours-run/model.pt")
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"classifier.weight"}
     metrics = json.loads((tmp_path / "colours-run" / "metrics.json").read_text())
-    assert metrics["test"]["pictures"] == 30
+    assert metrics["test"]["images"] == 30
     assert metrics["test"]["accuracy"] > 0.5  # of three classes
 
 
@@ -213,7 +213,7 @@ def test_two_processes_train_a_head_as_one_does(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--freeze", "--jitter", "0.1"], "--jitter 0.1: --freeze computes the features of each picture once"),
+        (["--freeze", "--jitter", "0.1"], "--jitter 0.1: --freeze computes the features of each image once"),
         (["--freeze", "--crop-padding", "2"], "or pass --no-cache-features, which is slower"),
         (["--unfreeze-at", "3"], "--unfreeze-at 3: there is nothing to end without --freeze; pass both"),
         (["--freeze", "--unfreeze-at", "3", "--optimizer", "muon"], "pass --optimizer sgd or adamw"),
@@ -240,7 +240,7 @@ def test_augmentation_with_a_frozen_backbone_is_possible(digits):
     ("accuracy", "loss", "better"), [(0.9, 9.0, True), (0.8, 0.4, True), (0.8, 0.5, False), (0.7, 0.1, False)]
 )
 def test_of_two_epochs_that_are_equally_right_the_surer_one_is_kept(accuracy, loss, better):
-    """On the few pictures that transfer learning validates on they often are."""
+    """On the few images that transfer learning validates on they often are."""
     best = {"epoch": 1, "accuracy": 0.8, "loss": 0.5}
     assert loop.is_better({"accuracy": accuracy, "loss": loss}, best) == better
     assert loop.is_better({"accuracy": 0.0, "loss": 99.0}, {"epoch": 0, "accuracy": -1.0, "loss": 0.0})

@@ -1,4 +1,4 @@
-"""The golden pictures: what export writes, and that a worker with other answers does not serve."""
+"""The golden images: what export writes, and that a worker with other answers does not serve."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from export import golden as export_golden
 from handler.golden import FILE, Golden
-from model import Classifier, load_run, pictures
+from model import Classifier, images, load_run
 from serve import Ports, ServerError, serving
 from tests.conftest import replace_in_archive
 from tests.kinds import gradient, save
@@ -28,11 +28,11 @@ def right(golden):
 
 
 def test_they_are_samples_of_the_run_with_the_answers_of_pytorch(content, run, exported):
-    assert len(content["pictures"]) == export_golden.PICTURES
+    assert len(content["images"]) == export_golden.IMAGES
     assert content["source"] == "samples"
-    samples = [pictures.read(path.read_bytes(), 32, 32) for path in sorted((run / "samples").iterdir())]
+    samples = [images.read(path.read_bytes(), 32, 32) for path in sorted((run / "samples").iterdir())]
     for body in Golden(exported).bodies:
-        crop = pictures.read(body, 32, 32).astype(int)
+        crop = images.read(body, 32, 32).astype(int)
         assert min(np.abs(crop - sample).mean() for sample in samples) < 4  # grey levels, of JPEG
     assert content["tolerance"] == {"cpu": 1e-3, "gpu": 0.02}
     with zipfile.ZipFile(exported / "digits.mar") as archive:
@@ -79,25 +79,25 @@ def test_nothing_of_a_photograph_but_its_crop_travels_in_the_archive(made):
     assert "Ann" not in text
     for body in golden.bodies:
         assert secret not in body
-        picture = Image.open(io.BytesIO(body))
-        picture.load()
-        assert picture.size == (32, 32)  # not the whole
-        assert set(picture.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
-        assert not picture.getexif()
+        image = Image.open(io.BytesIO(body))
+        image.load()
+        assert image.size == (32, 32)  # not the whole
+        assert set(image.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density"}
+        assert not image.getexif()
 
 
-def test_both_decoders_are_checked_on_upright_pictures(made):
+def test_both_decoders_are_checked_on_upright_images(made):
     photo = photograph(b"x")
     golden = made({"a.jpg": photo, "b.jpg": photo})
     assert [body[:4] for body in golden.bodies] == [b"\xff\xd8\xff\xe0", b"\x89PNG"]
-    np.testing.assert_array_equal(pictures.read(golden.bodies[1], 32, 32), pictures.read(photo, 32, 32))
+    np.testing.assert_array_equal(images.read(golden.bodies[1], 32, 32), images.read(photo, 32, 32))
 
 
-def test_synthetic_ones_hold_no_picture_of_the_user_and_differ(made):
+def test_synthetic_ones_hold_no_image_of_the_user_and_differ(made):
     golden = made({"a.jpg": photograph(b"x")}, "synthetic")
     again = made({"b.png": save(gradient(), "PNG")}, "synthetic")
     assert golden.bodies == again.bodies
-    assert len(set(golden.bodies)) == export_golden.PICTURES
+    assert len(set(golden.bodies)) == export_golden.IMAGES
     assert len({row.argmax() for row in golden.expected}) > 1
 
 
@@ -111,7 +111,7 @@ def test_right_answers_pass_and_wrong_ones_are_named(exported):
         return answers
 
     with pytest.raises(
-        ValueError, match=f"golden picture {re.escape(golden.names[3])}: a probability is 0.01 off, and 0.001"
+        ValueError, match=f"golden image {re.escape(golden.names[3])}: a probability is 0.01 off, and 0.001"
     ):
         golden.check(wrong, "cpu")
     assert golden.check(wrong, "gpu") == pytest.approx(0.01 / 0.02, abs=1e-3)  # half precision is allowed more
@@ -138,7 +138,7 @@ def test_a_server_with_wrong_answers_does_not_start(exported, content, tmp_path)
     content["probabilities"][0].reverse()
     replace_in_archive(exported / "digits.mar", tmp_path / "digits.mar", {FILE: json.dumps(content)})
     with (
-        pytest.raises(ServerError, match=r"the worker of digits died while loading: .*golden picture .* off"),
+        pytest.raises(ServerError, match=r"the worker of digits died while loading: .*golden image .* off"),
         serving([tmp_path / "digits.mar"], tmp_path / "server", ports=Ports.free()),
     ):
         pytest.fail("it serves")

@@ -23,7 +23,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.pictures import crop, decode
+from model.images import crop, decode
 from tests.conftest import PROJECT, replace_in_archive
 from tests.kinds import BAD, GOOD, gradient, save
 
@@ -86,7 +86,7 @@ def as_they_arrive(request):
 
 
 def value_of(body):
-    """What JSON says, or a picture's bytes."""
+    """What JSON says, or an image's bytes."""
     return body if body.startswith(b"\x89PNG") else json.loads(body)
 
 
@@ -96,7 +96,7 @@ def b64(body):
 
 def test_the_archive_holds_what_it_needs_and_no_more(unpacked):
     assert {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()} == {
-        "MAR-INF/MANIFEST.json", "classifier_handler.py", "pictures.py", "backends.py", "bodies.py",
+        "MAR-INF/MANIFEST.json", "classifier_handler.py", "images.py", "backends.py", "bodies.py",
         "decoder_process.py", "explanations.py", "golden.py", "measures.py", "worker.py", "sitecustomize.py",
         "digits.pt", "digits.crops.onnx", "spec.json", "index_to_name.json", "golden.json", "MODEL_CARD.md",
         "model-config.yaml",
@@ -139,7 +139,7 @@ def test_an_answer_is_the_stock_shape_best_first(ask, sample, label):
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_every_kind_of_picture_is_answered(ask, name):
+def test_every_kind_of_image_is_answered(ask, name):
     ((status, answer, _),) = ask({"body": GOOD[name][0]})
     assert status == 200
     assert len(answer) == 5
@@ -165,19 +165,19 @@ def test_every_cause_stands_in_the_table_and_the_table_in_the_readme():
         assert f"| `{cause}` | {code} |" in readme
 
 
-def test_one_bad_picture_among_31_good_ones_fails_alone(ask, run):
+def test_one_bad_image_among_31_good_ones_fails_alone(ask, run):
     good = [path.read_bytes() for path in sorted((run / "samples").iterdir())][:31]
     alone = [ask({"body": body})[0] for body in good]
     together = ask(
-        *({"body": body} for body in good[:17]), {"body": b"not a picture"}, *({"body": b} for b in good[17:])
+        *({"body": body} for body in good[:17]), {"body": b"not an image"}, *({"body": b} for b in good[17:])
     )
-    assert (together[17][0], together[17][1]["type"]) == (415, "not_a_picture")
+    assert (together[17][0], together[17][1]["type"]) == (415, "not_an_image")
     for (status, answer, _), (status_alone, answer_alone, _) in zip(together[:17] + together[18:], alone, strict=True):
         assert status == status_alone == 200
         assert answer == pytest.approx(answer_alone, abs=1e-5)
 
 
-def test_a_batch_of_nothing_but_bad_pictures_is_answered(ask):
+def test_a_batch_of_nothing_but_bad_images_is_answered(ask):
     assert [status for status, _, _ in ask({"body": b""}, {"body": b"x"}, {})] == [400, 415, 400]
 
 
@@ -217,7 +217,7 @@ def test_several_fields_are_answered_by_name_and_fail_alone(ask, sample, label):
     ((status, answer, _),) = ask({"left": sample, "right": b"nothing"})
     assert status == 200
     assert next(iter(answer["left"])) == label
-    assert (answer["right"]["code"], answer["right"]["type"]) == (415, "not_a_picture")
+    assert (answer["right"]["code"], answer["right"]["type"]) == (415, "not_an_image")
     ((status, answer, _),) = ask({"left": b"", "right": b"nothing"})
     assert (status, answer["type"]) == (400, "empty")
 
@@ -229,7 +229,7 @@ def test_json_with_base64_one_or_many(ask, sample):
     ((status, answer, _),) = ask({"body": {"instances": [b64(sample), {"b64": "?"}, b64(b"x"), 7]}})
     assert status == 200
     assert answer["predictions"][0] == pytest.approx(raw, abs=1e-5)
-    assert [p["type"] for p in answer["predictions"][1:]] == ["bad_base64", "not_a_picture", "bad_json"]
+    assert [p["type"] for p in answer["predictions"][1:]] == ["bad_base64", "not_an_image", "bad_json"]
     wrapped = base64.encodebytes(sample).decode()  # with line breaks
     assert ask({"body": {"b64": wrapped}})[0][1] == raw
 
@@ -244,7 +244,7 @@ def test_json_with_base64_one_or_many(ask, sample):
         (None, "bad_json"),
         (7, "bad_json"),
         ([], "bad_json"),
-        ("text", "not_a_picture"),
+        ("text", "not_an_image"),
         (b"[" * 100_000, "bad_json"),
         ({"b64": "data:image/png;base64,AAAA"}, "bad_base64"),
         ({"b64": 7}, "bad_json"),
@@ -254,7 +254,7 @@ def test_json_with_base64_one_or_many(ask, sample):
 )
 def test_bad_json_has_its_cause(ask, value, cause):
     ((status, answer, _),) = ask({"body": value})
-    assert (status, answer["type"]) == (400 if cause != "not_a_picture" else 415, cause)
+    assert (status, answer["type"]) == (400 if cause != "not_an_image" else 415, cause)
 
 
 def test_what_an_answer_would_repeat_is_bounded(ask, sample):
@@ -265,7 +265,7 @@ def test_what_an_answer_would_repeat_is_bounded(ask, sample):
         assert "more than 1,000 characters" in answer["message"]
 
 
-def test_a_picture_without_memory_costs_its_neighbours_nothing(ask, sample, label, monkeypatch):
+def test_an_image_without_memory_costs_its_neighbours_nothing(ask, sample, label, monkeypatch):
     read = ask.handler._decode.__globals__["read"]
 
     def full(body, *arguments):
@@ -279,7 +279,7 @@ def test_a_picture_without_memory_costs_its_neighbours_nothing(ask, sample, labe
     assert (good[0], next(iter(good[1]))) == (200, label)
 
 
-def test_a_refused_picture_keeps_none_of_its_memory(ask, sample, monkeypatch):
+def test_a_refused_image_keeps_none_of_its_memory(ask, sample, monkeypatch):
     """Its error once held the decoder, and with it the pixels, until the whole batch was answered."""
     infer, held = ask.handler._infer, []
 
@@ -303,13 +303,13 @@ def test_what_is_not_plain_is_decoded_in_another_process(ask, monkeypatch):
         assert (status, len(answer)) == (200, 5), name
 
 
-def test_a_picture_that_is_too_slow_has_its_status(ask, sample, monkeypatch):
+def test_an_image_that_is_too_slow_has_its_status(ask, sample, monkeypatch):
     from bodies import STATUSES
     from decoder_process import DecoderProcess
-    from pictures import PictureError
+    from images import ImageError
 
     def slow(*_):
-        raise PictureError("too_slow", "decoding this picture takes over 1 s")
+        raise ImageError("too_slow", "decoding this image takes over 1 s")
 
     monkeypatch.setattr(DecoderProcess, "read", slow)
     first, good = ask({"body": GOOD["bmp"][0]}, {"body": sample})
@@ -318,21 +318,21 @@ def test_a_picture_that_is_too_slow_has_its_status(ask, sample, monkeypatch):
 
 
 def test_halves_of_utf_16_pairs_in_json_cost_nobody_an_answer(ask, sample, label):
-    picture = v2("BYTES", [1], [base64.b64encode(sample).decode()], id="\ud800")
+    image = v2("BYTES", [1], [base64.b64encode(sample).decode()], id="\ud800")
     alone, several, answered, good = ask(
-        {"body": "\ud800"}, {"body": {"instances": ["\udfff"]}}, {"body": picture}, {"body": sample}
+        {"body": "\ud800"}, {"body": {"instances": ["\udfff"]}}, {"body": image}, {"body": sample}
     )
     assert [alone[0], several[0]] == [415, 415]
     assert (answered[0], answered[1]["id"]) == (200, "?")
     assert (good[0], next(iter(good[1]))) == (200, label)
 
 
-def test_more_pictures_in_a_request_than_a_chunk_holds(ask, sample, label):
+def test_more_images_in_a_request_than_a_chunk_holds(ask, sample, label):
     ((_, answer, _),) = ask({"body": {"instances": [b64(sample)] * 150}})
     assert len(answer["predictions"]) == 150
     assert all(next(iter(p)) == label for p in answer["predictions"])
     ((status, answer, _),) = ask({"body": {"instances": [b64(sample)] * 257}})
-    assert (status, answer["type"]) == (413, "too_many_pictures")
+    assert (status, answer["type"]) == (413, "too_many_images")
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +350,7 @@ KINDS = [body for body, *_ in (*GOOD.values(), *BAD.values())]
 
 @given(picked=st.lists(st.sampled_from(range(len(KINDS))), min_size=1, max_size=150))
 @hypothesis_settings(max_examples=15)
-def test_an_answer_depends_on_nothing_but_its_picture(ask, threaded, picked):
+def test_an_answer_depends_on_nothing_but_its_image(ask, threaded, picked):
     """Not on its neighbours, the size of the batch, the backend or the threads; errors included."""
     alone = {i: ask.handler._classify([(KINDS[i], False)], Counter())[0] for i in set(picked)}
     for handler, tolerance in ((ask.handler, 1e-5), (threaded, 1e-4)):  # of a probability: export/parity.py's for crops
@@ -405,7 +405,7 @@ def test_kserve_v2_takes_pixels_flat_or_nested(ask):
     [
         (v2("BYTES", [0], []), 400, "empty"),
         (v2("BYTES", [1], ["?"]), 400, "bad_base64"),
-        (v2("BYTES", [2], [base64.b64encode(next(iter(GOOD.values()))[0]).decode(), "AAAA"]), 415, "not_a_picture"),
+        (v2("BYTES", [2], [base64.b64encode(next(iter(GOOD.values()))[0]).decode(), "AAAA"]), 415, "not_an_image"),
         (v2("BYTES", [1], [7]), 400, "bad_json"),
         (v2("FP32", [1, 3, 2, 2], [0.5] * 12), 400, "bad_json"),
         (v2("UINT8", [1, 2, 2, 3], [1] * 11), 400, "bad_json"),
@@ -462,12 +462,12 @@ def test_a_request_that_is_too_large_a_table_of_values_is_counted_and_not_built(
         ((status, answer, _),) = ask({"body": body}, headers=length)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert (status, answer["type"]) == (413, "too_many_pictures")
+        assert (status, answer["type"]) == (413, "too_many_images")
         assert most < 4 * len(body)
 
 
 def test_one_long_text_among_numbers_does_not_make_each_as_long(ask):
-    for count, expected in ((1_000_000, (413, "too_many_pictures")), (1_000, (400, "bad_json"))):
+    for count, expected in ((1_000_000, (413, "too_many_images")), (1_000, (400, "bad_json"))):
         tracemalloc.start()
         ((status, answer, _),) = ask(
             {"body": json.dumps(v2("UINT8", [1, 2, 2, 3], ["a" * 4_000_000, *[1] * count])).encode()}
@@ -484,7 +484,7 @@ def test_white_space_in_base64_takes_no_memory_of_its_own(ask):
     ((status, answer, _),) = ask({"body": body})
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (status, answer["type"]) == (415, "not_a_picture")
+    assert (status, answer["type"]) == (415, "not_an_image")
     assert most < 5 * len(body)
 
 
@@ -537,7 +537,7 @@ def test_the_end_of_a_stream_is_told_over_grpc_and_never_over_rest(ask, sample, 
         assert told.get("ts_stream_next") == expected
 
 
-def test_each_explanation_of_a_batch_is_of_its_own_picture(ask, run):
+def test_each_explanation_of_a_batch_is_of_its_own_image(ask, run):
     bodies = [(run / "samples" / f"{name}-0.png").read_bytes() for name in "7384"]
     replies = ask(*({"body": body} for body in bodies), headers={"explain": "True"})
     for (status, png, headers), body in zip(replies, bodies, strict=True):
@@ -549,7 +549,7 @@ def test_each_explanation_of_a_batch_is_of_its_own_picture(ask, run):
     assert len({png for _, png, _ in replies}) == 4
 
 
-def test_explanations_of_several_pictures_are_json_and_fail_alone(ask, sample, label):
+def test_explanations_of_several_images_are_json_and_fail_alone(ask, sample, label):
     png = ask({"body": sample}, headers={"explain": "True"})[0][1]
     for request, place in (
         ({"a": sample, "b": b"nothing"}, lambda answer: (answer["a"], answer["b"])),
@@ -557,12 +557,12 @@ def test_explanations_of_several_pictures_are_json_and_fail_alone(ask, sample, l
     ):
         ((status, answer, _),) = ask(request, headers={"explain": "True"})
         good, bad = place(answer)
-        assert (status, good["label"], bad["type"]) == (200, label, "not_a_picture")
+        assert (status, good["label"], bad["type"]) == (200, label, "not_an_image")
         assert base64.b64decode(good["png"]) == png
     ((status, answer, _),) = ask({"body": {"instances": [b64(sample)] * 9}}, headers={"explain": "True"})
-    assert (status, answer["type"]) == (413, "too_many_pictures")
+    assert (status, answer["type"]) == (413, "too_many_images")
     ((status, answer, _),) = ask({"body": b"nothing"}, headers={"explain": "True"})
-    assert (status, answer["type"]) == (415, "not_a_picture")
+    assert (status, answer["type"]) == (415, "not_an_image")
 
 
 def test_explanations_that_take_too_long_are_put_off(ask, sample, monkeypatch):
@@ -657,7 +657,7 @@ def test_the_golden_difference_over_its_tolerance_is_told_right_or_wrong(exporte
     context, handler = context_of(tmp_path), ClassifierHandler()
     context.metrics = cache
     caplog.set_level(logging.INFO, "ts.metrics")
-    with pytest.raises(ValueError, match="golden picture") if is_wrong else contextlib.nullcontext():
+    with pytest.raises(ValueError, match="golden image") if is_wrong else contextlib.nullcontext():
         handler.initialize(context)
     handler.measures._metrics = None  # ends its thread
     told = [float(found[1]) for found in re.finditer(r"golden_difference_ratio.\w+:([^|]+)", caplog.text)]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.probes import workers_of
-from model.pictures import PictureError, decode, read
+from model.images import ImageError, decode, read
 from serve import Ports, serving
 from tests.conftest import label_of, replace_in_archive
 from tests.hostile import BODIES, FILES, JSON, MIB
@@ -57,7 +57,7 @@ def post(lonely):
 
 @pytest.fixture(scope="module")
 def good(run, post):
-    """Pictures and their answers."""
+    """Images and their answers."""
     bodies = [path.read_bytes() for path in sorted((run / "samples").iterdir())]
     answers = [post(body).json() for body in bodies]
     assert [next(iter(answer)) for answer in answers] == [label_of(run, body) for body in bodies]
@@ -200,7 +200,7 @@ def test_an_image_that_costs_a_decoder_much_costs_its_neighbours_nothing(lonely,
 
 @st.composite
 def damaged(draw):
-    """A picture file with flipped bytes, holes, repeated pieces and pieces of another."""
+    """An image file with flipped bytes, holes, repeated pieces and pieces of another."""
     body = bytearray(FILES[draw(st.sampled_from(sorted(FILES)))])
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(body)))
@@ -225,12 +225,12 @@ def damaged(draw):
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged files: no error outside tests either
 @given(damaged())
 @hypothesis_settings(max_examples=200, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-def test_a_damaged_file_is_a_picture_or_a_picture_error(body):
-    causes = {"empty", "not_a_picture", "unsupported_kind", "truncated", "too_many_pixels"}
+def test_a_damaged_file_is_an_image_or_an_image_error(body):
+    causes = {"empty", "not_an_image", "unsupported_kind", "truncated", "too_many_pixels"}
     for attempt in (lambda: decode(body, 1_000_000), lambda: read(body, 32, 36, 1_000_000)):
         try:
             assert attempt() is not None
-        except PictureError as error:
+        except ImageError as error:
             assert error.cause in causes
             assert str(error)
 
@@ -258,18 +258,18 @@ requests_of_json = (
 
 @given(requests_of_json, st.booleans())
 @hypothesis_settings(max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-def test_json_of_any_kind_is_parsed_into_pictures_and_errors_and_answered(value, as_bytes):
+def test_json_of_any_kind_is_parsed_into_images_and_errors_and_answered(value, as_bytes):
     import bodies
     import numpy as np
-    from pictures import PictureError as Error
+    from images import ImageError as Error
 
     shape, found = bodies.parse({"body": json.dumps(value).encode() if as_bytes else value}, {"body"}, 256)
     assert found
-    assert all(isinstance(picture, (bytes, np.ndarray, Error)) for picture in found.values())
-    for picture in found.values():
-        if isinstance(picture, np.ndarray):
-            assert (picture.dtype, picture.ndim, picture.shape[-1]) == (np.uint8, 3, 3)
-    outcomes = {name: picture if isinstance(picture, Error) else {"7": 1.0} for name, picture in found.items()}
+    assert all(isinstance(image, (bytes, np.ndarray, Error)) for image in found.values())
+    for image in found.values():
+        if isinstance(image, np.ndarray):
+            assert (image.dtype, image.ndim, image.shape[-1]) == (np.uint8, 3, 3)
+    outcomes = {name: image if isinstance(image, Error) else {"7": 1.0} for name, image in found.items()}
     answer, cause = bodies.answer(shape, outcomes, "digits", "1.0")
     assert (cause is None) == any(isinstance(outcome, dict) for outcome in outcomes.values()) or "error" in answer
     assert cause is None or (answer["code"], answer["type"]) == (bodies.STATUSES[cause][0], cause)

@@ -49,8 +49,8 @@ def test_export_asks_the_handler_for_its_backends_and_a_file_name_and_nothing_el
 
 
 def test_what_travels_in_the_archive_needs_installed_packages_only():
-    assert imported(PROJECT / "model" / "pictures.py") & OURS == set()
-    assert "torch" not in imported(PROJECT / "model" / "pictures.py")
+    assert imported(PROJECT / "model" / "images.py") & OURS == set()
+    assert "torch" not in imported(PROJECT / "model" / "images.py")
 
 
 def test_export_asks_training_for_its_data_and_nothing_else():

@@ -331,7 +331,7 @@ def test_int8_and_fp16_files_are_of_this_training_too(folder, other, small):
     assert finding.startswith(f"digits.{small}.onnx: carries another spec than digits.pt (")
 
 
-def test_golden_pictures_with_other_answers_are_found_where_the_graphs_are_run(folder):
+def test_golden_images_with_other_answers_are_found_where_the_graphs_are_run(folder):
     content = json.loads((folder / "golden.json").read_text())
     content["probabilities"].reverse()
     put(folder, "golden.json", json.dumps(content).encode())
@@ -393,7 +393,7 @@ def test_an_archive_with_a_damaged_member_is_found(folder):
     ("files", "without", "words"),
     [
         ({"index_to_name.json": "{}"}, (), "'index_to_name.json' inside is not the index_to_name.json beside it"),
-        ({}, ("pictures.py",), "'pictures.py' is inside 0 times"),
+        ({}, ("images.py",), "'images.py' is inside 0 times"),
         ({}, ("classifier_handler.py",), "'classifier_handler.py' is inside 0 times"),
         ({}, ("model-config.yaml",), "'model-config.yaml' is inside 0 times"),
         ({}, ("spec.json",), "cannot be read (0 specs are inside, not one)"),
@@ -599,7 +599,7 @@ def another_model(folder):
 ALTERATIONS = {
     "trojaned handler": (appended("classifier_handler.py"), True),
     "trojaned parser of requests": (appended("bodies.py"), True),
-    "trojaned decoder": (appended("pictures.py"), True),
+    "trojaned decoder": (appended("images.py"), True),
     "trojaned sitecustomize": (appended("sitecustomize.py"), True),
     "module that shadows yaml": (altered(lambda members: [("yaml.py", b"import os")]), True),
     "member outside": (altered(lambda members: [("../evil.py", b"import os")]), True),
@@ -610,9 +610,9 @@ ALTERATIONS = {
     "handler of TorchServe's own": (manifest_says(handler="image_classifier"), True),
     "packages to install": (manifest_says(requirementsFile="requirements.txt"), True),
     "another runtime": (manifest_says(runtime="LSP"), True),
-    "emptied golden.json": (golden_says(pictures=[], probabilities=[]), True),
+    "emptied golden.json": (golden_says(images=[], probabilities=[]), True),
     "golden.json that allows all": (golden_says(tolerance={"cpu": 1.0, "gpu": 1.0}), True),
-    "golden.json of no pictures": (golden_says(pictures=[{"name": "0", "b64": ""}] * 8), True),
+    "golden.json of no images": (golden_says(images=[{"name": "0", "b64": ""}] * 8), True),
     "settings of TorchServe": (config_says("responseTimeout: ", "startupTimeout: 9999\nresponseTimeout: "), True),
     "backend whose file is not packed": (config_says("\nbackend: ", "\nbackend: onnx-int8 #"), True),
     "swapped labels": (labels_swapped, True),

@@ -25,7 +25,7 @@ RUNS = [
 
 @pytest.fixture
 def wanted(server, run):
-    """A picture, several in fields, several instances: with their answers."""
+    """An image, several in fields, several instances: with their answers."""
     bodies = [path.read_bytes() for path in sorted((run / "samples").iterdir())][::10]
     instances = json.dumps({"instances": [{"b64": b64encode(body).decode()} for body in bodies]}).encode()
     sent = [
@@ -70,4 +70,4 @@ def test_the_best_label_is_found_in_each_shape_of_answers():
     assert best_of(b'{"a": ' + one + b', "b": {"dog": 1e-05}}') == (("cat", 0.75), ("dog", 1e-05))
     assert best_of(b'{"predictions": [' + one + b", " + one + b"]}") == (("cat", 0.75),) * 2
     assert best_of(b"[" + one + b"]") == (("cat", 0.75),)
-    assert best_of(b'{"code": 415, "type": "not_a_picture"}') == (("code", 415.0),)
+    assert best_of(b'{"code": 415, "type": "not_an_image"}') == (("code", 415.0),)

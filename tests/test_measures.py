@@ -56,8 +56,8 @@ def test_a_batch_is_counted(measures, report):
         {"decode": 0.003, "forward": 0.02, "post": 0.00001},
     )
     told = report()
-    assert told["classifier_pictures_total", ("ok",)] == 3
-    assert told["classifier_pictures_total", ("truncated",)] == 1
+    assert told["classifier_images_total", ("ok",)] == 3
+    assert told["classifier_images_total", ("truncated",)] == 1
     assert told["classifier_predictions_total", ("cat",)] == 2
     assert told["classifier_batches_total", ()] == 1
     assert told["classifier_stage_seconds_total", ("post",)] == pytest.approx(1e-5)
@@ -91,7 +91,7 @@ def test_only_what_is_new_is_told(measures, report):
     assert report()
     assert report() == {}
     measures.add(["ok"] * 3, [("dog", 0.5)] * 3, {})
-    assert report()["classifier_pictures_total", ("ok",)] == 3
+    assert report()["classifier_images_total", ("ok",)] == 3
 
 
 @pytest.mark.parametrize("label", ["a,b", "a:b", "a|b#c", "100%", "a\nb", "köter", "犬", "a b"])

@@ -17,16 +17,16 @@ def test_the_numbers_are_scikit_learns():
     for name, expected in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
         assert got["macro"][name] == pytest.approx(expected(targets, predicted, average="macro"))
         assert got["per_class"]["c"][name] == pytest.approx(expected(targets, predicted, average=None)[2])
-    assert sum(row["pictures"] for row in got["per_class"].values()) == got["pictures"] == 300
+    assert sum(row["images"] for row in got["per_class"].values()) == got["images"] == 300
 
 
-def test_a_class_without_test_pictures_counts_as_zero_and_warns_nobody():
+def test_a_class_without_test_images_counts_as_zero_and_warns_nobody():
     got = score(torch.eye(3)[[0, 1]], torch.tensor([0, 1]), ["a", "b", "c"])
     assert got["accuracy"] == got["top5"] == 1.0
-    assert got["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "pictures": 0}
+    assert got["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "images": 0}
 
 
-def test_a_class_without_test_pictures_takes_nothing_from_the_mean_over_the_classes():
+def test_a_class_without_test_images_takes_nothing_from_the_mean_over_the_classes():
     got = score(torch.eye(20)[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 1]), [str(i) for i in range(20)])
     assert got["macro"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
     wrongly = score(torch.eye(3)[[0, 2]], torch.tensor([0, 1]), ["a", "b", "c"])  # c is answered, though it has none

@@ -112,17 +112,17 @@ def traffic(own_server, prometheus, run):
     first, second = ((run / "samples" / f"{digit}-0.png").read_bytes() for digit in (7, 3))
     log = (own_server.folder / "logs" / "access_log.log").read_text()
     warm_up = len(re.findall(r"POST /predictions/digits", log))  # by serve.py itself, before anybody asks
-    prometheus.wait('sum(classifier_pictures_total{outcome="ok"})', warm_up)
+    prometheus.wait('sum(classifier_images_total{outcome="ok"})', warm_up)
     labels = prometheus.ask("sum by (label) (classifier_predictions_total)")
-    sent = {"first": 5, "second": 2, "truncated": 3, "not_a_picture": 1}
-    bodies = {"first": first, "second": second, "truncated": first[:60], "not_a_picture": b"nothing"}
+    sent = {"first": 5, "second": 2, "truncated": 3, "not_an_image": 1}
+    bodies = {"first": first, "second": second, "truncated": first[:60], "not_an_image": b"nothing"}
     with requests.Session() as session:
         session.headers["Authorization"] = f"Bearer {own_server.key()}"
         for time_ in (1, 2):
             for kind, count in sent.items():
                 for _ in range(count):
                     session.post(f"{own_server.url}/predictions/digits", data=bodies[kind], timeout=30)
-            prometheus.wait("sum(classifier_pictures_total)", warm_up + time_ * sum(sent.values()))
+            prometheus.wait("sum(classifier_images_total)", warm_up + time_ * sum(sent.values()))
     sent = {kind: 2 * count for kind, count in sent.items()}
     expected = Counter({label: labels.get(frozenset({("label", label)}), 0) for label in ModelSpec.load(run).labels})
     for kind in ("first", "second"):
@@ -135,12 +135,12 @@ def traffic(own_server, prometheus, run):
 def test_prometheus_counts_what_was_sent(prometheus, traffic):
     sent, warm_up, expected = traffic
     ok = warm_up + sent["first"] + sent["second"]
-    by_outcome = prometheus.ask("sum by (outcome) (classifier_pictures_total)")
+    by_outcome = prometheus.ask("sum by (outcome) (classifier_images_total)")
     found = {dict(labels)["outcome"]: value for labels, value in by_outcome.items() if value}
-    assert found == {"ok": ok, "truncated": sent["truncated"], "not_a_picture": sent["not_a_picture"]}
+    assert found == {"ok": ok, "truncated": sent["truncated"], "not_an_image": sent["not_an_image"]}
     for label, count in expected.items():
         assert prometheus.number(f'classifier_predictions_total{{label="{label}"}}') == count
-    everything = ok + sent["truncated"] + sent["not_a_picture"]
+    everything = ok + sent["truncated"] + sent["not_an_image"]
     assert prometheus.number('classifier_confidence_bucket_total{le="+Inf"}') == ok
     assert prometheus.number("classifier_batches_total") == everything  # one after the other: batches of one
     assert prometheus.number('classifier_batch_size_bucket_total{le="1"}') == everything
@@ -148,7 +148,7 @@ def test_prometheus_counts_what_was_sent(prometheus, traffic):
         assert prometheus.number(f'classifier_stage_seconds_bucket_total{{stage="{stage}",le="+Inf"}}') == everything
         assert 0 < prometheus.number(f'classifier_stage_seconds_total{{stage="{stage}"}}') < 60
     assert prometheus.number("ts_inference_requests_total") == everything
-    assert prometheus.number("Requests4XX") == sent["truncated"] + sent["not_a_picture"]
+    assert prometheus.number("Requests4XX") == sent["truncated"] + sent["not_an_image"]
     assert 0 < prometheus.number("classifier_golden_difference_ratio") < 1
 
 
@@ -170,10 +170,10 @@ def test_every_panel_of_the_dashboard_has_data(prometheus, traffic, panel):
 @pytest.mark.server
 def test_the_figures_of_the_panels_are_right(prometheus, traffic):
     panels = {panel["title"]: list(expressions(panel)) for panel in PANELS}
-    failed = prometheus.ask(panels["Share of pictures that failed, by reason"][0])
+    failed = prometheus.ask(panels["Share of images that failed, by reason"][0])
     shares = {dict(labels)["outcome"]: value for labels, value in failed.items() if value}
-    assert set(shares) == {"truncated", "not_a_picture"}
-    assert 0 < shares["not_a_picture"] < shares["truncated"] < 1
+    assert set(shares) == {"truncated", "not_an_image"}
+    assert 0 < shares["not_an_image"] < shares["truncated"] < 1
     assert prometheus.number(panels["Batch size"][0]) == pytest.approx(1, rel=0.5)  # two rates, extrapolated
     steps = {dict(labels)["le"]: value for labels, value in prometheus.ask(panels["Confidence"][0]).items()}
     assert steps["+Inf"] == pytest.approx(1)
@@ -188,7 +188,7 @@ def test_the_figures_of_the_panels_are_right(prometheus, traffic):
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
 def test_every_alert_is_understood_and_none_of_a_healthy_server_fires(prometheus, traffic, rule):
     found = prometheus.ask(rule["expr"])
-    if rule["alert"] != "ClassifierBadPictures":  # of which we did send some
+    if rule["alert"] != "ClassifierBadImages":  # of which we did send some
         assert not found
     (state,) = [
         one
@@ -210,8 +210,8 @@ def test_the_alerts_fire_when_they_should(tmp_path):
         f"ts_queue_latency_microseconds{{{of}}}": "0+6000000000x2880",
         f"ts_inference_requests_total{{{of}}}": "0+6000x2880",
         f'classifier_golden_difference_ratio{{{of},model_version="1.0"}}': "1.05x2880",
-        f'classifier_pictures_total{{{of},outcome="ok"}}': "0+70x2880",
-        f'classifier_pictures_total{{{of},outcome="truncated"}}': "0+30x2880",
+        f'classifier_images_total{{{of},outcome="ok"}}': "0+70x2880",
+        f'classifier_images_total{{{of},outcome="truncated"}}': "0+30x2880",
         f'classifier_confidence_bucket_total{{{of},le="0.5"}}': "0+60x2880",
         f'classifier_confidence_bucket_total{{{of},le="+Inf"}}': "0+100x2880",
         f'classifier_predictions_total{{{of},label="cat"}}': "0+100x2700 270000+10x180",

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.pictures import crop, crop_box
+from model.images import crop, crop_box
 from model.preprocessing import _to_levels, _weights, normalise, resize_crop
 
 
@@ -44,7 +44,7 @@ def test_it_is_exact_on_a_photograph_too():
             np.testing.assert_array_equal(got, crop(Image.fromarray(photograph), *rule))
 
 
-def test_pictures_of_a_batch_do_not_touch_each_other():
+def test_images_of_a_batch_do_not_touch_each_other():
     batch = torch.from_numpy(np.stack([noise(40, 30, seed) for seed in range(3)]))
     together = resize_crop(batch, 16, 20)
     alone = torch.cat([resize_crop(one[None], 16, 20) for one in batch])
@@ -52,7 +52,7 @@ def test_pictures_of_a_batch_do_not_touch_each_other():
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), rules())
-def test_the_crop_is_a_centred_square_inside_the_picture(width, height, rule):
+def test_the_crop_is_a_centred_square_inside_the_image(width, height, rule):
     left, top, right, bottom = crop_box(width, height, *rule)
     assert right - left == bottom - top >= 1
     assert 0 <= left <= right <= width
@@ -61,9 +61,9 @@ def test_the_crop_is_a_centred_square_inside_the_picture(width, height, rule):
     assert abs((height - bottom) - top) <= 1
 
 
-def test_a_long_thin_picture_costs_no_more_than_its_square():
-    picture = Image.new("RGB", (1, 30_000), "red")  # resizing its short edge to 256 would make 2 gigapixels
-    assert crop(picture, 224, 256).shape == (224, 224, 3)
+def test_a_long_thin_image_costs_no_more_than_its_square():
+    image = Image.new("RGB", (1, 30_000), "red")  # resizing its short edge to 256 would make 2 gigapixels
+    assert crop(image, 224, 256).shape == (224, 224, 3)
 
 
 def test_normalise_is_the_formula_and_gives_planes():

@@ -96,7 +96,7 @@ def test_published_files_give_the_network_their_values(arch, cache):
         assert len(same) >= len(file) - len(left)
 
 
-def test_the_command_for_own_pictures_works_with_a_published_file(cache, tmp_path, capsys):
+def test_the_command_for_own_images_works_with_a_published_file(cache, tmp_path, capsys):
     publish("resnet18", cache)
     folder = make_folder(tmp_path / "colours", count=12)
     command = ["--data", str(folder), "--arch", "resnet18", "--pretrained", "--freeze", "--epochs", "2", "--size", "32"]
@@ -115,7 +115,7 @@ def test_a_damaged_file_of_published_weights_is_one_line(cache, tmp_path, capsys
 
 
 @pytest.mark.parametrize("options", [["--pretrained"], ["--weights", "none.pt"], ["--weights", "other.pt"]], ids=str)
-def test_weights_that_cannot_be_had_are_said_before_a_picture_is_read(options, cache, tmp_path, monkeypatch, capsys):
+def test_weights_that_cannot_be_had_are_said_before_an_image_is_read(options, cache, tmp_path, monkeypatch, capsys):
     def no_network(*_, **__):
         raise OSError("no network")
 

@@ -106,7 +106,7 @@ def test_the_demo_works_and_leaves_nothing_behind(checkout, tmp_path):
     temporary.mkdir()
     done = shell(". .venv/bin/activate; python demo.py --at-least 0.5", checkout, TMPDIR=str(temporary))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "picture" in done.stdout
+    assert "image" in done.stdout
     assert "probability" in done.stdout
     assert "over HTTP" in done.stdout
     assert list(temporary.iterdir()) == []

@@ -166,7 +166,7 @@ def test_int8_says_how_it_was_calibrated(made, calibration):
         assert note.pop("versions")["onnxruntime"] == onnxruntime.__version__
         assert note == {
             "format": "QDQ", "activations": "uint8", "weights": "int8, per channel", "calibration": "MinMax",
-            "pictures": len(calibration), "seed": reduced.SEED,
+            "images": len(calibration), "seed": reduced.SEED,
         }  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def test_the_crop_graph_is_the_network_with_its_preprocessing_and_softmax_around
 
 @pytest.mark.int8
 @pytest.mark.parametrize("file", ["digits.crops.int8.onnx", "digits.crops.fp16.onnx"])
-def test_a_picture_gets_the_same_answer_in_any_batch(made, calibration, file):
+def test_an_image_gets_the_same_answer_in_any_batch(made, calibration, file):
     together = ask(made / file, calibration[:7])
     in_parts = np.concatenate(
         [ask(made / file, part) for part in (calibration[:1], calibration[1:3], calibration[3:7])]
@@ -215,7 +215,7 @@ def test_the_answers_stay_close_to_fp32(made, exported, calibration):
 
 @pytest.mark.int8
 def test_a_processors_integer_kernels_give_nearly_the_answers_that_the_file_says(made, calibration):
-    """Where they saturate, a few pictures get quite another answer: on an emulated Haswell 2 of 128, by up to 0.87."""
+    """Where they saturate, a few images get quite another answer: on an emulated Haswell 2 of 128, by up to 0.87."""
     expected = ask_exactly(made / "digits.crops.int8.onnx", calibration)
     got = ask(made / "digits.crops.int8.onnx", calibration)
     assert np.median(np.abs(got - expected).max(axis=1)) < 0.02
@@ -240,11 +240,11 @@ def test_the_emulated_processor_saturates(tmp_path):
 
 
 def agreement(got, expected):
-    """The share of pictures with the same best label."""
+    """The share of images with the same best label."""
     return (got.argmax(axis=1) == expected.argmax(axis=1)).mean()
 
 
-def test_the_same_seed_chooses_the_same_pictures_and_makes_the_same_file(made, run, loaded, exported, tmp_path):
+def test_the_same_seed_chooses_the_same_images_and_makes_the_same_file(made, run, loaded, exported, tmp_path):
     spec, _ = loaded
     again = reduced.calibration_crops(run, spec, count=128)
     other = reduced.calibration_crops(run, spec, count=128, seed=1)
@@ -260,10 +260,10 @@ def test_what_earns_it_is_kept_and_reported(run, folder, loaded, made, use_made)
     rows = reduced.reduce_run(
         run, folder, "digits", spec, classifier, int8=True, fp16=True, max_loss=20, min_speedup=ANY_SPEED
     )  # without VNNI int8 may lose a point or two
-    assert [(row.precision, row.kept, row.pictures) for row in rows] == [("int8", True, 360), ("fp16", True, 360)]
+    assert [(row.precision, row.kept, row.images) for row in rows] == [("int8", True, 360), ("fp16", True, 360)]
     measured = spec.metrics["accuracy"]  # by train.py
     assert rows[0].accuracy_fp32 == pytest.approx(measured, abs=1.5 / 360)  # one near tie
-    assert (rows[0].calibration_pictures, rows[0].seed) == (128, reduced.SEED)
+    assert (rows[0].calibration_images, rows[0].seed) == (128, reduced.SEED)
     assert rows[0].speedup > 0
     for file in SMALLER:
         assert (folder / file).read_bytes() == (made / file).read_bytes()
@@ -286,7 +286,7 @@ def test_what_is_not_faster_is_not_written_and_an_older_file_goes(run, folder, l
 
 
 def test_what_loses_too_much_accuracy_is_not_written(run, folder, loaded, monkeypatch):
-    """Calibrated on black pictures alone, every activation of a real one is cut off."""
+    """Calibrated on black images alone, every activation of a real one is cut off."""
     black = np.zeros((16, 32, 32, 3), np.uint8)
     monkeypatch.setattr(reduced, "calibration_crops", lambda *_: black)
     spec, classifier = loaded
@@ -301,16 +301,16 @@ def test_what_loses_too_much_accuracy_is_not_written(run, folder, loaded, monkey
 @pytest.mark.parametrize(
     ("count", "lost", "won", "kept"),
     [
-        (372, 2, 0, True),  # 0.54 points, but two pictures
+        (372, 2, 0, True),  # 0.54 points, but two images
         (372, 3, 0, False),  # 0.81 points, and more than two
-        (372, 9, 7, True),  # 0.54 points of many that differ: two pictures again
+        (372, 9, 7, True),  # 0.54 points of many that differ: two images again
         (372, 20, 17, False),  # 0.81 points, more than two
         (5000, 25, 1, False),  # 0.48 points, and no chance
         (5000, 25, 14, True),  # 0.22 points, as chance gives them
         (5000, 0, 30, True),  # it gained
     ],
 )
-def test_a_loss_counts_if_it_is_shown_or_if_it_is_large_and_more_than_two_pictures(count, lost, won, kept):
+def test_a_loss_counts_if_it_is_shown_or_if_it_is_large_and_more_than_two_images(count, lost, won, kept):
     fault = reduced._loss(lost, won, count, reduced.MAX_LOSS)
     assert bool(fault) != kept, fault
     assert kept or "95% interval" in fault
@@ -325,21 +325,21 @@ def test_the_paired_test_is_mcnemars_exact_one(lost, won, p_value):
     assert reduced.mcnemar(lost, won) == reduced.mcnemar(won, lost) == pytest.approx(p_value, abs=1e-6)
 
 
-def test_of_many_pictures_the_paired_test_goes_on_where_the_exact_one_ended():
+def test_of_many_images_the_paired_test_goes_on_where_the_exact_one_ended():
     assert reduced.mcnemar(540, 460) == pytest.approx(reduced.mcnemar(541, 460), rel=0.1)
     assert reduced.mcnemar(60_000, 50_000) < 1e-100
     assert reduced.mcnemar(60_000, 60_000) == 1
 
 
 def test_the_interval_is_of_the_paired_difference():
-    """Agresti and Min 2005, Section 2.2: half a picture is added to each of the four cells."""
+    """Agresti and Min 2005, Section 2.2: half an image is added to each of the four cells."""
     low, high = reduced.paired_interval(20, 10, 1000)
     assert (low, high) == pytest.approx((-0.00088, 0.02084), abs=1e-4)
     assert reduced.paired_interval(10, 20, 1000) == pytest.approx((-high, -low))
 
 
-def test_the_two_files_are_compared_picture_by_picture(exported, tmp_path, loaded):
-    """The targets make fp32 right on all of 200 pictures, and the other file wrong on 1, 2 or 3."""
+def test_the_two_files_are_compared_image_by_image(exported, tmp_path, loaded):
+    """The targets make fp32 right on all of 200 images, and the other file wrong on 1, 2 or 3."""
     crops = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), np.uint8)
     best = ask(exported / "digits.crops.onnx", crops).argmax(axis=1)
     for lost, kept in ((1, True), (2, True), (3, False)):
@@ -347,7 +347,7 @@ def test_the_two_files_are_compared_picture_by_picture(exported, tmp_path, loade
         (row,) = reduced.judge(
             exported / "digits.crops.onnx", {"fp16": path}, [(crops[:90], best[:90]), (crops[90:], best[90:])]
         )
-        assert (row.pictures, row.lost, row.won, row.loss_points, row.kept) == (200, lost, 0, 0.5 * lost, kept)
+        assert (row.images, row.lost, row.won, row.loss_points, row.kept) == (200, lost, 0, 0.5 * lost, kept)
         assert row.interval[0] < row.loss_points < row.interval[1]
         assert f"{row.interval[0]:+.2f} to {row.interval[1]:+.2f}" in reduced.table([row])
 
@@ -364,12 +364,12 @@ def test_a_flag_overrules_the_judgement_either_way(exported, tmp_path, keep, kep
     assert ("loses 9.00 points" in row.reason) == (lost == 9)
 
 
-def lose(source, pictures, path):
-    """A crop graph that answers the class of least probability for `pictures` and is right on all others."""
+def lose(source, images, path):
+    """A crop graph that answers the class of least probability for `images` and is right on all others."""
     model = onnx.load(source)
     graph, make = model.graph, onnx.helper.make_node
-    sums = pictures.astype(np.int64).reshape(len(pictures), -1).sum(axis=1)
-    assert len(set(sums)) == len(pictures)
+    sums = images.astype(np.int64).reshape(len(images), -1).sum(axis=1)
+    assert len(set(sums)) == len(images)
     constants = {"sums": sums, "axes": [1, 2, 3], "last": [1], "two": np.float32(2), "one": np.float32(1)}
     graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), f"test.{k}") for k, v in constants.items())
     softmax = next(node for node in graph.node if "probabilities" in node.output)
@@ -411,11 +411,11 @@ def test_the_speed_of_fp16_is_not_measured_without_a_gpu(exported, made, calibra
     assert (row.kept, row.speedup, row.reason) == (True, None, "speed not measured: no GPU")
 
 
-def test_pictures_that_cannot_be_read_are_left_out(run, loaded, monkeypatch):
+def test_images_that_cannot_be_read_are_left_out(run, loaded, monkeypatch):
     spec, _ = loaded
     good = [(f"{i}.png", str(i % 10), path.read_bytes()) for i, path in enumerate(sorted((run / "samples").iterdir()))]
-    items = [*good, ("bad.jpg", "3", b"no picture")]
-    monkeypatch.setattr(reduced.pictures, "read", lambda *_: iter(items))
+    items = [*good, ("bad.jpg", "3", b"no image")]
+    monkeypatch.setattr(reduced.images, "read", lambda *_: iter(items))
     assert reduced.calibration_crops(run, spec).shape == (len(good), 32, 32, 3)
     parts = list(reduced.labelled_crops(run, spec))
     assert sum(len(targets) for _, targets in parts) == len(good)
@@ -426,13 +426,13 @@ def test_pictures_that_cannot_be_read_are_left_out(run, loaded, monkeypatch):
 @pytest.mark.parametrize(
     ("items", "words"),
     [
-        ([("a.jpg", "0", b"")], "no test picture can be read; pass --data"),
-        ([], "no test picture can be read; pass --data"),
+        ([("a.jpg", "0", b"")], "no test image can be read; pass --data"),
+        ([], "no test image can be read; pass --data"),
         ([("a.jpg", "zebra", b"")], "'zebra' is none of its labels; pass --data"),
     ],
 )
 def test_data_that_does_not_belong_to_the_run_is_refused(run, loaded, monkeypatch, items, words):
-    monkeypatch.setattr(reduced.pictures, "read", lambda *_: iter(items))
+    monkeypatch.setattr(reduced.images, "read", lambda *_: iter(items))
     with pytest.raises(ValueError, match=words):
         list(reduced.labelled_crops(run, loaded[0]))
 

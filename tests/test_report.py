@@ -50,7 +50,7 @@ def test_labels_that_no_font_of_the_plots_has_stand_in_the_page(tmp_path):
     assert "a <b>" not in page
 
 
-def test_a_mistake_has_its_picture_its_labels_and_its_files_name(tmp_path):
+def test_a_mistake_has_its_image_its_labels_and_its_files_name(tmp_path):
     page = report(tmp_path / "run", LABELS)
     assert page.count("<figure>") == 3
     assert "test/1-名前.png" in page
@@ -79,7 +79,7 @@ def test_top5_stands_there_only_where_it_says_something(tmp_path, count, shown):
     assert ("top-5" in report(tmp_path / "run", tuple("abcdefgh"[:count]))) == shown
 
 
-def test_very_many_classes_have_a_picture_as_their_matrix(tmp_path):
+def test_very_many_classes_have_an_image_as_their_matrix(tmp_path):
     page = report(tmp_path / "run", tuple(f"class {i}" for i in range(41)))
     assert 'src="confusion.png"' in page
     assert 'class="matrix"' not in page

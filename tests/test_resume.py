@@ -168,7 +168,7 @@ def test_other_classes_are_named_one_by_one(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-def test_other_pictures_of_the_same_classes_are_mentioned(tmp_path, capsys):
+def test_other_images_of_the_same_classes_are_mentioned(tmp_path, capsys):
     colours = make_folder(tmp_path / "colours", count=12)
     assert main(["--data", str(colours), "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
     next((colours / "red").iterdir()).unlink()

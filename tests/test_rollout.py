@@ -26,7 +26,7 @@ from onnx import numpy_helper
 
 from deploy import rollout as command
 from deploy.rollout import Archive, Failed, Server, rollout
-from model.pictures import crop, decode
+from model.images import crop, decode
 from serve import Ports, serving
 from tests.conftest import PROJECT
 
@@ -58,7 +58,7 @@ class Site:
         golden = json.loads(files["golden.json"])
         files["digits.crops.onnx"] = turned(files["digits.crops.onnx"], int(version.split(".")[0]))
         session = onnxruntime.InferenceSession(files["digits.crops.onnx"])
-        bodies = [Archive.read(self.store / "digits.mar").pictures[i] for i in range(len(golden["pictures"]))]
+        bodies = [Archive.read(self.store / "digits.mar").images[i] for i in range(len(golden["images"]))]
         crops = np.stack([crop(decode(body), spec["size"], spec["resize"]) for body in bodies])
         golden["probabilities"] = session.run(None, {"images": crops})[0].tolist()
         files["golden.json"] = json.dumps(golden).encode()
@@ -91,7 +91,7 @@ class Site:
         return [str(path), *(word for name, value in options.items() for word in (f"--{name}", value))]
 
     def ask(self, i: int = 0, model: str = "digits", **headers: str) -> requests.Response:
-        body = Archive.read(self.store / "digits.mar").pictures[i]
+        body = Archive.read(self.store / "digits.mar").images[i]
         headers = {"Authorization": f"Bearer {json.loads(self.key_file.read_text())['inference']['key']}", **headers}
         url = f"{self.server.inference}/predictions/{model}"
         return requests.post(url, data=body, headers=headers, timeout=20)
@@ -145,8 +145,8 @@ def site(exported, tmp_path_factory) -> Iterator[Site]:
 
 @contextlib.contextmanager
 def load(site: Site, threads: int, **headers: str) -> Iterator[list[list[tuple[int, requests.Response]]]]:
-    """Clients that ask about golden pictures one after the other; what each was answered."""
-    body = Archive.read(site.store / "digits.mar").pictures
+    """Clients that ask about golden images one after the other; what each was answered."""
+    body = Archive.read(site.store / "digits.mar").images
     key = {"Authorization": f"Bearer {json.loads(site.key_file.read_text())['inference']['key']}"}
     end, seen = threading.Event(), [[] for _ in range(threads)]
 
@@ -208,13 +208,13 @@ def test_under_load_no_request_fails_and_each_is_answered_by_the_version_that_it
 
 
 def test_archives_that_differ_answer_differently(site):
-    """Each picture in each two versions, by ten times the tolerance: else the test above could not tell them apart."""
+    """Each image in each two versions, by ten times the tolerance: else the test above could not tell them apart."""
     versions = ["1.0", *(Archive.read(site.archive()).version for _ in range(3))]
     assert all(difference(site, one, other) > 0.01 for one, other in itertools.combinations(versions, 2))
 
 
 def difference(site: Site, one: str, other: str) -> float:
-    """Of the picture that the two versions answer most alike."""
+    """Of the image that the two versions answer most alike."""
     first, second = (np.array(site.golden[version]["probabilities"]) for version in (one, other))
     return np.abs(first - second).max(axis=1).min()
 
@@ -232,7 +232,7 @@ def test_an_archive_that_its_handler_refuses_is_rolled_back(site):
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ("labels[place]: value for", "labels[place]: value / 2 for", r"golden picture 0: a probability is 0\.\d+ off"),
+        ("labels[place]: value for", "labels[place]: value / 2 for", r"golden image 0: a probability is 0\.\d+ off"),
         ('"x-model-version": self.version', '"x-model-version": "0.5"', "answered by version 0.5"),
     ],
 )
@@ -509,7 +509,7 @@ def test_a_list_of_models_that_is_none_is_said_in_one_line(exported, capsys):
         *(("MAR-INF/MANIFEST.json", {"model": {"modelName": n, "modelVersion": v}}) for n, v in ((1, "2.0"), ("a", 2))),
         *(("spec.json", odd) for odd in ([], {"weights_sha256": 1, "labels": ["a"]})),
         ("spec.json", {"weights_sha256": "x", "labels": 3}),
-        *(("golden.json", value) for value in ([], {"pictures": 1}, {"pictures": [{"b64": 1}]}, {"pictures": [1]})),
+        *(("golden.json", value) for value in ([], {"images": 1}, {"images": [{"b64": 1}]}, {"images": [1]})),
     ],
 )  # fmt: skip
 def test_an_archive_whose_files_hold_something_else_is_a_mistake(exported, tmp_path, name, value, capsys):
@@ -520,7 +520,7 @@ def test_an_archive_whose_files_hold_something_else_is_a_mistake(exported, tmp_p
     if name == "golden.json":
         values += [
             whole | {"probabilities": odd}
-            for odd in (None, [], whole["probabilities"][:-1], [["a"]] * len(whole["pictures"]))
+            for odd in (None, [], whole["probabilities"][:-1], [["a"]] * len(whole["images"]))
         ]
         values += [whole | {"tolerance": odd} for odd in ([], {"onnx": "much"}, {})]
     for odd in values:

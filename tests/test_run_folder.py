@@ -95,12 +95,12 @@ def test_a_second_training_is_kept_out(tmp_path, capsys, no_reading):
         (lambda out: out.mkdir(parents=True) or (out / "samples").symlink_to(PROJECT), "samples is a link"),
     ],
 )
-def test_what_stands_in_the_way_is_found_before_a_picture_is_read(tmp_path, capsys, no_reading, make, words):
+def test_what_stands_in_the_way_is_found_before_an_image_is_read(tmp_path, capsys, no_reading, make, words):
     make(tmp_path / "up" / "run")
     refused([*DIGITS, "--out", tmp_path / "up" / "run"], words, capsys)
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_a_picture_is_read(tmp_path, capsys, no_reading, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_found_before_an_image_is_read(tmp_path, capsys, no_reading, monkeypatch):
     (tmp_path / "run" / "report").mkdir(parents=True)
 
     def read_only(dir):
@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_a_picture_is_read(tmp_p
     refused([*DIGITS, "--out", tmp_path / "run"], words, capsys)
 
 
-def test_a_folder_that_cannot_be_made_is_found_before_a_picture_is_read(capsys, no_reading):
+def test_a_folder_that_cannot_be_made_is_found_before_an_image_is_read(capsys, no_reading):
     refused([*DIGITS, "--out", "/proc/run"], "--out /proc/run: cannot be written (", capsys)
 
 
@@ -272,8 +272,8 @@ def test_elsewhere_than_on_a_terminal_a_line_comes_now_and_then(tmp_path, capsys
     assert main([*DIGITS, "--out", str(tmp_path / "run")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1: ")]
     assert len(lines) == 41
-    assert lines[9].startswith("epoch 1/1: 320 of 1,293 pictures, loss ")
-    for words in ("pictures/s", "left of the epoch", "of the run"):
+    assert lines[9].startswith("epoch 1/1: 320 of 1,293 images, loss ")
+    for words in ("images/s", "left of the epoch", "of the run"):
         assert words in lines[9]
 
 
@@ -288,7 +288,7 @@ def test_on_a_terminal_a_bar_has_the_speed_and_the_time_left(tmp_path, capsys, m
     assert main([*DIGITS, "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr()
     assert "epoch 1/1" in said.err
-    assert " pictures/s" in said.err
+    assert " images/s" in said.err
     assert "run 00:00 left" in said.err
     assert "left of the epoch" not in said.out
 

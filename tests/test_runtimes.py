@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 import torch
 
+from export import images, parity, programs, runtimes, torchscript
 from export import onnx as onnx_files
-from export import parity, pictures, programs, runtimes, torchscript
 from export.runtimes import INSTALLED, RUNTIMES, Crashed, Missing
 from model import Classifier, architectures, load_run
 from model.spec import ModelSpec
@@ -39,7 +39,7 @@ def test_a_runtime_gives_pytorchs_answers_in_every_graph(verified, name):
         pytest.skip(f"{name} is not here: {rows[0].skipped}")
     for row in rows:
         assert row.passed, row
-        assert row.pictures == 24
+        assert row.images == 24
         assert row.version
         assert row.milliseconds > 0
 
@@ -57,7 +57,7 @@ def test_the_recipes_network_has_pytorchs_answers_in_every_runtime_of_python(tmp
     programs.save(traced, spec, tmp_path, "net")
     onnx_files.save(traced, spec, tmp_path, "net")
     names = (*INSTALLED, *OF_PYTHON)
-    rows = parity.verify(classifier, spec, pictures.photographs(8), tmp_path, "net", names)
+    rows = parity.verify(classifier, spec, images.photographs(8), tmp_path, "net", names)
     assert [row.runtime for row in rows if row.runtime in names and row.passed] == [*names] * 3, rows
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -115,7 +115,7 @@ def test_a_program_that_crashes_is_a_failure_and_not_skipped(verify, monkeypatch
     monkeypatch.setitem(RUNTIMES, "LibTorch C++", crashes)
     rows = verify("LibTorch C++")
     assert all(row.failed for row in rows)
-    assert "FAILED on all pictures: python ended with -6" in parity.table(rows)
+    assert "FAILED on all images: python ended with -6" in parity.table(rows)
 
 
 def test_another_program_gets_the_batches_in_order_and_gives_its_answers_back():
@@ -134,31 +134,31 @@ print(json.dumps({"version": "7", "seconds": 0.5}))
 
 
 def test_photographs_are_the_same_each_time_in_all_kinds_of_sizes():
-    first, again = pictures.photographs(128), pictures.photographs(128)
-    assert [(name, picture.tobytes()) for name, picture in first] == [(n, p.tobytes()) for n, p in again]
-    sizes = {picture.size for _, picture in first}
+    first, again = images.photographs(128), images.photographs(128)
+    assert [(name, image.tobytes()) for name, image in first] == [(n, p.tobytes()) for n, p in again]
+    sizes = {image.size for _, image in first}
     assert {(9, 9), (640, 427)} <= sizes
     assert len(sizes) > 100
     assert sum(w > h for w, h in sizes) > 20
     assert sum(w < h for w, h in sizes) > 20
 
 
-def test_all_means_at_least_a_thousand_pictures_of_the_test_split_or_photographs(run, monkeypatch):
-    names = [name for name, _ in pictures.of_test_split(run)]
+def test_all_means_at_least_a_thousand_images_of_the_test_split_or_photographs(run, monkeypatch):
+    names = [name for name, _ in images.of_test_split(run)]
     assert len(names) == len(set(names)) == 1000
     assert sum(name.startswith("test/") for name in names) == 360
-    monkeypatch.setattr(pictures, "MANY", 100)
-    assert sum(name.startswith("test/") for name, _ in pictures.of_test_split(run)) == 100
+    monkeypatch.setattr(images, "MANY", 100)
+    assert sum(name.startswith("test/") for name, _ in images.of_test_split(run)) == 100
 
 
 def test_a_sample_is_drawn_evenly_in_one_pass_and_depends_on_its_seed():
-    drawn = [pictures.sample(iter(range(100)), 10, seed) for seed in range(300)]
+    drawn = [images.sample(iter(range(100)), 10, seed) for seed in range(300)]
     assert all(sorted(items) == items and len(set(items)) == 10 for items in drawn)
-    assert drawn[0] == pictures.sample(range(100), 10, 0) != drawn[1]
+    assert drawn[0] == images.sample(range(100), 10, 0) != drawn[1]
     counts = np.bincount(np.concatenate(drawn), minlength=100)  # 30 each, of a binomial with deviation 5.2
     assert counts.min() > 5
     assert counts.max() < 60
-    assert pictures.sample(range(3), 10) == [0, 1, 2]
+    assert images.sample(range(3), 10) == [0, 1, 2]
 
 
 def test_the_report_keeps_the_rows_that_were_skipped(run, tmp_path):

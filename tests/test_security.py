@@ -132,13 +132,13 @@ def test_no_address_that_a_request_names_is_asked(server, trap):
         {"data": url, "headers": {name: url}} for name in ("url", "Referer", "X-Url", "Location", "X-Original-URL")
     ]
     attempts += [{"data": b"x", "params": {name: url}} for name in ("url", "data", "body", "model_url", "b64")]
-    picture = save(gradient(), "PNG", icc_profile=url.encode(), exif=f"Exif\0\0{url}".encode())
-    attempts.append({"data": picture})
+    image = save(gradient(), "PNG", icc_profile=url.encode(), exif=f"Exif\0\0{url}".encode())
+    attempts.append({"data": image})
     for attempt in attempts:
         headers = bearer(server.key()) | attempt.pop("headers", {})
         for path in ("predictions/digits", "explanations/digits", "v1/models/digits:predict"):
             reply = requests.post(f"{server.url}/{path}", headers=headers, timeout=30, **attempt)
-            is_answered = attempt.get("data") == picture and not path.startswith("explanations")  # which are off
+            is_answered = attempt.get("data") == image and not path.startswith("explanations")  # which are off
             assert reply.status_code == 200 if is_answered else 400 <= reply.status_code < 500
     for method, path in (
         ("POST", f"/models?url={url}"),
@@ -394,7 +394,7 @@ def test_serve_py_serves_https_to_those_who_trust_its_certificate_and_nothing_wi
     with command(run, "--port", port, "--config", config, output=output):
         commands = printed(output.read_text())
         assert f"--cacert {tmp_path / 'localhost.pem'} " in commands
-        (tmp_path / "PICTURE").write_bytes(sample)
+        (tmp_path / "IMAGE").write_bytes(sample)
         answer = subprocess.run(["bash", "-euc", commands], cwd=tmp_path, stdout=subprocess.PIPE, check=True)
         assert next(iter(json.loads(answer.stdout))) == label
         for kind, its_port in (("inference", port), ("management", port + 1)):

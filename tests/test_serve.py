@@ -95,9 +95,9 @@ def test_a_worker_that_cannot_load_its_model_is_said_at_once_with_its_own_words(
     shutil.copy(exported / "digits.mar", store)  # mended, and started again where the log of the failure lies
     with serving([store / "digits.mar"], tmp_path / "server", ports=Ports.free()) as server:
         assert server.process.poll() is None
-    replace_in_archive(exported / "digits.mar", store / "digits.mar", {"model-config.yaml": "max_pictures: none\n"})
+    replace_in_archive(exported / "digits.mar", store / "digits.mar", {"model-config.yaml": "max_images: none\n"})
     with (
-        pytest.raises(ServerError, match="'max_pictures' is 'none'"),  # and not what the log said of the first time
+        pytest.raises(ServerError, match="'max_images' is 'none'"),  # and not what the log said of the first time
         serving([store / "digits.mar"], tmp_path / "server", ports=Ports.free()),
     ):
         pass
@@ -152,7 +152,7 @@ def test_make_serve_serves_until_it_is_stopped_and_leaves_nothing_running(
             said = output.read_text()
             assert len(said.strip().splitlines()) <= 6  # TorchServe's own lines are in the logs
             assert json.loads((folder / "key_file.json").read_text())["inference"]["key"] not in said
-            (tmp_path / "PICTURE").write_bytes(sample)
+            (tmp_path / "IMAGE").write_bytes(sample)
             answer = subprocess.run(["bash", "-euc", printed(said)], cwd=tmp_path, stdout=subprocess.PIPE, check=True)
             assert next(iter(json.loads(answer.stdout))) == label
             assert f"http://127.0.0.1:{first}/predictions/digits" in said

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.server
 STATUS = {
     "empty": 400,
     "too_many_pixels": 413,
-    "not_a_picture": 415,
+    "not_an_image": 415,
     "unsupported_kind": 415,
     "truncated": 422,
 }  # written out again, so that a change of the handler's table is a change of the contract
@@ -39,7 +39,7 @@ def post(server, body, path="predictions/digits", **headers):
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_every_kind_of_picture_is_answered(server, name):
+def test_every_kind_of_image_is_answered(server, name):
     reply = post(server, GOOD[name][0])
     assert reply.status_code == 200
     assert reply.headers["content-type"] == "application/json"
@@ -57,12 +57,12 @@ def test_every_error_has_its_status_over_rest_and_is_the_answer_over_grpc(server
     assert json.loads(predict(server, {"data": body})) == error  # gRPC's status is OK: TorchServe drops ours there
 
 
-def test_over_grpc_a_picture_has_the_answer_that_it_has_over_rest(server, sample, label):
+def test_over_grpc_an_image_has_the_answer_that_it_has_over_rest(server, sample, label):
     answer = json.loads(predict(server, {"data": sample}))
     assert answer == pytest.approx(post(server, sample).json(), abs=1e-5)
     several = json.loads(predict(server, {"a": sample, "b": b"nothing"}))
     assert next(iter(several["a"])) == label
-    assert several["b"]["type"] == "not_a_picture"
+    assert several["b"]["type"] == "not_an_image"
 
 
 @pytest.mark.parametrize("body", [b"{", b'{"instances": 7}', b"null", b"[[[", b'{"b64": 7}'])
@@ -107,15 +107,15 @@ def test_of_a_repeated_field_torchserve_keeps_the_last(server, sample, label):
     assert next(iter(reply.json())) == label
 
 
-def test_one_bad_picture_in_a_batch_of_32_fails_alone(server, run):
+def test_one_bad_image_in_a_batch_of_32_fails_alone(server, run):
     """The model `patient` waits an hour for its batch to fill: what it answers at all came in one batch of 32."""
     good = [path.read_bytes() for path in sorted((run / "samples").iterdir())][:31]
     alone = [post(server, body).json() for body in good]
-    bodies = [*good[:13], b"not a picture", *good[13:]]
+    bodies = [*good[:13], b"not an image", *good[13:]]
     with ThreadPoolExecutor(32) as pool:
         replies = list(pool.map(lambda body: post(server, body, "predictions/patient"), bodies))
     bad = replies.pop(13)
-    assert (bad.status_code, bad.json()["type"]) == (415, "not_a_picture")
+    assert (bad.status_code, bad.json()["type"]) == (415, "not_an_image")
     for reply, answer in zip(replies, alone, strict=True):
         assert reply.status_code == 200
         assert reply.json() == pytest.approx(answer, abs=1e-5)
@@ -162,7 +162,7 @@ def test_the_inference_key_is_not_enough_for_a_description(server, sample, label
         for body, headers in ((sample, {}), (b"", {}), (b"", form)):
             answer = post(server, body, path, describe="True", **headers).json()
             assert "weights_sha256" not in answer
-            assert (label in str(answer)) if body else (answer["type"] in ("empty", "not_a_picture"))
+            assert (label in str(answer)) if body else (answer["type"] in ("empty", "not_an_image"))
 
 
 def test_explanations_are_off(server, sample):
@@ -218,7 +218,7 @@ def test_json_that_is_a_large_table_of_values_is_refused_in_little_memory(server
         replies = list(
             pool.map(lambda body: post(server, body, **{"Content-Type": "application/json"}), bodies + bodies[:1])
         )
-    assert [(reply.status_code, reply.json()["type"]) for reply in replies] == [(413, "too_many_pictures")] * 4
+    assert [(reply.status_code, reply.json()["type"]) for reply in replies] == [(413, "too_many_images")] * 4
     assert post(server, sample).ok
     assert workers_of(server) == workers
     most = sum(peak_memory(worker) for worker in workers)
@@ -288,7 +288,7 @@ def test_all_ports_listen_on_loopback_only(server):
 def test_a_worker_that_runs_onnx_runtime_loads_no_pytorch_before_an_explanation_is_asked_for(
     exported, sample, tmp_path
 ):
-    """Of a model whose explanations are switched on; they are pictures."""
+    """Of a model whose explanations are switched on; they are images."""
     with zipfile.ZipFile(exported / "digits.mar") as archive:
         config = archive.read("model-config.yaml").decode().replace("explain: false", "explain: true")
     replace_in_archive(exported / "digits.mar", tmp_path / "digits.mar", {"model-config.yaml": config})
@@ -305,7 +305,7 @@ def test_a_worker_that_runs_onnx_runtime_loads_no_pytorch_before_an_explanation_
         assert (reply.status_code, reply.headers["content-type"], reply.headers["x-label"]) == (200, "image/png", best)
         assert Image.open(io.BytesIO(reply.content)).size == (224, 224)
         reply = post(server, b"nothing", "explanations/digits")
-        assert (reply.status_code, reply.json()["type"]) == (415, "not_a_picture")
+        assert (reply.status_code, reply.json()["type"]) == (415, "not_an_image")
         body = json.dumps({"instances": [{"b64": base64.b64encode(sample).decode()}]})
         reply = post(server, body, "v1/models/digits:explain", **{"Content-Type": "application/json"})
         assert reply.json()["predictions"][0]["label"] == best
@@ -352,18 +352,18 @@ def test_a_form_that_is_no_form_is_refused_as_the_readme_says(server, sample):
 
 def test_the_client_names_what_was_wrong(client, sample, label):
     assert next(iter(client.classify(sample))) == label
-    with pytest.raises(ClassifierError, match="415 not_a_picture") as caught:
+    with pytest.raises(ClassifierError, match="415 not_an_image") as caught:
         client.classify(b"nothing")
-    assert (caught.value.code, caught.value.type) == (415, "not_a_picture")
+    assert (caught.value.code, caught.value.type) == (415, "not_an_image")
     with pytest.raises(ClassifierError, match="404"):
         Client(client.url, "nobody", client._session.headers["Authorization"].split()[1]).classify(sample)
 
 
-def test_the_client_asks_about_several_pictures_at_once(client, sample, label):
+def test_the_client_asks_about_several_images_at_once(client, sample, label):
     answers = client.classify_many({"a": sample, "b": b"nothing", "c": save(gradient(), "PNG")})
     assert list(answers) == ["a", "b", "c"]
     assert next(iter(answers["a"])) == label
-    assert answers["b"]["type"] == "not_a_picture"
+    assert answers["b"]["type"] == "not_an_image"
     assert client.classify_many({"only": sample}) == {"only": client.classify(sample)}
 
 
@@ -376,7 +376,7 @@ def test_the_client_as_a_command(server, run, label, tmp_path, capsys):
     assert next(iter(json.loads(capsys.readouterr().out)["answer"])) == label
     assert main([*common, str(tmp_path / "bad.png"), str(run / "samples" / "3-0.png")]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert "415 not_a_picture" in lines[0]["error"]
+    assert "415 not_an_image" in lines[0]["error"]
     assert next(iter(lines[1]["answer"])) == label_of(run, (run / "samples" / "3-0.png").read_bytes())
     assert main(["--url", "http://127.0.0.1:1", "--model", "digits", str(run / "samples" / "3-0.png")]) == 2
     assert main([*common, str(tmp_path / "none.png")]) == 2

@@ -1,4 +1,4 @@
-"""The few lines that the README and the card print for ONNX Runtime: they see a picture as the handler does."""
+"""The few lines that the README and the card print for ONNX Runtime: they see an image as the handler does."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from model.pictures import crop, decode
+from model.images import crop, decode
 from model.spec import ModelSpec
 from tests.conftest import PROJECT
 from tests.kinds import save
 
-# What a reader adds to look closer: all probabilities. Both snippets end with `probabilities` of one picture.
+# What a reader adds to look closer: all probabilities. Both snippets end with `probabilities` of one image.
 LOOK = "\nprint(*probabilities[0])\n"
 
 
@@ -37,7 +37,7 @@ def on_nothing(digit: Image.Image) -> bytes:
     return save(Image.fromarray(pixels), "PNG")
 
 
-PICTURES = {"jpeg on its side": on_its_side, "png with alpha": on_nothing}
+IMAGES = {"jpeg on its side": on_its_side, "png with alpha": on_nothing}
 
 
 def snippet_of_the_readme(body: bytes, exported: Path, folder: Path) -> str:
@@ -51,16 +51,16 @@ def snippet_of_the_readme(body: bytes, exported: Path, folder: Path) -> str:
 
 def snippet_of_the_card(body: bytes, exported: Path, folder: Path) -> str:
     shutil.copy(exported / "digits.pixels.onnx", folder)
-    (folder / "picture.jpg").write_bytes(body)
+    (folder / "image.jpg").write_bytes(body)
     (code,) = re.findall(r"```python\n(.*?)```", (exported / "MODEL_CARD.md").read_text(), flags=re.DOTALL)
     return code
 
 
 @pytest.mark.parametrize("snippet", [snippet_of_the_readme, snippet_of_the_card])
-@pytest.mark.parametrize("kind", PICTURES)
+@pytest.mark.parametrize("kind", IMAGES)
 def test_a_snippet_answers_as_the_handler_would(snippet, kind, run, exported, tmp_path):
     digit = Image.open(run / "samples" / "7-0.png").convert("L").resize((60, 48))
-    body = PICTURES[kind](digit)
+    body = IMAGES[kind](digit)
     code = snippet(body, exported, tmp_path) + LOOK
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -68,8 +68,8 @@ def test_a_snippet_answers_as_the_handler_would(snippet, kind, run, exported, tm
     spec = ModelSpec.load(run)
     session = onnxruntime.InferenceSession(exported / "digits.crops.onnx", providers=["CPUExecutionProvider"])
 
-    def answer(picture: Image.Image) -> np.ndarray:
-        return session.run(["probabilities"], {"images": crop(picture, spec.size, spec.resize)[None]})[0][0]
+    def answer(image: Image.Image) -> np.ndarray:
+        return session.run(["probabilities"], {"images": crop(image, spec.size, spec.resize)[None]})[0][0]
 
     expected = answer(decode(body))
     with (tmp_path / "naive").open("wb+") as file:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.folders import COLOURS, as_tar, as_zip, make_folder, picture
+from tests.folders import COLOURS, as_tar, as_zip, image, make_folder
 from training.sources import DataError, TarSource, Unreadable, open_source
 
 
@@ -35,7 +35,7 @@ def test_a_folder_of_splits_is_read(tmp_path):
 @pytest.mark.parametrize("splits", [("",), ("train", "test")])
 def test_an_archive_is_read_in_place_as_its_folder_is(tmp_path, kind, wrapped, splits):
     folder = make_folder(tmp_path / "pets", count=2, splits=splits)
-    (folder / "README.txt").write_text("no picture")
+    (folder / "README.txt").write_text("no image")
     target = tmp_path / f"pets.{kind}"
     if kind == "zip":
         as_zip(folder, target, wrapped)
@@ -66,14 +66,14 @@ def test_a_large_compressed_archive_is_unpacked_twice_and_a_small_one_once(tmp_p
 def test_a_class_may_be_called_train(tmp_path):
     for label in ("train", "plane"):
         (tmp_path / label).mkdir()
-        picture((9, 9, 9), 0).save(tmp_path / label / "1.png")
+        image((9, 9, 9), 0).save(tmp_path / label / "1.png")
     assert open_source(str(tmp_path)).labels == ["plane", "train"]
 
 
 def test_hidden_files_and_notes_are_passed_over(tmp_path):
     folder = make_folder(tmp_path, count=1)
     (folder / ".git").mkdir()
-    picture((0, 0, 0), 0).save(folder / ".git" / "x.png")
+    image((0, 0, 0), 0).save(folder / ".git" / "x.png")
     (folder / "red" / "Thumbs.db").write_bytes(b"x")
     (folder / "red" / "._0.jpg").write_bytes(b"x")
     assert len(open_source(str(folder)).entries) == 3
@@ -83,7 +83,7 @@ def test_a_linked_folder_is_followed_once(tmp_path):
     folder = make_folder(tmp_path / "a", count=2)
     extra = tmp_path / "elsewhere"
     extra.mkdir()
-    picture((1, 2, 3), 0).save(extra / "1.png")
+    image((1, 2, 3), 0).save(extra / "1.png")
     (folder / "grey").symlink_to(extra)
     (folder / "red" / "loop").symlink_to(folder)
     source = open_source(str(folder))
@@ -94,11 +94,11 @@ def test_a_linked_folder_is_followed_once(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda f: [p.unlink() for p in f.rglob("*.jpg")], "no pictures found"),
-        (lambda f: (f / "yellow").mkdir(), "class 'yellow' has no training pictures"),
+        (lambda f: [p.unlink() for p in f.rglob("*.jpg")], "no images found"),
+        (lambda f: (f / "yellow").mkdir(), "class 'yellow' has no training images"),
         (lambda f: (f / "red").rename(f / "r\u200bd"), "holds what cannot be printed"),
         (lambda f: (f / "Red").mkdir(), "'Red' and 'red' are two spellings"),
-        (lambda f: picture((0, 0, 0), 0).save(f / "lost.png"), "lie in no class folder, such as lost.png"),
+        (lambda f: image((0, 0, 0), 0).save(f / "lost.png"), "lie in no class folder, such as lost.png"),
         (
             lambda f: [
                 (p.unlink() if p.is_file() else p.rmdir())
@@ -126,7 +126,7 @@ def test_a_zip_whose_list_is_damaged_is_named(tmp_path):
         open_source(str(path))
 
 
-def test_a_link_to_nowhere_and_a_pipe_are_unreadable_pictures(tmp_path):
+def test_a_link_to_nowhere_and_a_pipe_are_unreadable_images(tmp_path):
     folder = make_folder(tmp_path, count=2)
     (folder / "red" / "gone.jpg").symlink_to("nowhere")
     os.mkfifo(folder / "red" / "pipe.jpg")
@@ -138,7 +138,7 @@ def test_a_link_to_nowhere_and_a_pipe_are_unreadable_pictures(tmp_path):
 def test_two_spellings_are_found_across_separators_and_splits(tmp_path):
     for name in ("train/hot dog", "train/pizza", "test/Hot_Dog"):
         (tmp_path / name).mkdir(parents=True)
-        picture((9, 9, 9), 0).save(tmp_path / name / "1.png")
+        image((9, 9, 9), 0).save(tmp_path / name / "1.png")
     with pytest.raises(DataError, match="two spellings"):
         open_source(str(tmp_path))
 
@@ -146,8 +146,8 @@ def test_two_spellings_are_found_across_separators_and_splits(tmp_path):
 def test_a_class_that_only_test_has_is_named(tmp_path):
     folder = make_folder(tmp_path, count=1, splits=("train", "test"))
     (folder / "test" / "yellow").mkdir()
-    picture((9, 9, 0), 0).save(folder / "test" / "yellow" / "1.png")
-    with pytest.raises(DataError, match="'yellow' has no training pictures"):
+    image((9, 9, 0), 0).save(folder / "test" / "yellow" / "1.png")
+    with pytest.raises(DataError, match="'yellow' has no training images"):
         open_source(str(folder))
 
 
@@ -179,12 +179,12 @@ def test_links_inside_an_archive_are_not_followed(tmp_path):
     import tarfile
 
     secret = tmp_path / "secret.png"
-    picture((1, 1, 1), 0).save(secret)
+    image((1, 1, 1), 0).save(secret)
     target = tmp_path / "evil.tar"
     with tarfile.open(target, "w") as archive:
         for label in COLOURS:
             body = io.BytesIO()
-            picture(COLOURS[label], 1).save(body, "PNG")
+            image(COLOURS[label], 1).save(body, "PNG")
             entry = tarfile.TarInfo(f"{label}/1.png")
             entry.size = len(body.getvalue())
             archive.addfile(entry, io.BytesIO(body.getvalue()))
@@ -317,7 +317,7 @@ def test_a_damaged_member_of_a_zip_is_an_unreadable_image(tmp_path, method):
 def test_composed_and_decomposed_spellings_of_a_class_are_refused(tmp_path):
     for name in ("caf\u00e9", "cafe\u0301", "bar"):
         (tmp_path / name).mkdir()
-        picture((9, 9, 9), 0).save(tmp_path / name / "1.png")
+        image((9, 9, 9), 0).save(tmp_path / name / "1.png")
     with pytest.raises(DataError, match="two spellings of a class") as caught:
         open_source(str(tmp_path))
     assert r"'cafe\u0301' and 'caf\xe9'" in str(caught.value)

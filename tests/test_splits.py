@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from export import pictures
-from tests.folders import COLOURS, as_tar, as_zip, make_folder, picture
+from export import images
+from tests.folders import COLOURS, as_tar, as_zip, image, make_folder
 from train import main
 from training import splits
 from training.data import load, read_split
@@ -94,7 +94,7 @@ def trained(tmp_path_factory):
 
 def add_one(folder):
     """One image more, which every other comes after."""
-    picture(COLOURS["red"], 999).save(folder / "red" / "00 new.png")
+    image(COLOURS["red"], 999).save(folder / "red" / "00 new.png")
     return folder
 
 
@@ -138,7 +138,7 @@ def test_evaluation_leaves_out_what_the_run_was_trained_on_and_says_so(trained, 
     out = capsys.readouterr().out
     summary = json.loads(out.splitlines()[-1])
     new = kind == "an added image"
-    assert summary["pictures"] == counts["test"] + new
+    assert summary["images"] == counts["test"] + new
     assert summary["left_out"] == {"train": counts["train"], "val": counts["val"]}
     assert summary["split"] == ("unseen" if new else "test")
     words = f"left out by name: {counts['train']} training images and {counts['val']} validation images of the run"
@@ -150,7 +150,7 @@ def test_other_data_is_scored_as_a_whole_and_that_is_said(trained, tmp_path, cap
     assert main(["--evaluate", str(trained[1]), "--data", str(other)]) == 0
     out = capsys.readouterr().out
     assert "none of the 9 images has the name of one that the run has seen: all count as new" in out
-    assert "of 9 pictures" in out
+    assert "of 9 images" in out
 
 
 def test_split_all_scores_the_training_images_too_and_says_so(trained, capsys):
@@ -158,7 +158,7 @@ def test_split_all_scores_the_training_images_too_and_says_so(trained, capsys):
     assert main(["--evaluate", str(run), "--data", str(folder), "--split", "all"]) == 0
     out = capsys.readouterr().out
     assert f"among those scored: {Counter(known.values())['train']} training images" in out
-    assert "of 60 pictures" in out
+    assert "of 60 images" in out
 
 
 def test_data_of_training_images_alone_is_refused_with_the_way_out(trained, tmp_path, capsys):
@@ -192,13 +192,13 @@ def test_the_record_goes_before_the_cut_in_export_and_resume(trained, tmp_path, 
     turned = {key: "train" if side == "test" else side for key, side in known.items()} | few
     splits.write(tmp_path / "run", {split: [k for k, own in turned.items() if own == split] for split in splits.SPLITS})
     capsys.readouterr()
-    tested = {name for name, _, _ in pictures.read(tmp_path / "run", "test", str(folder))}
+    tested = {name for name, _, _ in images.read(tmp_path / "run", "test", str(folder))}
     assert tested == {key for key, side in turned.items() if side == "test"}
     counts = Counter(turned.values())
     words = f"pics: left out by name: {counts['train']} training images and {counts['val']} validation images"
     assert words in capsys.readouterr().out
     assert main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
-    trained_on = json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["pictures"]
+    trained_on = json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["images"]
     assert trained_on == counts["train"]
     assert splits.read(tmp_path / "run") == turned
 

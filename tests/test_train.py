@@ -53,12 +53,12 @@ def test_the_last_checkpoint_holds_what_a_resume_needs(run):
     last = checkpoint.load(run / "last.ckpt")
     assert set(last) == {
         "version", "epoch", "seconds", "network", "ema", "optimizer", "scaler", "generator", "random", "best",
-        "history", "labels", "pictures",
+        "history", "labels", "images",
     }  # fmt: skip
     assert last["epoch"] == 10
 
 
-def test_the_report_shows_its_pictures(run):
+def test_the_report_shows_its_images(run):
     page = (run / "report" / "index.html").read_text()
     assert 'src="curves.png"' in page
     assert '<div class="matrix">' in page
@@ -114,7 +114,7 @@ def test_training_starts_from_local_weights(tmp_path, run):
     ]
     assert main(arguments) == 0
     before, after = (json.loads((folder / "metrics.json").read_text())["val"] for folder in (run, tmp_path / "run"))
-    assert after["accuracy"] == pytest.approx(before["accuracy"], abs=1.5 / before["pictures"])  # one near tie
+    assert after["accuracy"] == pytest.approx(before["accuracy"], abs=1.5 / before["images"])  # one near tie
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-3)
 
 

@@ -78,14 +78,14 @@ def test_a_step_is_that_of_the_mean_loss(digits):
     assert share(weights(trainer.network), weights(network), start) < 1e-3
 
 
-def test_pictures_too_many_for_the_gpu_stay_where_they_are(digits, monkeypatch):
+def test_images_too_many_for_the_gpu_stay_where_they_are(digits, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (digits.train.pixels.nbytes * 4 - 4, 0))
     assert training_data.on_device(digits, torch.device("cuda")) is digits
     assert training_data.on_device(digits, torch.device("cpu")) is digits
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu_the_pictures_lie_there_and_the_steps_are_the_same(digits, monkeypatch):
+def test_on_a_gpu_the_images_lie_there_and_the_steps_are_the_same(digits, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # and not TF32
     trainer = make(digits, device="cuda")
     assert trainer.data.train.pixels.is_cuda
@@ -100,7 +100,7 @@ def test_the_gradients_norm_is_limited(digits):
 
 
 def test_mixup_counts_both_labels(digits, monkeypatch):
-    """With every picture mixed half and half with its neighbour, the loss is the mean of the two labels' losses."""
+    """With every image mixed half and half with its neighbour, the loss is the mean of the two labels' losses."""
     monkeypatch.setattr(trainer_module, "draw_mix", lambda *_: trainer_module.Mix(0.5))
     trainer = make(digits, crop_padding=0)
     network, places = copy.deepcopy(trainer.network), torch.arange(10)
@@ -111,7 +111,7 @@ def test_mixup_counts_both_labels(digits, monkeypatch):
     assert float(loss) == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
-def test_the_first_part_of_a_run_sees_smaller_pictures(digits):
+def test_the_first_part_of_a_run_sees_smaller_images(digits):
     trainer = make(digits, arch="fastnet_small", epochs=4, low_res=0.375)
     sides = []
     trainer.network.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
@@ -123,7 +123,7 @@ def test_the_first_part_of_a_run_sees_smaller_pictures(digits):
     assert sides == [24] * small + [32] * (3 * steps - small)
 
 
-def test_a_network_for_one_size_cannot_begin_with_smaller_pictures(tmp_path, capsys):
+def test_a_network_for_one_size_cannot_begin_with_smaller_images(tmp_path, capsys):
     assert main(["--data", "digits", "--low-res", "0.5", "--out", str(tmp_path / "run")]) == 2
     assert "--low-res 0.5: simplecnn of 32 px cannot take 24 px; pass --low-res 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -294,24 +294,19 @@ def test_out_of_memory_outside_of_a_step_is_one_line_too(tmp_path, capsys, monke
     assert error.count("\n") == 1
 
 
-def limit_memory(monkeypatch, pictures):
-    """A GPU whose memory holds so many pictures going through the network."""
+def limit_memory(monkeypatch, images):
+    """A GPU whose memory holds so many images going through the network."""
     real = nn.Conv2d.forward
 
     def forward(self, images):
-        if (
-            self.in_channels == 3
-            and images.requires_grad is False
-            and torch.is_grad_enabled()
-            and len(images) > pictures
-        ):
+        if self.in_channels == 3 and images.requires_grad is False and torch.is_grad_enabled() and len(images) > images:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
         return real(self, images)
 
     monkeypatch.setattr(nn.Conv2d, "forward", forward)
 
 
-def test_the_part_that_fits_is_one_of_full_sized_pictures(digits):
+def test_the_part_that_fits_is_one_of_full_sized_images(digits):
     trainer = make(digits, arch="fastnet_small", low_res=1.0)
     sides = []
     trainer.network.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
@@ -324,17 +319,17 @@ def test_out_of_memory_names_a_batch_that_fits_and_it_does(tmp_path, capsys, mon
     arguments = ["--data", "digits", "--epochs", "1", "--batch-size", "64", "--out", str(tmp_path / "run")]
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert "out of memory with --batch-size 64, 64 pictures at a time; 16 fit" in error
+    assert "out of memory with --batch-size 64, 64 images at a time; 16 fit" in error
     assert "pass --accumulate 4, which learns the same (but for BatchNorm), or --batch-size 16" in error
     assert error.count("\n") == 1
     assert main([*arguments, "--accumulate", "4"]) == 0
     assert main([*arguments, "--batch-size", "16", "--overwrite"]) == 0
 
 
-def test_out_of_memory_with_two_pictures(tmp_path, capsys, monkeypatch):
+def test_out_of_memory_with_two_images(tmp_path, capsys, monkeypatch):
     limit_memory(monkeypatch, 1)
     assert main(["--data", "digits", "--out", str(tmp_path / "run")]) == 2
-    assert "even with 2 pictures; pass a smaller --size" in capsys.readouterr().err
+    assert "even with 2 images; pass a smaller --size" in capsys.readouterr().err
 
 
 def test_evaluation_takes_smaller_batches_where_the_memory_ends(digits, monkeypatch):

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches at once. Each function takes one random choice per picture from `draws`."""
+"""Augmentation of whole batches at once. Each function takes one random choice per image from `draws`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.nn.functional import interpolate
 class Draws:
     """Random numbers for a whole batch, of which only some rows are worked on here.
 
-    They are drawn for the batch and then chosen, so a picture is augmented the same way whether one process works on
-    the batch or several do; and on the CPU, so a seed gives the same pictures on every device.
+    They are drawn for the batch and then chosen, so an image is augmented the same way whether one process works on
+    the batch or several do; and on the CPU, so a seed gives the same images on every device.
 
-    rows: int64 (n,), places in the batch of the pictures at hand.
+    rows: int64 (n,), places in the batch of the images at hand.
     """
 
     generator: Generator
@@ -34,7 +34,7 @@ class Draws:
 
 
 def flip_and_shift(crops: Tensor, flip: bool, padding: int, draws: Draws) -> Tensor:
-    """Mirrors half of the pictures and shifts each by up to `padding` px both ways, as one gather.
+    """Mirrors half of the images and shifts each by up to `padding` px both ways, as one gather.
 
     The same as a padded random crop with mirrored edges (the edge pixel itself is not repeated).
 
@@ -57,12 +57,12 @@ def flip_and_shift(crops: Tensor, flip: bool, padding: int, draws: Draws) -> Ten
     if padding:
         rows = _mirror(rows + draws.integers(-padding, padding, crops.device), size)
         columns = _mirror(columns + draws.integers(-padding, padding, crops.device), size)
-    pictures = torch.arange(count, device=crops.device)
-    return crops[pictures[:, None, None], rows[:, :, None], columns[:, None, :]]
+    images = torch.arange(count, device=crops.device)
+    return crops[images[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def jitter(crops: Tensor, strength: float, draws: Draws) -> Tensor:
-    """Brightness, contrast and saturation of each picture, each by a factor from 1 - strength to 1 + strength.
+    """Brightness, contrast and saturation of each image, each by a factor from 1 - strength to 1 + strength.
 
     Args:
         crops: uint8 (N, S, S, 3).
@@ -97,9 +97,9 @@ def shrunk(size: int) -> int:
 
 @dataclass(frozen=True)
 class Mix:
-    """How each picture of a batch is mixed with its neighbour: one choice for the whole batch.
+    """How each image of a batch is mixed with its neighbour: one choice for the whole batch.
 
-    kept: share of the picture itself, 0..1, by which its label counts too; the rest is its neighbour's.
+    kept: share of the image itself, 0..1, by which its label counts too; the rest is its neighbour's.
     box: of CutMix, (top, bottom, left, right) px, where the neighbour's pixels are; None for mixup, which blends.
     """
 
@@ -121,7 +121,7 @@ def draw_mix(mixup: float, cutmix: float, size: int, generator: Generator) -> Mi
 
     Args:
         mixup, cutmix: alpha of the Beta(alpha, alpha) that the shares are drawn from; 0 for off.
-        size: side of the pictures, px.
+        size: side of the images, px.
     """
     if not mixup and not cutmix:
         return None

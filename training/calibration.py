@@ -18,7 +18,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     The loss has one minimum in it, so a golden-section search finds it. Labels keep their order, so accuracy stays.
 
     Args:
-        logits: float32 (N, C), of pictures that the network was not trained on.
+        logits: float32 (N, C), of images that the network was not trained on.
         targets: int64 (N,).
 
     Returns:

@@ -30,15 +30,15 @@ class TrainConfig:
         MISSING,
         "data",
         "digits, cifar10, cifar100, mnist, fashion-mnist; or a folder, .zip, .tar, .tar.gz or .tar.xz "
-        "of pictures as CLASS/* or {train,val,test}/CLASS/*",
+        "of images as CLASS/* or {train,val,test}/CLASS/*",
     )
     out: str = _option(MISSING, "data", "run folder to write, e.g. runs/NAME")
     download_dir: str = _option("data", "data", "where torchvision's data sets are kept")
     val_fraction: float = _option(0.1, "data", "share of train cut for validation where there is no val split")
     test_fraction: float = _option(0.1, "data", "share cut for test where there is no test split")
     split_seed: int = _option(0, "data", "seed of these cuts; keep it, so that runs share their test split")
-    skip_bad: bool = _option(False, "data", "leave unreadable pictures out (and list them) instead of stopping")
-    workers: int | None = _option(None, "data", "threads that decode the pictures (default: one for each core)")
+    skip_bad: bool = _option(False, "data", "leave unreadable images out (and list them) instead of stopping")
+    workers: int | None = _option(None, "data", "threads that decode the images (default: one for each core)")
 
     arch: str = _option(
         "simplecnn", "network", "simplecnn, fastnet, fastnet_small or any torchvision classifier (--list-archs)"
@@ -53,14 +53,14 @@ class TrainConfig:
     cache_features: bool = _option(
         True,
         "network",
-        "compute once what the head sees of each picture and its mirror image while --freeze holds, which is much "
+        "compute once what the head sees of each image and its mirror image while --freeze holds, which is much "
         "faster; --no-cache-features augments, and drops out, anew in each epoch (default: on)",
     )
     unfreeze_at: int = _option(
         0, "network", "end --freeze after this many epochs; the rest then learns at a tenth of the rate; 0: never"
     )
 
-    flip: bool | None = _option(None, "augmentation", "mirror half of the pictures (default: on, but not for digits)")
+    flip: bool | None = _option(None, "augmentation", "mirror half of the images (default: on, but not for digits)")
     crop_padding: int | None = _option(
         None, "augmentation", "shift by up to this many px, edges mirrored; 0 for off (default: size / 8)"
     )
@@ -70,7 +70,7 @@ class TrainConfig:
     cutmix: float = _option(0.0, "augmentation", "alpha of CutMix, such as 1; with --mixup a coin decides; 0 for off")
 
     epochs: int | None = _option(
-        None, "optimisation", "passes over the training pictures (default: 10, or as many as --minutes has time for)"
+        None, "optimisation", "passes over the training images (default: 10, or as many as --minutes has time for)"
     )
     minutes: float | None = _option(
         None, "optimisation", "train this long; with --epochs too, until the first of them is over"
@@ -78,7 +78,7 @@ class TrainConfig:
     batch_size: int | None = _option(
         None,
         "optimisation",
-        "pictures per step, of all processes and parts together (default: 32; 64 for 10,000 and more of below 128 px)",
+        "images per step, of all processes and parts together (default: 32; 64 for 10,000 and more of below 128 px)",
     )
     accumulate: int = _option(1, "optimisation", "parts that each batch goes through the network in, to save memory")
     optimizer: str = _option("adamw", "optimisation", "optimizer", ("adam", "adamw", "sgd", "muon"))
@@ -108,7 +108,7 @@ class TrainConfig:
     low_res: float = _option(
         0.0,
         "optimisation",
-        "share of the run, from its beginning, that sees the pictures at three quarters of --size, which is faster",
+        "share of the run, from its beginning, that sees the images at three quarters of --size, which is faster",
     )
     patience: int = _option(0, "optimisation", "stop after this many epochs without a better val accuracy; 0: never")
 
@@ -166,7 +166,7 @@ class TrainConfig:
                 if getattr(self, name):
                     raise ValueError(
                         f"--{name.replace('_', '-')} {getattr(self, name)}: --freeze computes the features of each "
-                        "picture once; leave it out (or 0), or pass --no-cache-features, which is slower"
+                        "image once; leave it out (or 0), or pass --no-cache-features, which is slower"
                     )
         for option in fields(self):
             choices = option.metadata["choices"]
@@ -180,7 +180,7 @@ class TrainConfig:
 
     @property
     def flips_only(self) -> bool:
-        """Whether no epoch augments pictures, beyond mirroring them."""
+        """Whether no epoch augments images, beyond mirroring them."""
         return self.freeze and self.cache_features and not self.unfreeze_at
 
     def save(self, path: Path) -> None:

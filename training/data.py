@@ -1,4 +1,4 @@
-"""Labelled pictures, decoded once into the squares that the network sees, split into train, val and test."""
+"""Labelled images, decoded once into the squares that the network sees, split into train, val and test."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.files import atomic_write, sha256, write_text
-from model.pictures import PictureError, crop, read
+from model.images import ImageError, crop, read
 from training import distributed, splits
-from training.sources import DataError, Entry, Picture, Source, Unreadable, open_source, shown
+from training.sources import DataError, Entry, ImageInput, Source, Unreadable, open_source, shown
 
-SAMPLES = 64  # pictures kept as files, for parity checks and for trying the endpoint
+SAMPLES = 64  # images kept as files, for parity checks and for trying the endpoint
 SAMPLES_LIST = "samples.json"  # in the run folder: which files of RUN/samples a run has written
 SAMPLE_LABEL_BYTES = 80  # of a label in a file name, which may have 255 in all
 SAMPLE_BYTES = 2 << 20  # of each at the most, so that a run folder stays small
-DECODED_TOGETHER = 16  # pictures that a thread decodes before it asks for more, which costs as much as a tiny one
+DECODED_TOGETHER = 16  # images that a thread decodes before it asks for more, which costs as much as a tiny one
 TOGETHER_BYTES = 1 << 20  # of their files at the most, but for the last: large ones are decoded one by one
 READERS = 8  # threads that read rows of a file
 LISTED = 50  # unreadable files named one by one before the rest is counted
@@ -55,7 +55,7 @@ class FilePixels:
 
     def __setitem__(self, place: int, crop: Tensor) -> None:
         if os.pwrite(self._file.fileno(), crop.contiguous().numpy().data, place * self._row) != self._row:
-            raise OSError("no space is left for the temporary file of the pictures")
+            raise OSError("no space is left for the temporary file of the images")
 
     def __getitem__(self, places: Tensor) -> Tensor:
         coming, self._coming = self._coming, None
@@ -73,7 +73,7 @@ class FilePixels:
 
         def read(i: int, place: int) -> None:
             if os.preadv(self._file.fileno(), [views[i].data], place * self._row) != self._row:
-                raise OSError("the temporary file of the pictures is cut short; is the disk full?")
+                raise OSError("the temporary file of the images is cut short; is the disk full?")
 
         list(self._readers.map(read, range(len(places)), places.tolist()))
         return rows
@@ -81,7 +81,7 @@ class FilePixels:
 
 @dataclass(frozen=True)
 class Split:
-    """N labelled pictures, as rows of a tensor that the splits share.
+    """N labelled images, as rows of a tensor that the splits share.
 
     pixels: uint8 (all, S, S, 3), RGB; rows: int64 (N,), places in it; targets: int64 (N,), places in the labels.
     """
@@ -92,11 +92,11 @@ class Split:
     names: list[str]  # as Entry.key
 
     def crops(self, chosen: Tensor | slice) -> Tensor:
-        """uint8 (n, S, S, 3) of the chosen pictures."""
+        """uint8 (n, S, S, 3) of the chosen images."""
         return self.pixels[self.rows[chosen]]
 
     def read_ahead(self, chosen: Tensor) -> None:
-        """Says that these are wanted next: where pictures stream from a file, they are read meanwhile."""
+        """Says that these are wanted next: where images stream from a file, they are read meanwhile."""
         if isinstance(self.pixels, FilePixels):
             self.pixels.read_ahead(self.rows[chosen])
 
@@ -112,7 +112,7 @@ class Data:
     train: Split
     val: Split
     test: Split
-    samples: dict[str, bytes]  # file name to picture file, of the val split
+    samples: dict[str, bytes]  # file name to image file, of the val split
     skipped: list[str]  # unreadable files that --skip-bad left out, with the reason
 
 
@@ -131,15 +131,15 @@ def load(
     progress: bool = False,
     known: Mapping[str, str] | None = None,
 ) -> Data:
-    """Reads and decodes every picture. The pixels of the test split are only looked at by the final evaluation.
+    """Reads and decodes every image. The pixels of the test split are only looked at by the final evaluation.
 
     Args:
-        scratch: folder for a temporary file, used where the pictures would fill the memory.
+        scratch: folder for a temporary file, used where the images would fill the memory.
         workers: threads that decode; by default one for each core.
         known: of a run that goes on: the splits that its images have, by name.
 
     Raises:
-        DataError: as `open_source`; a picture cannot be read (unless `skip_bad`); as `splits.check_splits`.
+        DataError: as `open_source`; an image cannot be read (unless `skip_bad`); as `splits.check_splits`.
     """
     source = open_source(data, download_dir)
     sides = splits.cut_splits(source.entries, val_fraction, test_fraction, split_seed, known)
@@ -149,9 +149,9 @@ def load(
     crops = allocate(len(sides), size, scratch)
     kept: dict[int, bytes] = {}
 
-    def keep(place: int, picture: Picture) -> None:
+    def keep(place: int, image: ImageInput) -> None:
         if place in sampled:
-            kept[place] = _as_file(picture)
+            kept[place] = _as_file(image)
 
     rows = {place: place for place in range(len(sides))}
     bad = decode_all(source, rows, crops, size, resize, workers=workers, progress=progress, seen=keep)
@@ -170,35 +170,35 @@ def decode_all(
     *,
     workers: int | None = None,
     progress: bool = False,
-    seen: Callable[[int, Picture], None] = lambda place, picture: None,
+    seen: Callable[[int, ImageInput], None] = lambda place, image: None,
 ) -> dict[int, str]:
-    """Decodes the pictures whose places stand in `rows` into those rows of `crops`.
+    """Decodes the images whose places stand in `rows` into those rows of `crops`.
 
     Args:
         workers: threads; by default one for each core.
-        seen: called with each picture that could be decoded, by one of the threads.
+        seen: called with each image that could be decoded, by one of the threads.
 
     Returns:
-        The reason for each place whose picture cannot be read.
+        The reason for each place whose image cannot be read.
     """
     bad: dict[int, str] = {}
 
-    def decode_some(items: list[tuple[int, Picture]]) -> None:
-        for place, picture in items:
-            if isinstance(picture, Unreadable):
-                bad[place] = picture.reason
+    def decode_some(items: list[tuple[int, ImageInput]]) -> None:
+        for place, image in items:
+            if isinstance(image, Unreadable):
+                bad[place] = image.reason
                 continue
             try:
-                square = read(picture, size, resize) if isinstance(picture, bytes) else crop(picture, size, resize)
-            except (PictureError, MemoryError) as error:
+                square = read(image, size, resize) if isinstance(image, bytes) else crop(image, size, resize)
+            except (ImageError, MemoryError) as error:
                 bad[place] = _reason(error)
                 continue
             crops[rows[place]] = torch.from_numpy(square.copy())
-            seen(place, picture)
+            seen(place, image)
 
     wanted = (item for item in source.read() if item[0] in rows)
     threads, waiting = workers or os.cpu_count() or 1, deque[tuple[int, Future[None]]]()
-    bar = tqdm(total=len(rows), desc="reading", unit="pictures", disable=not progress, leave=False)
+    bar = tqdm(total=len(rows), desc="reading", unit="images", disable=not progress, leave=False)
     with bar, ThreadPoolExecutor(threads) as pool:
 
         def finish_one() -> None:
@@ -225,7 +225,7 @@ def read_split(
     test_fraction: float = 0.1,
     seed: int = 0,
 ) -> Iterator[tuple[str, str, bytes]]:
-    """The picture files of one split as they are, with name and label: what a client would send.
+    """The image files of one split as they are, with name and label: what a client would send.
 
     Args:
         run: a run folder. Its record of what it was trained on goes before the cut, and what is left out of "test" for
@@ -236,10 +236,10 @@ def read_split(
     sides = splits.cut_splits(source.entries, val_fraction, test_fraction, seed, known)
     if run and split == "test":
         _say_left_out(run, source, known)
-    for place, picture in source.read():
+    for place, image in source.read():
         if sides[place] == split:
             entry = source.entries[place]
-            yield shown(entry.name), entry.label, _as_file(picture)
+            yield shown(entry.name), entry.label, _as_file(image)
 
 
 def _say_left_out(run: Path, source: Source, known: Mapping[str, str] | None) -> None:
@@ -314,19 +314,19 @@ def allocate(count: int, size: int, scratch: Path | None) -> Tensor | FilePixels
     space = shutil.disk_usage(where).free
     if needed > space:
         raise DataError(
-            f"the pictures take {needed / 1e9:.1f} GB, over half of the free memory ({free / 1e9:.1f} GB), and {where} "
+            f"the images take {needed / 1e9:.1f} GB, over half of the free memory ({free / 1e9:.1f} GB), and {where} "
             f"has room for {space / 1e9:.1f} GB; choose another disk ({'--out' if scratch else 'TMPDIR'}), or a "
             "smaller --size"
         )
     print(
-        f"the pictures take {needed / 1e9:.1f} GB, over half of the free memory ({free / 1e9:.1f} GB): "
+        f"the images take {needed / 1e9:.1f} GB, over half of the free memory ({free / 1e9:.1f} GB): "
         f"they stream from a temporary file in {where}"
     )
     return FilePixels(count, size, scratch)
 
 
 def on_device(data: Data, device: torch.device) -> Data:
-    """`data` with its pictures on the GPU, so that no batch is copied there, if a quarter of its memory holds them."""
+    """`data` with its images on the GPU, so that no batch is copied there, if a quarter of its memory holds them."""
     pixels = data.train.pixels
     if device.type != "cuda" or isinstance(pixels, FilePixels):
         return data
@@ -363,14 +363,14 @@ def _assemble(
         targets = torch.tensor([index[source.entries[i].label] for i in places], dtype=torch.int64)
         parts[split] = Split(crops, torch.tensor(places), targets, [source.entries[i].key for i in places])
         if not places:
-            raise DataError(f"{source.name}: no readable picture is left in {split}; see the list of unreadable files")
+            raise DataError(f"{source.name}: no readable image is left in {split}; see the list of unreadable files")
     if empty := sorted(set(source.labels) - {source.labels[i] for i in parts["train"].targets.tolist()}):
-        raise DataError(f"{source.name}: class '{empty[0]}' has no readable training picture; add some")
+        raise DataError(f"{source.name}: class '{empty[0]}' has no readable training image; add some")
     return Data(source.name, source.labels, source.flips, **parts, samples=samples, skipped=skipped)
 
 
 def _choose_samples(entries: list[Entry], sides: list[str]) -> set[int]:
-    """Places of val pictures, the classes in turn, so that each has its share."""
+    """Places of val images, the classes in turn, so that each has its share."""
     by_class: dict[str, list[int]] = defaultdict(list)
     for place, entry in enumerate(entries):
         if sides[place] == "val":
@@ -395,17 +395,17 @@ def _name_samples(entries: list[Entry], kept: dict[int, bytes]) -> dict[str, byt
     return named
 
 
-def _as_file(picture: Picture) -> bytes:
-    if isinstance(picture, Unreadable):
+def _as_file(image: ImageInput) -> bytes:
+    if isinstance(image, Unreadable):
         return b""
-    if isinstance(picture, bytes):
-        return picture
+    if isinstance(image, bytes):
+        return image
     buffer = io.BytesIO()
-    Image.Image.save(picture, buffer, "PNG")
+    Image.Image.save(image, buffer, "PNG")
     return buffer.getvalue()
 
 
-def _reason(error: PictureError | MemoryError) -> str:
+def _reason(error: ImageError | MemoryError) -> str:
     """Why a file has no usable image, without the bodies and the sending that the endpoint's clients are told of."""
     if isinstance(error, MemoryError):  # Pillow's word for a side that it cannot count, too
         return "the image is too long or too large to be decoded"
@@ -415,11 +415,11 @@ def _reason(error: PictureError | MemoryError) -> str:
 def _unreadable(data: str, skipped: list[str], total: int) -> str:
     rest = f"\n  … and {len(skipped) - LISTED} more" if len(skipped) > LISTED else ""
     names = "".join(f"\n  {line}" for line in skipped[:LISTED])
-    return f"{data}: {len(skipped)} of {total} pictures cannot be read; mend them or pass --skip-bad{names}{rest}"
+    return f"{data}: {len(skipped)} of {total} images cannot be read; mend them or pass --skip-bad{names}{rest}"
 
 
-def _batches(items: Iterable[tuple[int, Picture]]) -> Iterator[list[tuple[int, Picture]]]:
-    batch: list[tuple[int, Picture]] = []
+def _batches(items: Iterable[tuple[int, ImageInput]]) -> Iterator[list[tuple[int, ImageInput]]]:
+    batch: list[tuple[int, ImageInput]] = []
     size = 0
     for item in items:
         batch.append(item)

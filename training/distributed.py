@@ -1,6 +1,6 @@
 """The processes of one training run, as `torchrun` starts them. Where there is only one, everything here is trivial.
 
-Each process holds the network and all pictures, and works on its own part of every batch. Numbers that decide what
+Each process holds the network and all images, and works on its own part of every batch. Numbers that decide what
 happens next (the time, Ctrl-C) come from the first process, so that all do the same.
 """
 

@@ -1,4 +1,4 @@
-"""Logits of pictures that are only looked at; scoring a finished run on pictures that it may never have seen."""
+"""Logits of images that are only looked at; scoring a finished run on images that it may never have seen."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIONS = (
     "workers",
     "device",
 )
-BATCH = 256  # pictures; fewer where the GPU has no room for them
+BATCH = 256  # images; fewer where the GPU has no room for them
 CPU_PIXELS = 1 << 20  # of a batch on the CPU, where larger ones take memory and gain nothing
 
 
@@ -45,12 +45,12 @@ def evaluate(
     shown: str = "",
     batch: int | None = None,
 ) -> Tensor:
-    """Logits of every picture, in order: float32 (N, C), on the CPU. Each process looks at its share of them.
+    """Logits of every image, in order: float32 (N, C), on the CPU. Each process looks at its share of them.
 
     Args:
         mirrored: look at the mirror images.
         shown: name of a progress bar; none without it.
-        batch: pictures at a time; by default as many as suit the device.
+        batch: images at a time; by default as many as suit the device.
     """
     network.eval()
     if batch is None:
@@ -100,10 +100,10 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
     source, known = open_source(config.data, config.download_dir), splits.read(run)
     wanted = choose(source.entries, split or "unseen", known or {}, config)
     left_out = _say_what_is_scored(run, source, known, wanted, split or "unseen")
-    pictures = read_pictures(source, spec.labels, spec.size, spec.resize, wanted, config)
+    images = read_images(source, spec.labels, spec.size, spec.resize, wanted, config)
     mean, std = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
-    logits = evaluate(network.to(device), pictures, mean, std)
-    result = calibrated_score(logits, pictures.targets, spec.labels, spec.temperature)
+    logits = evaluate(network.to(device), images, mean, std)
+    result = calibrated_score(logits, images.targets, spec.labels, spec.temperature)
     name = split if split not in (None, "unseen") else _name(source.entries, wanted, known or {})
     return {"run": str(run), "data": config.data, "split": name, "left_out": left_out, **result}
 
@@ -128,13 +128,13 @@ def choose(entries: Sequence[Entry], split: str, known: Mapping[str, str], confi
     return [place for place, own in enumerate(sides) if own == split]
 
 
-def read_pictures(
+def read_images(
     source: Source, labels: tuple[str, ...], size: int, resize: int, wanted: Sequence[int], config: TrainConfig
 ) -> Split:
-    """Decodes the pictures of the places `wanted`; their targets are places in `labels`.
+    """Decodes the images of the places `wanted`; their targets are places in `labels`.
 
     Raises:
-        DataError: no pictures, a class that is not among `labels`, or a picture that cannot be read (unless
+        DataError: no images, a class that is not among `labels`, or an image that cannot be read (unless
             `config.skip_bad`).
     """
     if strange := [label for label in source.labels if label not in labels]:
@@ -147,7 +147,7 @@ def read_pictures(
     for place, reason in sorted(bad.items()):
         name = shown(source.entries[place].name)
         if not config.skip_bad:
-            raise DataError(f"{name}: {reason} ({len(bad)} such pictures); mend them or pass --skip-bad")
+            raise DataError(f"{name}: {reason} ({len(bad)} such images); mend them or pass --skip-bad")
         print(f"left out {name}: {reason}")
     kept = [place for place in wanted if place not in bad]
     if not kept:

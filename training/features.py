@@ -1,4 +1,4 @@
-"""What the head of a frozen network sees of each picture, computed once: training it then takes seconds."""
+"""What the head of a frozen network sees of each image, computed once: training it then takes seconds."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from training.evaluation import evaluate
 
 @dataclass(frozen=True)
 class Features:
-    """float32, D for each picture, in the order of the splits; on the CPU.
+    """float32, D for each image, in the order of the splits; on the CPU.
 
-    train: (V, N, D); V is 2 where pictures are mirrored, their mirror images being the second view, else 1.
+    train: (V, N, D); V is 2 where images are mirrored, their mirror images being the second view, else 1.
     val: (M, D).
     """
 
@@ -29,7 +29,7 @@ class Features:
     val: Tensor
 
     def choose(self, places: Tensor, draws: Draws) -> Tensor:
-        """float32 (n, D) of the train split; each picture or its mirror image, as `flip_and_shift` would decide."""
+        """float32 (n, D) of the train split; each image or its mirror image, as `flip_and_shift` would decide."""
         if len(self.train) == 1:
             return self.train[0, places]
         return self.train[(draws.uniform(places.device) < 0.5).long(), places]

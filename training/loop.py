@@ -70,7 +70,7 @@ def fit(trainer: Trainer, out: Path) -> None:
         )
         before, stuck = stuck, one_label_for_all(val)
         if stuck and not before:
-            print(f"the network gives '{stuck}' to nearly all val pictures; if it stays so, pass a smaller --lr")
+            print(f"the network gives '{stuck}' to nearly all val images; if it stays so, pass a smaller --lr")
         if is_better(val, trainer.best):
             best = {"epoch": row["epoch"], "accuracy": val["accuracy"], "loss": val["loss"]}
             trainer.best = {**best, "network": snapshot(trainer.averaged)}
@@ -119,7 +119,7 @@ def way_back(trainer: Trainer, out: Path) -> str:
 
 
 def is_better(val: dict[str, Any], best: dict[str, Any]) -> bool:
-    """By accuracy; of two that are equal, as they often are on few pictures, by the lower loss."""
+    """By accuracy; of two that are equal, as they often are on few images, by the lower loss."""
     return (val["accuracy"], -val["loss"]) > (best["accuracy"], -best["loss"])
 
 
@@ -158,14 +158,14 @@ def write_history(history: list[dict[str, float]], out: Path) -> None:
 
 @contextmanager
 def progress(trainer: Trainer) -> Iterator[Callable[[float, int], None]]:
-    """Gives a function of the loss and the pictures seen in this epoch: it moves a bar on a terminal, and prints a line
+    """Gives a function of the loss and the images seen in this epoch: it moves a bar on a terminal, and prints a line
     now and then elsewhere."""
-    config, pictures, schedule = trainer.config, len(trainer.data.train), trainer.schedule
+    config, images, schedule = trainer.config, len(trainer.data.train), trainer.schedule
     length = f"/{config.epoch_limit:g}" if math.isfinite(config.epoch_limit) else ""
     name = f"epoch {len(trainer.history) + 1}{length}"
     started = printed = time.perf_counter()
     if sys.stderr.isatty() and distributed.rank() == 0:
-        with tqdm(total=pictures, desc=name, unit=" pictures", leave=False) as bar:
+        with tqdm(total=images, desc=name, unit=" images", leave=False) as bar:
 
             def move(loss: float, seen: int) -> None:
                 bar.update(seen - bar.n)
@@ -180,9 +180,9 @@ def progress(trainer: Trainer) -> Iterator[Callable[[float, int], None]]:
         if now - printed < SECONDS_A_LINE:
             return
         printed, rate = now, seen / (now - started)
-        left, run = (tqdm.format_interval(seconds) for seconds in ((pictures - seen) / rate, schedule.left))
+        left, run = (tqdm.format_interval(seconds) for seconds in ((images - seen) / rate, schedule.left))
         print(
-            f"{name}: {seen:,} of {pictures:,} pictures, loss {loss:.3f}, {rate:,.1f} pictures/s, "
+            f"{name}: {seen:,} of {images:,} images, loss {loss:.3f}, {rate:,.1f} images/s, "
             f"{left} left of the epoch, {run} of the run",
             flush=True,
         )

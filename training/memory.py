@@ -12,7 +12,7 @@ def keep_freed() -> None:
     """Has glibc give no memory back to the system, for the rest of the process; does nothing on other systems.
 
     By default every large tensor is memory of its own, which the system clears at its first use and takes back at its
-    last: a third of the time of a small network's step on a CPU. With large pictures it gains little and costs memory
+    last: a third of the time of a small network's step on a CPU. With large images it gains little and costs memory
     (ResNet-18 at 224 px, once each: 4% and a tenth).
     """
     try:

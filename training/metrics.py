@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEARLY_ALL = 0.95  # share of the pictures with the same prediction, from which on a network is said to be stuck
+NEARLY_ALL = 0.95  # share of the images with the same prediction, from which on a network is said to be stuck
 
 
 def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) -> dict[str, Any]:
@@ -19,8 +19,8 @@ def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) 
 
     Returns:
         Numbers 0..1 (the loss in nats), ready for JSON. With fewer than 5 classes "top5" counts them all; precision is
-        0 for a class that is never answered, and recall for one without pictures; "macro", their mean, leaves the
-        classes without pictures out. "baseline" is the accuracy of giving every picture the label of the largest class;
+        0 for a class that is never answered, and recall for one without images; "macro", their mean, leaves the
+        classes without images out. "baseline" is the accuracy of giving every image the label of the largest class;
         "most_predicted" the label that is predicted most, with its share.
     """
     predicted = logits.argmax(dim=1)
@@ -33,7 +33,7 @@ def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) 
     f1 = 2 * right / (answered + there).clamp(min=1)
     share, most = (answered / len(targets)).max(dim=0)
     per_class = {
-        label: {"precision": float(p), "recall": float(r), "f1": float(f), "pictures": int(n)}
+        label: {"precision": float(p), "recall": float(r), "f1": float(f), "images": int(n)}
         for label, p, r, f, n in zip(labels, precision, recall, f1, there, strict=True)
     }
     return {
@@ -41,7 +41,7 @@ def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) 
         "top5": float((best == targets[:, None]).any(dim=1).float().mean()),
         "loss": float(torch.nn.functional.cross_entropy(logits, targets)),
         "ece": expected_calibration_error(logits.softmax(dim=1), targets),
-        "pictures": len(targets),
+        "images": len(targets),
         "baseline": float(there.max() / len(targets)),
         "most_predicted": {"label": labels[int(most)], "share": float(share)},
         "macro": {
@@ -53,9 +53,9 @@ def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) 
 
 
 def one_label_for_all(scores: dict[str, Any]) -> str:
-    """The label that nearly all pictures of a `score` are given, although they do not all have it; or ""."""
+    """The label that nearly all images of a `score` are given, although they do not all have it; or ""."""
     label, share = scores["most_predicted"]["label"], scores["most_predicted"]["share"]
-    own = scores["per_class"][label]["pictures"] / scores["pictures"]
+    own = scores["per_class"][label]["images"] / scores["images"]
     return label if share >= NEARLY_ALL and own < NEARLY_ALL * share else ""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # The rates of the rest beside that of the filters. Shifts of a norm without a scale take a large one: airbench has
-# 0.053 for the loss summed over 2,000 pictures, which is 106 for their mean, beside 0.24 for the filters.
+# 0.053 for the loss summed over 2,000 images, which is 106 for their mean, beside 0.24 for the filters.
 HEAD, VECTORS, SHIFTS = 4.0, 0.22, 310.0
 
 

@@ -22,7 +22,7 @@ from training.data import Data, Split
 MOST_NAMED_CLASSES = 40  # more rows and columns than this are shown without labels
 MISTAKES = 24
 COLUMNS = 8  # of mistakes.png
-TILE = 128  # px, side of each of its pictures
+TILE = 128  # px, side of each of its images
 CONFUSIONS = 20  # rows of the table of confused pairs
 
 
@@ -33,7 +33,7 @@ def write_report(
 
     Args:
         history: history.csv of the run.
-        logits: float32 (N, C), of the N pictures of `data.test`.
+        logits: float32 (N, C), of the N images of `data.test`.
     """
     probabilities = logits.softmax(dim=1)
     confusion = confusion_matrix(probabilities.argmax(dim=1), data.test.targets, len(spec.labels))
@@ -60,7 +60,7 @@ def confusion_matrix(predicted: Tensor, targets: Tensor, classes: int) -> np.nda
 
 
 def most_confident_mistakes(probabilities: Tensor, targets: Tensor) -> list[int]:
-    """Indices of up to MISTAKES pictures, the most confident mistake first."""
+    """Indices of up to MISTAKES images, the most confident mistake first."""
     confidence, predicted = probabilities.max(dim=1)
     wrong = (predicted != targets).nonzero().flatten()
     return wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist()
@@ -102,7 +102,7 @@ def _draw_confusion(confusion: np.ndarray) -> Any:
     side = min(4 + 0.35 * len(confusion), 14)
     figure, axes = _figure(side + 1, side)
     image = axes.imshow(_shares(confusion), cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="answer, by the class's number", ylabel="truth", title="test pictures, each row adds up to 1")
+    axes.set(xlabel="answer, by the class's number", ylabel="truth", title="test images, each row adds up to 1")
     figure.colorbar(image, ax=axes, shrink=0.8)
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
@@ -110,7 +110,7 @@ def _draw_confusion(confusion: np.ndarray) -> Any:
 
 
 def _draw_tiles(crops: Tensor) -> Image.Image:
-    """The pictures, uint8 (N, S, S, 3), side by side in rows of COLUMNS, each TILE px wide."""
+    """The images, uint8 (N, S, S, 3), side by side in rows of COLUMNS, each TILE px wide."""
     rows = max(1, -(-len(crops) // COLUMNS))
     sheet = Image.new("RGB", (COLUMNS * TILE, rows * TILE), "white")
     for i, crop in enumerate(crops):
@@ -130,7 +130,7 @@ def _facts(spec: ModelSpec, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("architecture", f"{spec.arch}, {train['parameters']:,} parameters"),
         ("trained on", spec.trained_on),
-        ("test accuracy", f"{test['accuracy']:.2%} of {test['pictures']:,} pictures"),
+        ("test accuracy", f"{test['accuracy']:.2%} of {test['images']:,} images"),
         ("baseline", f"{test['baseline']:.2%}: all of them given the label of the largest class"),
         *top5,
         ("macro F1", f"{test['macro']['f1']:.4f}"),
@@ -143,9 +143,9 @@ def _facts(spec: ModelSpec, metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _matrix(confusion: np.ndarray, labels: tuple[str, ...]) -> str:
-    """A table with the labels; of very many classes the picture without them."""
+    """A table with the labels; of very many classes the image without them."""
     if len(labels) > MOST_NAMED_CLASSES:
-        return '<img src="confusion.png" alt="confusion matrix of the test pictures">'
+        return '<img src="confusion.png" alt="confusion matrix of the test images">'
     head = "".join(f"<th><span>{html.escape(label)}</span></th>" for label in labels)
     rows = []
     for label, counts, shares in zip(labels, confusion, _shares(confusion), strict=True):
@@ -163,11 +163,11 @@ def _confused(confusion: np.ndarray, labels: tuple[str, ...]) -> str:
     off = confusion - np.diag(np.diag(confusion))
     pairs = [divmod(int(i), len(labels)) for i in off.flatten().argsort()[::-1][:CONFUSIONS]]
     rows = [(labels[t], labels[a], int(off[t, a])) for t, a in pairs if off[t, a]]
-    return _table(("truth", "answer", "pictures"), rows) if rows else "<p>None.</p>"
+    return _table(("truth", "answer", "images"), rows) if rows else "<p>None.</p>"
 
 
 def _mistakes(mistakes: list[int], test: Split, probabilities: Tensor, labels: tuple[str, ...]) -> str:
-    """Each picture of mistakes.png with its answer, its truth and its file's name."""
+    """Each image of mistakes.png with its answer, its truth and its file's name."""
     if not mistakes:
         return "<p>None.</p>"
     figures = []
@@ -193,11 +193,11 @@ def _per_class(metrics: dict[str, Any], data: Data) -> str:
             f"{row['f1']:.3f}",
             train[i],
             val[i],
-            row["pictures"],
+            row["images"],
         )
         for i, (label, row) in enumerate(metrics["test"]["per_class"].items())
     ]
-    return _table(("class", "precision", "recall", "F1", "train pictures", "val", "test"), rows)
+    return _table(("class", "precision", "recall", "F1", "train images", "val", "test"), rows)
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:
@@ -238,7 +238,7 @@ _PAGE = """<!doctype html>
 {confused}
 <h2>Most confident mistakes</h2>
 {mistakes}
-<h2>Each class, on the test pictures</h2>
+<h2>Each class, on the test images</h2>
 {per_class}
 </html>
 """

@@ -1,6 +1,6 @@
-"""Where labelled pictures come from: bundled and downloaded data sets, folders, and archives read in place.
+"""Where labelled images come from: bundled and downloaded data sets, folders, and archives read in place.
 
-A source lists its pictures first (`entries`) and reads them afterwards, once, in its own order (`read`), so that a
+A source lists its images first (`entries`) and reads them afterwards, once, in its own order (`read`), so that a
 compressed archive is never unpacked to disk.
 """
 
@@ -23,15 +23,15 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from model.pictures import SUFFIXES
+from model.images import SUFFIXES
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
-KEPT_BYTES = 128 << 20  # of a .tar's pictures, which are kept while it is read
-MAX_FILE_BYTES = 256 << 20  # of one picture file: what is larger is a mistake, or a bomb
+KEPT_BYTES = 128 << 20  # of a .tar's images, which are kept while it is read
+MAX_FILE_BYTES = 256 << 20  # of one image file: what is larger is a mistake, or a bomb
 TOO_LARGE = f"the file is larger than {MAX_FILE_BYTES >> 20} MiB"
 
-# Suffixes of pictures that are not read here: listed as unreadable, not passed over in silence.
+# Suffixes of images that are not read here: listed as unreadable, not passed over in silence.
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".psd", ".svg", ".jp2", ".jxl", ".cr2", ".nef", ".dng")
 
 
@@ -42,7 +42,7 @@ class Unreadable:
     reason: str
 
 
-Picture = bytes | Image.Image | Unreadable
+ImageInput = bytes | Image.Image | Unreadable
 
 
 class DataError(ValueError):
@@ -51,7 +51,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One labelled picture.
+    """One labelled image.
 
     name: where the source finds it.
     split: "train", "val", "test", or "" where the data does not say.
@@ -73,10 +73,10 @@ class Source(Protocol):
     name: str
     labels: list[str]
     entries: list[Entry]
-    flips: bool  # whether a mirrored picture keeps its label
+    flips: bool  # whether a mirrored image keeps its label
 
-    def read(self) -> Iterator[tuple[int, Picture]]:
-        """Every picture once, as its place in `entries` and its file's bytes, its pixels, or why it has none."""
+    def read(self) -> Iterator[tuple[int, ImageInput]]:
+        """Every image once, as its place in `entries` and its file's bytes, its pixels, or why it has none."""
 
 
 def open_source(data: str, download_dir: str = "data") -> Source:
@@ -100,19 +100,19 @@ def open_source(data: str, download_dir: str = "data") -> Source:
 
 
 class ArraySource:
-    """Pictures that lie in memory as uint8 arrays (H, W) or (H, W, 3)."""
+    """Images that lie in memory as uint8 arrays (H, W) or (H, W, 3)."""
 
     def __init__(self, name: str, labels: list[str], splits: dict[str, tuple[np.ndarray, np.ndarray]], flips: bool):
         self.name, self.labels, self.flips = name, labels, flips
-        self._pictures = [picture for pictures, _ in splits.values() for picture in pictures]
+        self._images = [image for images, _ in splits.values() for image in images]
         self.entries = [
             Entry(f"{split}/{i:05}.png", labels[target], split, key=f"{split}/{labels[target]}/{i:05}.png")
             for split, (_, targets) in splits.items()
             for i, target in enumerate(targets)
         ]
 
-    def read(self) -> Iterator[tuple[int, Picture]]:
-        for i, pixels in enumerate(self._pictures):
+    def read(self) -> Iterator[tuple[int, ImageInput]]:
+        for i, pixels in enumerate(self._images):
             yield i, Image.fromarray(pixels).convert("RGB")
 
 
@@ -147,7 +147,7 @@ def _torchvision(name: str, download_dir: str) -> Source:
     except (OSError, RuntimeError) as error:  # URLError, or "not found or corrupted"
         raise DataError(
             f"--data {name}: cannot be downloaded ({error}); fetch it where there is a network and copy it to "
-            f"{download_dir}/, or give your own folder or archive of pictures"
+            f"{download_dir}/, or give your own folder or archive of images"
         ) from None
     return ArraySource(name, list(part.classes), splits, flips=name != "mnist")
 
@@ -171,7 +171,7 @@ class FolderSource:
         files, folders = _walk(path)
         self.entries, self.labels = _layout(str(path), files, folders)
 
-    def read(self) -> Iterator[tuple[int, Picture]]:
+    def read(self) -> Iterator[tuple[int, ImageInput]]:
         for i, entry in enumerate(self.entries):
             yield i, _read_file(self._path / entry.name)
 
@@ -194,7 +194,7 @@ class ZipSource:
         folders = [m.filename for m in members if m.is_dir()]
         self.entries, self.labels = _layout(str(path), files, folders, may_be_wrapped=True)
 
-    def read(self) -> Iterator[tuple[int, Picture]]:
+    def read(self) -> Iterator[tuple[int, ImageInput]]:
         with zipfile.ZipFile(self._path) as archive:
             for i, entry in enumerate(self.entries):
                 yield i, _read(entry.name, archive.getinfo(entry.name).file_size, archive.read)
@@ -210,13 +210,13 @@ class TarSource:
         files: list[str] = []
         folders: list[str] = []
         self._linked: dict[str, str] = {}  # hard links: name to the name of the member that holds the bytes
-        self._kept: dict[str, bytes] = {}  # all pictures' files, if they have room: so they are unpacked only once
+        self._kept: dict[str, bytes] = {}  # all images' files, if they have room: so they are unpacked only once
         room = KEPT_BYTES
-        for member, body in self._members(lambda one: _is_picture(one.name) and one.size <= KEPT_BYTES):
+        for member, body in self._members(lambda one: _is_image(one.name) and one.size <= KEPT_BYTES):
             (folders if member.isdir() else files).append(member.name)
             if member.islnk():
                 self._linked[member.name] = self._linked.get(member.linkname, member.linkname)
-            elif member.isreg() and _is_picture(member.name):
+            elif member.isreg() and _is_image(member.name):
                 room -= member.size
                 if room < 0:
                     self._kept.clear()
@@ -224,8 +224,8 @@ class TarSource:
                     self._kept.setdefault(member.name, body)
         self.entries, self.labels = _layout(str(path), files, folders, may_be_wrapped=True)
 
-    def read(self) -> Iterator[tuple[int, Picture]]:
-        wanted: dict[str, list[int]] = defaultdict(list)  # places of the pictures whose bytes a member holds
+    def read(self) -> Iterator[tuple[int, ImageInput]]:
+        wanted: dict[str, list[int]] = defaultdict(list)  # places of the images whose bytes a member holds
         for i, entry in enumerate(self.entries):
             wanted[self._linked.get(entry.name, entry.name)].append(i)
         if wanted.keys() <= self._kept.keys():
@@ -233,8 +233,8 @@ class TarSource:
             return
         for member, body in self._members(lambda one: one.name in wanted):
             if member.isreg():
-                picture = body if member.size <= MAX_FILE_BYTES else Unreadable(TOO_LARGE)
-                yield from ((i, picture) for i in wanted.pop(member.name, []))
+                image = body if member.size <= MAX_FILE_BYTES else Unreadable(TOO_LARGE)
+                yield from ((i, image) for i in wanted.pop(member.name, []))
         missing = Unreadable("a hard link to what the archive does not hold")
         yield from ((i, missing) for places in wanted.values() for i in places)
 
@@ -308,13 +308,13 @@ def _layout(
     """Splits and classes from paths.
 
     Raises:
-        DataError: no pictures, pictures outside any class, one class only, an empty class, two spellings of a class,
+        DataError: no images, images outside any class, one class only, an empty class, two spellings of a class,
             or a class that only val or test has.
     """
-    pictures = [name for name in files if _is_picture(name)]
-    if not pictures:
-        raise DataError(f"{place}: no pictures found; the layout is CLASS/*.jpg or {{train,val,test}}/CLASS/*.jpg")
-    parts = {name: _parts(name) for name in pictures}
+    images = [name for name in files if _is_image(name)]
+    if not images:
+        raise DataError(f"{place}: no images found; the layout is CLASS/*.jpg or {{train,val,test}}/CLASS/*.jpg")
+    parts = {name: _parts(name) for name in images}
     skip = _wrapping(parts.values()) if may_be_wrapped else 0
     split_depth = _split_depth(place, list(parts.values()), skip)
     entries, outside, classes = [], [], set[str]()
@@ -328,7 +328,7 @@ def _layout(
         entries.append(Entry(name, label, split, key))
     if outside:
         example = shown(outside[0])
-        raise DataError(f"{place}: {len(outside)} pictures lie in no class folder, such as {example}; move them")
+        raise DataError(f"{place}: {len(outside)} images lie in no class folder, such as {example}; move them")
     depth = skip + split_depth + 1
     classes |= {p[-1] for p in map(_parts, folders) if len(p) == depth and not _is_hidden(p)}
     labels = sorted({entry.label for entry in entries if entry.split in ("", "train")})
@@ -338,7 +338,7 @@ def _layout(
 
 
 def _check_classes(place: str, labels: list[str], spelled: set[str]) -> None:
-    """`labels`: of the training pictures, in NFC; `spelled`: the names of all class folders, as they are."""
+    """`labels`: of the training images, in NFC; `spelled`: the names of all class folders, as they are."""
     spellings: dict[str, str] = {}
     for name in sorted(spelled):
         if not name.isprintable() or not name.strip():
@@ -350,13 +350,13 @@ def _check_classes(place: str, labels: list[str], spelled: set[str]) -> None:
             raise DataError(f"{place}: '{other}' and '{name}' are two spellings of a class{codes}; rename one")
         spellings[plain] = name
     if without := sorted({unicodedata.normalize("NFC", name) for name in spelled} - set(labels)):
-        raise DataError(f"{place}: class '{without[0]}' has no training pictures; add some or remove its folder")
+        raise DataError(f"{place}: class '{without[0]}' has no training images; add some or remove its folder")
     if len(labels) < 2:
         raise DataError(f"{place}: one class only ('{labels[0]}'); a classifier needs at least 2 class folders")
 
 
 def _split_depth(place: str, paths: list[tuple[str, ...]], skip: int) -> int:
-    """1 where the first folders are splits, else 0: a folder `train` that holds pictures itself is a class."""
+    """1 where the first folders are splits, else 0: a folder `train` that holds images itself is a class."""
     tops = {path[skip].lower() for path in paths if len(path) > skip + 1}
     flat = {path[skip].lower() for path in paths if len(path) == skip + 2}
     splits = tops & SPLITS.keys() - flat
@@ -388,7 +388,7 @@ def _parts(name: str) -> tuple[str, ...]:
     return tuple(part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in (".", "/"))
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     path = _parts(name)
     return bool(path) and not _is_hidden(path) and path[-1].lower().endswith(SUFFIXES + FOREIGN_SUFFIXES)
 

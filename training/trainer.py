@@ -48,7 +48,7 @@ class Trainer:
     """A network, its data, and what changes while it learns; `state` and `restore` carry all of that over a kill.
 
     network: the weights that are trained; `averaged` is what is evaluated and kept: their EMA if there is one.
-    features: what the head sees of the pictures, while that is all that learns; else None. The time that they took
+    features: what the head sees of the images, while that is all that learns; else None. The time that they took
         is no part of the schedule's.
     history: a row for each completed epoch, as in history.csv.
     best: the best epoch so far: its number, val accuracy and loss, and state_dict.
@@ -71,7 +71,7 @@ class Trainer:
             interrupted: asked before each step; once true, the run ends there.
 
         Raises:
-            ValueError: the device or the number of pictures does not suit the options.
+            ValueError: the device or the number of images does not suit the options.
         """
         self.network, self.config, self.scale = network, config, scale
         self.device = scale[0].device
@@ -97,7 +97,7 @@ class Trainer:
         self._learn(network, config.compile)
 
     @property
-    def pictures_per_second(self) -> float:
+    def images_per_second(self) -> float:
         """Of training alone, without evaluation; since the run began or went on."""
         return self._seen / max(self._seconds, 1e-9)
 
@@ -106,13 +106,13 @@ class Trainer:
         return self.ema.network if self.ema else self.network
 
     def train_one_epoch(self, on_step: Callable[[float, int], None] = lambda loss, seen: None) -> dict[str, float]:
-        """Trains on every picture once, in a new order; ends earlier where the schedule says that the run is over.
+        """Trains on every image once, in a new order; ends earlier where the schedule says that the run is over.
 
         Args:
-            on_step: called after each step with a recent loss and the pictures seen, to show progress.
+            on_step: called after each step with a recent loss and the images seen, to show progress.
 
         Returns:
-            "loss" (mean, nats) and "accuracy" (0..1) over the pictures seen, augmented as they were; "steps", and
+            "loss" (mean, nats) and "accuracy" (0..1) over the images seen, augmented as they were; "steps", and
             the "share" of the epoch's that they are, 0..1.
 
         Raises:
@@ -154,7 +154,7 @@ class Trainer:
         The gradient is that of the mean loss over the whole batch, however it is cut.
 
         Args:
-            places: int64 (B,), of the pictures in the train split; the same in every process.
+            places: int64 (B,), of the images in the train split; the same in every process.
             coming: those of the next step, which can be read meanwhile.
 
         Returns:
@@ -221,7 +221,7 @@ class Trainer:
             "best": self.best,
             "history": self.history,
             "labels": self.data.labels,
-            "pictures": self._fingerprint(),
+            "images": self._fingerprint(),
         }
 
     def restore(self, path: Path) -> None:
@@ -237,8 +237,8 @@ class Trainer:
             raise CheckpointError(
                 f"{path}: {_differences(state['labels'], self.data.labels)}; give the run's own --data"
             )
-        if state["pictures"] != self._fingerprint():
-            print("the pictures are not those that the run began with: it goes on with the new ones")
+        if state["images"] != self._fingerprint():
+            print("the images are not those that the run began with: it goes on with the new ones")
         load_into(self.network, state["network"])
         if self.ema:
             load_into(self.ema.network, state["ema"]["network"])
@@ -252,10 +252,10 @@ class Trainer:
         self.best, self.history = state["best"], state["history"]
 
     def part_that_fits(self) -> int:
-        """How many pictures at a time the memory has room for, by trying ever smaller parts; 0 for not even 2."""
+        """How many images at a time the memory has room for, by trying ever smaller parts; 0 for not even 2."""
         # without the other processes, which may wait
         self._learner, self.features, part = self.network, None, self._largest_part()
-        self.schedule.progress = 1.0  # with pictures of their full size
+        self.schedule.progress = 1.0  # with images of their full size
         while part > 3:
             part //= 2
             try:
@@ -274,12 +274,10 @@ class Trainer:
         """What to do about it, in one line."""
         batch, part, fits = self._batch, self._largest_part(), self.part_that_fits()
         if not fits:
-            return (
-                f"{self.device}: out of memory with --batch-size {batch}, even with 2 pictures; pass a smaller --size"
-            )
+            return f"{self.device}: out of memory with --batch-size {batch}, even with 2 images; pass a smaller --size"
         total = fits * distributed.world()
         return (
-            f"{self.device}: out of memory with --batch-size {batch}, {part} pictures at a time; {fits} fit: pass "
+            f"{self.device}: out of memory with --batch-size {batch}, {part} images at a time; {fits} fit: pass "
             f"--accumulate {-(-batch // total)}, which learns the same (but for BatchNorm), or --batch-size {total}"
         )
 
@@ -307,16 +305,16 @@ class Trainer:
             self._cache_wanted, started = False, time.perf_counter()
             found = compute_features(self.network, self.data, self.scale, bool(config.flip))
             if isinstance(found, str):
-                print(f"the backbone sees all pictures in each epoch: {found}", flush=True)
+                print(f"the backbone sees all images in each epoch: {found}", flush=True)
                 return
             self.features, self.features_seconds = found, time.perf_counter() - started
             self.schedule.go_on_from(self.schedule.seconds - self.features_seconds)
-            views = "pictures and mirror images" if config.flip else "pictures"
+            views = "images and mirror images" if config.flip else "images"
             print(f"features of the {views} computed in {self.features_seconds:.1f} s", flush=True)
             self._learn(_head(self.network))
 
     def _inputs(self, places: Tensor, draws: Draws) -> tuple[Tensor, Mix | None]:
-        """What `_forward` takes: the pictures at `places`, augmented, uint8 (n, S, S, 3), and how to mix them; or
+        """What `_forward` takes: the images at `places`, augmented, uint8 (n, S, S, 3), and how to mix them; or
         their features, float32 (n, D)."""
         config = self.config
         if self.features:
@@ -327,7 +325,7 @@ class Trainer:
         return crops, draw_mix(config.mixup, config.cutmix, crops.shape[1], self.generator)
 
     def _forward(self, inputs: Tensor, targets: Tensor, mix: Mix | None) -> tuple[Tensor, Tensor]:
-        """Summed loss and right answers of n pictures, given n + 1: the first is only the second's neighbour."""
+        """Summed loss and right answers of n images, given n + 1: the first is only the second's neighbour."""
         own, wanted = inputs[1:], [(1.0, targets[1:])]
         if not self.features:
             own = normalise(own, *self.scale)
@@ -352,7 +350,7 @@ class Trainer:
         """Places in the train split, in a new order, by batches. A last batch too small to be cut is left out."""
         order = torch.randperm(len(self.data.train), generator=self.generator)
         batches = order.split(self._batch)
-        if len(batches) > 1 and len(batches[-1]) < 2 * self._parts():  # BatchNorm has no variance of one picture
+        if len(batches) > 1 and len(batches[-1]) < 2 * self._parts():  # BatchNorm has no variance of one image
             batches = batches[:-1]
         return batches
 
@@ -382,7 +380,7 @@ class Trainer:
         smallest = min(self._batch, len(self.data.train))
         if self._parts() > 1 and smallest < 2 * self._parts():
             raise ValueError(
-                f"--batch-size {smallest}: must be at least {2 * self._parts()}, 2 pictures for each of "
+                f"--batch-size {smallest}: must be at least {2 * self._parts()}, 2 images for each of "
                 f"{distributed.world()} processes × {self.config.accumulate} --accumulate"
             )
 

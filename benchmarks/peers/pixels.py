@@ -7,10 +7,10 @@ from PIL import Image
 
 
 def crop(body, spec):
-    """uint8 (S, S, 3) of a picture file."""
+    """uint8 (S, S, 3) of an image file."""
     size, resize = spec["size"], spec["resize"]
-    picture = Image.open(io.BytesIO(body)).convert("RGB")
-    side = max(1, (2 * min(picture.size) * size + resize) // (2 * resize))
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
+    image = Image.open(io.BytesIO(body)).convert("RGB")
+    side = max(1, (2 * min(image.size) * size + resize) // (2 * resize))
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
     return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))

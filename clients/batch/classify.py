@@ -1,25 +1,25 @@
-"""Classifies millions of picture files with an archive, without a server: one row for each, in Parquet files.
+"""Classifies millions of image files with an archive, without a server: one row for each, in Parquet files.
 
-    python classify.py NAME.mar PICTURES [PICTURES …] --out answers
+    python classify.py NAME.mar IMAGES [IMAGES …] --out answers
     python classify.py NAME.mar --list names.txt --out answers --workers 8
-    python classify.py NAME.mar /shared/pictures --out /shared/answers --address auto --gpus-per-worker 0.25
+    python classify.py NAME.mar /shared/images --out /shared/answers --address auto --gpus-per-worker 0.25
 
-PICTURES are files and folders, which are searched through all their folders. The archive's own code reads the pictures
-and runs the network, so the answers are those of the endpoint. A picture that cannot be used is a row with an error.
+IMAGES are files and folders, which are searched through all their folders. The archive's own code reads the images
+and runs the network, so the answers are those of the endpoint. An image that cannot be used is a row with an error.
 
-The work is a Ray Data job over parts of --part-size pictures. A worker writes its part aside and then gives it its
+The work is a Ray Data job over parts of --part-size images. A worker writes its part aside and then gives it its
 name, so a file with that name is whole and never written again. Whatever was killed, a worker, this program or the
 machine: the same command does the parts that are missing. OUT holds
 
     part-000000.parquet …  columns path, label, probability, answer, error, message
     _SUCCESS               JSON with the number of rows by error, once everything is there
-    _job/                  the list of the pictures, and the archive it was started with
+    _job/                  the list of the images, and the archive it was started with
 
-On a cluster the pictures and OUT lie in a folder that all its machines share under the same name. Needs `ray[data]`,
+On a cluster the images and OUT lie in a folder that all its machines share under the same name. Needs `ray[data]`,
 `pillow` and `onnxruntime`, or `torch` where the archive's backend is not ONNX.
 
-Ends with 0 if every picture was answered, with 1 if some rows are errors, and with 2 if the command was wrong, or the
-pictures or the archive are not those that the job was started with.
+Ends with 0 if every image was answered, with 1 if some rows are errors, and with 2 if the command was wrong, or the
+images or the archive are not those that the job was started with.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from typing import Any
 import numpy as np
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-PART_SIZE = 1000  # pictures: seconds of work, which is what a kill costs, and a file of about 100 kB
-BATCH = 64  # pictures that are decoded and put through the network at a time, as in the handler
+PART_SIZE = 1000  # images: seconds of work, which is what a kill costs, and a file of about 100 kB
+BATCH = 64  # images that are decoded and put through the network at a time, as in the handler
 MAX_BYTES = 100_000_000  # of one file; the endpoint takes 10 MB
 OBJECT_STORE = 80 << 20  # bytes: Ray's least, and enough, since only numbers go through it
 
-Part = dict[str, int]  # number; start: byte in the list; count: pictures
+Part = dict[str, int]  # number; start: byte in the list; count: images
 Row = dict[str, Any]
 
 
@@ -63,7 +63,7 @@ class JobError(ValueError):
 
 def classify(
     archive: Path,
-    pictures: Iterable[str],
+    images: Iterable[str],
     out: Path,
     *,
     part_size: int = PART_SIZE,
@@ -74,8 +74,8 @@ def classify(
     """Does what is missing in `out`.
 
     Args:
-        pictures: files and folders.
-        part_size: pictures in a file of the output.
+        images: files and folders.
+        part_size: images in a file of the output.
         workers: None for one for each core, or as many as the GPUs take.
         gpus: of one worker; a fraction lets several share one.
         address: of a Ray cluster (`auto` on one of its machines); None for this machine alone.
@@ -88,7 +88,7 @@ def classify(
     """
     out = out.resolve()
     with _alone(out):
-        parts = _parts(archive, pictures, out, part_size)
+        parts = _parts(archive, images, out, part_size)
         missing = [part for part in parts if not _file(out, part["number"]).exists()]
         if missing:
             (out / "_SUCCESS").unlink(missing_ok=True)
@@ -96,29 +96,29 @@ def classify(
             _unpack(archive, out / "_job" / "archive")
             _work(out, missing, sum(part["count"] for part in parts), workers, gpus, address)
         sums = _sums(out, parts)
-        _write(out / "_SUCCESS", json.dumps({"pictures": sum(sums.values()), "rows": sums}, indent=1).encode())
+        _write(out / "_SUCCESS", json.dumps({"images": sum(sums.values()), "rows": sums}, indent=1).encode())
         return sums
 
 
-# The list of the pictures.
+# The list of the images.
 
 
-def _parts(archive: Path, pictures: Iterable[str], out: Path, part_size: int) -> list[Part]:
+def _parts(archive: Path, images: Iterable[str], out: Path, part_size: int) -> list[Part]:
     """The parts of the job, which is new or the same as before.
 
     Raises:
-        JobError: there are no pictures, or the job was started with others or with another archive.
+        JobError: there are no images, or the job was started with others or with another archive.
     """
     parts: list[Part] = []
-    names, listed = (path for name in pictures for path in _walk(name)), out / "_job" / "pictures.new"
+    names, listed = (path for name in images for path in _walk(name)), out / "_job" / "images.new"
     with listed.open("wb") as lines:
         while chunk := list(islice(names, part_size)):
             parts.append({"number": len(parts), "start": lines.tell(), "count": len(chunk)})
             lines.writelines(json.dumps(os.path.abspath(path)).encode() + b"\n" for path in chunk)  # noqa: PTH100
     if not parts:
-        raise JobError(f"no pictures there ({', '.join(SUFFIXES)}); name files, folders or --list")
+        raise JobError(f"no images there ({', '.join(SUFFIXES)}); name files, folders or --list")
     try:
-        now = {"archive": _sha256(archive), "pictures": _sha256(listed), "part_size": part_size}
+        now = {"archive": _sha256(archive), "images": _sha256(listed), "part_size": part_size}
     except OSError as error:
         raise JobError(f"{archive}: {error.strerror}; `python -m export RUN` makes an archive") from None
     started = out / "_job" / "started.json"
@@ -126,7 +126,7 @@ def _parts(archive: Path, pictures: Iterable[str], out: Path, part_size: int) ->
         before = json.loads(started.read_text())
         if changed := [name.replace("_", " ") for name in now if now[name] != before.get(name)]:
             raise JobError(f"{out}: was started with another {' and '.join(changed)}; name the same, or another --out")
-    listed.replace(out / "_job" / "pictures.jsonl")
+    listed.replace(out / "_job" / "images.jsonl")
     _write(started, json.dumps(now).encode())
     return parts
 
@@ -225,7 +225,7 @@ class Worker:
         if file.exists():  # Ray asks again when a worker was killed after it had written
             return
         self.model = self.model or Model(self.out / "_job" / "archive", 0 if self.gpu else None)
-        with (self.out / "_job" / "pictures.jsonl").open("rb") as lines:
+        with (self.out / "_job" / "images.jsonl").open("rb") as lines:
             lines.seek(start)
             paths = [json.loads(line) for line in islice(lines, count)]
         rows = [row for i in range(0, count, BATCH) for row in self.model.rows(paths[i : i + BATCH])]
@@ -233,17 +233,17 @@ class Worker:
 
 
 class Model:
-    """The archive's own code and settings: what the handler makes of a picture, without TorchServe."""
+    """The archive's own code and settings: what the handler makes of an image, without TorchServe."""
 
     def __init__(self, folder: Path, gpu: int | None) -> None:
         """
         Raises:
-            ValueError: the golden pictures are answered wrongly on this machine.
+            ValueError: the golden images are answered wrongly on this machine.
         """
         import yaml  # Ray needs it too
 
         sys.path.insert(0, str(folder))
-        self.reader = importlib.import_module("pictures")
+        self.reader = importlib.import_module("images")
         model = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
         settings = yaml.safe_load((folder / "model-config.yaml").read_text())
         spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
@@ -260,7 +260,7 @@ class Model:
         return self.reader.read(body, self.size, self.resize, self.max_pixels)
 
     def rows(self, paths: list[str]) -> list[Row]:
-        """A row for each picture."""
+        """A row for each image."""
         outcomes = [self._crop(path) for path in paths]
         good = [outcome for outcome in outcomes if isinstance(outcome, np.ndarray)]
         answers = iter(self._answers(np.stack(good)) if good else [])
@@ -278,7 +278,7 @@ class Model:
         return rows
 
     def _crop(self, path: str) -> np.ndarray | tuple[str, str]:
-        """uint8 (S, S, 3), or the type and message of the picture's error."""
+        """uint8 (S, S, 3), or the type and message of the image's error."""
         try:
             if not os.path.isfile(path):  # noqa: PTH113 – a pipe would keep the worker waiting
                 return "unreadable", "no such file"
@@ -289,7 +289,7 @@ class Model:
             return self.read(body)
         except OSError as error:
             return "unreadable", f"the file cannot be read ({error.strerror or error})"
-        except self.reader.PictureError as error:
+        except self.reader.ImageError as error:
             return error.cause, str(error)
         except MemoryError:
             return "too_large", "the image needs more memory than there is"
@@ -384,7 +384,7 @@ def _alone(out: Path) -> Iterator[None]:
 def _unpack(archive: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as files:
-            needed = {"MAR-INF/MANIFEST.json", "spec.json", "golden.json", "pictures.py", "backends.py", "golden.py"}
+            needed = {"MAR-INF/MANIFEST.json", "spec.json", "golden.json", "images.py", "backends.py", "golden.py"}
             if lacking := needed - set(files.namelist()):
                 raise JobError(f"{archive}: has no {min(lacking)}; name an archive that `python -m export` has made")
             files.extractall(folder)
@@ -415,11 +415,11 @@ def _progress(total: int, done: int) -> Iterator[Any]:
             done += count
             if time.monotonic() - last > 10:
                 last = time.monotonic()
-                print(f"{done:,} of {total:,} pictures", file=sys.stderr, flush=True)
+                print(f"{done:,} of {total:,} images", file=sys.stderr, flush=True)
 
         yield step
         return
-    with tqdm(total=total, initial=done, unit="pictures") as bar:
+    with tqdm(total=total, initial=done, unit="images") as bar:
         yield bar.update
 
 
@@ -428,26 +428,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="classify.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("archive", type=Path, metavar="NAME.mar", help="made by `python -m export RUN`")
-    parser.add_argument("pictures", nargs="*", help="files and folders")
+    parser.add_argument("images", nargs="*", help="files and folders")
     parser.add_argument("--list", type=Path, metavar="FILE", help="a file with the name of one of these on each line")
     parser.add_argument("--out", type=Path, required=True, help="folder for the answers; the same one to go on")
     parser.add_argument("--workers", type=int, metavar="N", help="one for each core, or as many as the GPUs take")
     parser.add_argument("--gpus-per-worker", type=float, default=0, metavar="X", help="0.25: four workers share a GPU")
     parser.add_argument("--address", help="of a Ray cluster: `auto` on one of its machines; none: this machine alone")
-    parser.add_argument(
-        "--part-size", type=int, default=PART_SIZE, metavar="N", help=f"pictures in a file ({PART_SIZE})"
-    )
+    parser.add_argument("--part-size", type=int, default=PART_SIZE, metavar="N", help=f"images in a file ({PART_SIZE})")
     options = parser.parse_args(arguments)
     for name in ("workers", "part_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Ray is stopped too
     try:
-        names = options.pictures + (
+        names = options.images + (
             options.list.read_text("utf-8", "surrogateescape").splitlines() if options.list else []
         )
-        if absent := next((name for name in options.pictures if not Path(name).exists()), None):
-            raise JobError(f"{absent}: no such picture or folder")
+        if absent := next((name for name in options.images if not Path(name).exists()), None):
+            raise JobError(f"{absent}: no such image or folder")
         sums = classify(
             options.archive,
             names,
@@ -466,7 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"classify.py: {error}", file=sys.stderr)
         return 2
     total, errors = sum(sums.values()), sum(sums.values()) - sums["ok"]
-    print(f"{options.out}: {total:,} pictures, {errors:,} with errors")
+    print(f"{options.out}: {total:,} images, {errors:,} with errors")
     return 1 if errors else 0
 
 

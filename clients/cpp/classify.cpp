@@ -1,8 +1,8 @@
-// Classifies picture files with an exported TorchScript file, without Python.
+// Classifies image files with an exported TorchScript file, without Python.
 //
-//     classify MODEL.pt PICTURE [PICTURE ...]
+//     classify MODEL.pt IMAGE [IMAGE ...]
 //
-// Prints a line of JSON for each picture, with the best five labels. Ends with 1 if any could not be classified, with 2
+// Prints a line of JSON for each image, with the best five labels. Ends with 1 if any could not be classified, with 2
 // if the model cannot be used.
 
 #include <algorithm>
@@ -18,7 +18,7 @@
 #include <nlohmann/json.hpp>
 #include <torch/script.h>
 
-#include "pictures.hpp"
+#include "images.hpp"
 #include "reason.hpp"
 
 using Json = nlohmann::ordered_json;  // keeps the best label first
@@ -37,13 +37,13 @@ Model load(const std::string& path) {
 
 Bytes read(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
-    if (!file) throw PictureError(std::string("cannot be read (") + std::strerror(errno) + ")");
+    if (!file) throw ImageError(std::string("cannot be read (") + std::strerror(errno) + ")");
     return {std::istreambuf_iterator<char>(file), {}};
 }
 
 // {label: probability}, best first.
-Json classify(Model& model, Picture picture) {
-    const auto images = torch::from_blob(picture.rgb.data(), {1, picture.height, picture.width, 3}, torch::kUInt8);
+Json classify(Model& model, Image image) {
+    const auto images = torch::from_blob(image.rgb.data(), {1, image.height, image.width, 3}, torch::kUInt8);
     const auto probabilities = model.module.forward({images}).toTensor()[0];
     const auto count = static_cast<std::int64_t>(model.labels.size());
     TORCH_CHECK(probabilities.numel() == count, "the spec names ", count, " labels for ", probabilities.numel(),
@@ -57,7 +57,7 @@ Json classify(Model& model, Picture picture) {
 
 int main(int argc, char** argv) {
     if (argc < 3) {
-        std::cerr << "usage: classify MODEL.pt PICTURE [PICTURE ...]\n";
+        std::cerr << "usage: classify MODEL.pt IMAGE [IMAGE ...]\n";
         return 2;
     }
     const c10::InferenceMode no_gradients;
@@ -70,7 +70,7 @@ int main(int argc, char** argv) {
     }
     bool all_good = true;
     for (int i = 2; i < argc; i++) {
-        Json line{{"picture", argv[i]}};
+        Json line{{"image", argv[i]}};
         try {
             line["answer"] = classify(model, decode(read(argv[i])));
         } catch (const std::exception& error) {

@@ -1,8 +1,8 @@
-// Classifies picture files with an exported ONNX file, in Node. The labels come out of the file.
+// Classifies image files with an exported ONNX file, in Node. The labels come out of the file.
 //
-//     node clients/node/classify.mjs runs/digits/export/digits.pixels.onnx PICTURE [PICTURE …]
+//     node clients/node/classify.mjs runs/digits/export/digits.pixels.onnx IMAGE [IMAGE …]
 //
-// Prints a line of JSON for each picture. Ends with 1 if any could not be classified, with 2 if none could be tried.
+// Prints a line of JSON for each image. Ends with 1 if any could not be classified, with 2 if none could be tried.
 
 import { readFile } from "node:fs/promises";
 
@@ -12,14 +12,14 @@ process.env.ORT_DISABLE_TELEMETRY = "1"; // ONNX Runtime reads it when it is loa
 
 const BEST = 5;
 
-async function main([path, ...pictures]) {
-  if (!path || !pictures.length) throw new Error("usage: node classify.mjs MODEL.pixels.onnx PICTURE [PICTURE …]");
+async function main([path, ...images]) {
+  if (!path || !images.length) throw new Error("usage: node classify.mjs MODEL.pixels.onnx IMAGE [IMAGE …]");
   const classify = await load(path);
   let failed = 0;
-  for (const picture of pictures) {
-    const name = `"picture": ${JSON.stringify(picture)}`;
+  for (const image of images) {
+    const name = `"image": ${JSON.stringify(image)}`;
     try {
-      console.log(`{${name}, "answer": ${best(await classify(await readFile(picture)))}}`);
+      console.log(`{${name}, "answer": ${best(await classify(await readFile(image)))}}`);
     } catch (error) {
       failed += 1;
       console.log(`{${name}, "error": ${JSON.stringify(firstLine(error))}}`);
@@ -28,16 +28,16 @@ async function main([path, ...pictures]) {
   return failed ? 1 : 0;
 }
 
-/** @returns a function from the bytes of a picture file to [label, probability] of each class, best first */
+/** @returns a function from the bytes of an image file to [label, probability] of each class, best first */
 async function load(path) {
   const { InferenceSession, Tensor } = await import("onnxruntime-node");
-  const { decode } = await import("./pictures.mjs");
+  const { decode } = await import("./images.mjs");
   const bytes = await readFile(path);
   const { labels } = readSpec(bytes);
   const session = await InferenceSession.create(bytes);
   const [input] = session.inputMetadata;
   if (input.type !== "uint8" || typeof input.shape[1] === "number")
-    throw new Error(`${path} does not take whole pictures; take NAME.pixels.onnx`);
+    throw new Error(`${path} does not take whole images; take NAME.pixels.onnx`);
   return async (body) => {
     const { data, height, width } = await decode(body);
     const images = new Tensor("uint8", data, [1, height, width, 3]);

@@ -1,18 +1,18 @@
-"""Asks a served classifier about pictures: a library in one file and a command. Needs nothing but `requests`.
+"""Asks a served classifier about images: a library in one file and a command. Needs nothing but `requests`.
 
-    python classify.py --model digits --key-file key_file.json PICTURE [PICTURE …]
+    python classify.py --model digits --key-file key_file.json IMAGE [IMAGE …]
     python classify.py --model digits --key-file key_file.json FOLDER --out answers.csv
 
-Without --out a line of JSON is printed for each picture. With --out the answers go into a .csv or .jsonl file. Either
-way each picture has one row, in the order of the names, with an error where the server refused it. A folder is searched
-through all its folders for names that end like pictures; hidden ones are left out.
+Without --out a line of JSON is printed for each image. With --out the answers go into a .csv or .jsonl file. Either
+way each image has one row, in the order of the names, with an error where the server refused it. A folder is searched
+through all its folders for names that end like images; hidden ones are left out.
 
 A server that is full, starting anew or gone is asked again for --retry seconds; asking twice is harmless. The rows go
 into OUT.part, which becomes OUT at the end. If the command is stopped before, the same command with --resume goes on.
 Each answer names the model, its version and the SHA-256 of its weights; one file holds the answers of one model only.
 In a .csv a cell that begins with = + - @ or ' has another ' before it, so that no spreadsheet runs it as a formula.
 
-Ends with 0 if every picture was answered, with 1 if some were refused, and with 2 if the command was wrong, or the
+Ends with 0 if every image was answered, with 1 if some were refused, and with 2 if the command was wrong, or the
 server could not be reached or refuses every request (a wrong key, an unknown model).
 """
 
@@ -50,13 +50,13 @@ except ImportError:  # Windows, where nothing keeps two commands from writing on
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-# Statuses that say nothing about the picture and pass. What a real TorchServe 0.12 answers: 503 while its queue is full
+# Statuses that say nothing about the image and pass. What a real TorchServe 0.12 answers: 503 while its queue is full
 # or no worker is up, and where the handler raised; 507 to the requests of a worker that was killed or has no memory
 # left; 500 to those of a worker that was replaced because it took too long. 429, 502 and 504 come from proxies. While
 # TorchServe starts its port is closed: it listens only once the models are known and the new keys are written.
 TRANSIENT = frozenset({429, 500, 502, 503, 504, 507})
 
-PICTURES_FAULT = frozenset({400, 413, 415, 422})  # these would be the same at every try
+IMAGES_FAULT = frozenset({400, 413, 415, 422})  # these would be the same at every try
 
 # What TorchServe says to the whole batch of an image that kills its worker, or makes the handler or its memory fail.
 # The image is then asked about alone, as its neighbours may be innocent, and after MOST_DEATHS no more.
@@ -70,25 +70,25 @@ LONGEST_MESSAGE = 500  # characters of what a server says
 FIRST_WAIT = 0.1  # seconds before the second try; doubled at each further one, and shortened at random by up to a half
 LONGEST_WAIT = 6.4  # seconds: a restarted TorchServe is found soon after it is ready
 
-IN_FLIGHT = 32  # pictures for each thread that may be ahead of the oldest unanswered one; bounds the memory
+IN_FLIGHT = 32  # images for each thread that may be ahead of the oldest unanswered one; bounds the memory
 
-HEADER = ("picture", "label", "probability", "error", "answer", "model")  # of the .csv; `answer` is JSON
+HEADER = ("image", "label", "probability", "error", "answer", "model")  # of the .csv; `answer` is JSON
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")  # a cell that begins so gets a ' before it; a reader drops one
 
 log = logging.getLogger("classify")
 
 
 class ClassifierError(RuntimeError):
-    """The server refused a picture, or the request. `code` is the HTTP status, `type` the cause."""
+    """The server refused an image, or the request. `code` is the HTTP status, `type` the cause."""
 
     def __init__(self, code: int, type: str, message: str) -> None:
         super().__init__(f"{code} {type}: {message}")
         self.code, self.type, self.message = code, type, message
 
     @property
-    def is_about_the_picture(self) -> bool:
-        """False where every other picture would be refused too: a wrong key, an unknown model."""
-        return self.type == "worker_died" or (self.code in PICTURES_FAULT and self.type != "InvalidKeyException")
+    def is_about_the_image(self) -> bool:
+        """False where every other image would be refused too: a wrong key, an unknown model."""
+        return self.type == "worker_died" or (self.code in IMAGES_FAULT and self.type != "InvalidKeyException")
 
     @property
     def is_a_death(self) -> bool:
@@ -167,8 +167,8 @@ class Client:
         except (requests.RequestException, KeyFileError, ClassifierError):
             return False
 
-    def classify(self, picture: bytes, *, cancelled: threading.Event | None = None) -> dict[str, float]:
-        """The bytes of a picture file to {label: probability}, best first.
+    def classify(self, image: bytes, *, cancelled: threading.Event | None = None) -> dict[str, float]:
+        """The bytes of an image file to {label: probability}, best first.
 
         Args:
             cancelled: ends the waiting for another try when it is set.
@@ -177,11 +177,11 @@ class Client:
             ClassifierError: refused; `type` says why. Final: another try would be refused too.
             Unavailable: no answer within the retry time.
         """
-        return self.answer(picture, cancelled=cancelled).labels
+        return self.answer(image, cancelled=cancelled).labels
 
-    def answer(self, picture: bytes, *, cancelled: threading.Event | None = None) -> Answer:
+    def answer(self, image: bytes, *, cancelled: threading.Event | None = None) -> Answer:
         """As `classify`, with the model that answered."""
-        reply = self._ask(cancelled, data=picture, headers={"Content-Type": "application/octet-stream"})
+        reply = self._ask(cancelled, data=image, headers={"Content-Type": "application/octet-stream"})
         labels = _read(reply)
         if not all(isinstance(probability, (int, float)) for probability in labels.values()):
             raise _no_answer(reply)
@@ -189,7 +189,7 @@ class Client:
         model = self.model.split("/")[0] + (f"/{version}" if version else "") + (f"@{weights}" if weights else "")
         return Answer(labels, model)
 
-    def classify_many(self, pictures: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    def classify_many(self, images: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
         """Several in one request: {name: answer}, where the answer of a refused one is its error.
 
         The names are the mapping's keys, so none is repeated: TorchServe would keep only the last of them.
@@ -198,10 +198,10 @@ class Client:
             ClassifierError: all were refused.
             Unavailable: no answer within the retry time.
         """
-        if len(pictures) == 1:
-            ((name, body),) = pictures.items()
+        if len(images) == 1:
+            ((name, body),) = images.items()
             return {name: self.classify(body)}
-        files = {name: ("picture", body, "application/octet-stream") for name, body in pictures.items()}
+        files = {name: ("image", body, "application/octet-stream") for name, body in images.items()}
         return _read(self._ask(None, files=files))
 
     def _ask(self, cancelled: threading.Event | None, **body: Any) -> requests.Response:
@@ -390,33 +390,33 @@ class _BoundedAdapter(requests.adapters.HTTPAdapter):
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one picture."""
+    """What became of one image."""
 
-    picture: str
+    image: str
     answer: dict[str, float]  # {label: probability}, best first; empty if refused
     error: str = ""
     model: str = ""  # that answered, as in Answer
 
     def as_json(self) -> str:
         outcome = {"error": self.error} if self.error else {"answer": self.answer, "model": self.model}
-        return json.dumps({"picture": self.picture} | outcome) + "\n"
+        return json.dumps({"image": self.image} | outcome) + "\n"
 
     def as_csv(self) -> str:
         if self.error:
-            return _csv_line(self.picture, "", "", self.error, "", "")
+            return _csv_line(self.image, "", "", self.error, "", "")
         label, probability = next(iter(self.answer.items()))
-        return _csv_line(self.picture, _plain(label), probability, "", json.dumps(self.answer), self.model)
+        return _csv_line(self.image, _plain(label), probability, "", json.dumps(self.answer), self.model)
 
 
 def classify_files(client: Client, paths: Iterable[Path], *, threads: int = 8) -> Iterator[Row]:
     """A row for each path, in their order, while `threads` of them are asked about at once.
 
-    `paths` may have no end: only IN_FLIGHT of them for each thread are taken ahead of the row that is next. A picture
+    `paths` may have no end: only IN_FLIGHT of them for each thread are taken ahead of the row that is next. An image
     that is refused, or a file that cannot be read, is a row with an error.
 
     Raises:
-        ClassifierError: the server refuses every picture.
-        Unavailable: no answer about a picture within the client's retry time. All rows before it have been given out.
+        ClassifierError: the server refuses every image.
+        Unavailable: no answer about an image within the client's retry time. All rows before it have been given out.
     """
     cancelled = threading.Event()
     rows: deque[Future[Row]] = deque()
@@ -433,8 +433,8 @@ def classify_files(client: Client, paths: Iterable[Path], *, threads: int = 8) -
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def find_pictures(paths: Iterable[Path]) -> Iterator[Path]:
-    """The files among `paths`, and the pictures in the folders among them: always in the same order.
+def find_images(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files among `paths`, and the images in the folders among them: always in the same order.
 
     Holds the names of one folder at a time, and of those around it. Links are followed, except in a circle.
     """
@@ -480,7 +480,7 @@ def _classify_file(client: Client, path: Path, cancelled: threading.Event) -> Ro
         answer = client.answer(body, cancelled=cancelled)
         return Row(str(path), answer.labels, model=answer.model)
     except ClassifierError as error:
-        if not error.is_about_the_picture:
+        if not error.is_about_the_image:
             raise
         return Row(str(path), {}, str(error))
     except Unavailable as error:
@@ -492,7 +492,7 @@ def _walk(folder: Path, around: frozenset[str]) -> Iterator[Path]:
     with os.scandir(folder) as entries:
         found = [(e.name, e.is_dir()) for e in entries if e.is_dir() or e.name.lower().endswith(SUFFIXES)]
     for name, is_folder in sorted(found):
-        if name.startswith(".") or name == "__MACOSX":  # what macOS leaves beside pictures ends like them
+        if name.startswith(".") or name == "__MACOSX":  # what macOS leaves beside images ends like them
             continue
         if not is_folder:
             yield folder / name
@@ -579,13 +579,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a picture, or a folder of pictures")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="an image, or a folder of images")
     server = parser.add_argument_group("the server")
     server.add_argument("--url", default="http://127.0.0.1:8080", help="its address (http://127.0.0.1:8080)")
     server.add_argument("--model", required=True, help="name of the served model")
     server.add_argument("--key-file", type=Path, help="TorchServe's key_file.json; or set TORCHSERVE_KEY")
     server.add_argument("--cacert", type=Path, metavar="FILE", help="trust the certificates of this PEM file for https")
-    server.add_argument("--threads", type=int, default=8, help="pictures asked about at once: 2 for each worker (8)")
+    server.add_argument("--threads", type=int, default=8, help="images asked about at once: 2 for each worker (8)")
     server.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds for each answer (60)")
     server.add_argument(
         "--retry",
@@ -608,7 +608,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--threads is {options.threads}; it must be at least 1")
     for path in options.paths:
         if not path.exists():
-            raise ValueError(f"{path}: no such picture or folder")
+            raise ValueError(f"{path}: no such image or folder")
     token = "" if options.key_file else os.environ.get("TORCHSERVE_KEY", "")
     retry = options.retry if options.retry is not None else (60.0 if options.out else 5.0)
     client = Client(
@@ -620,40 +620,40 @@ def _run(options: argparse.Namespace) -> int:
         retry_seconds=retry,
         cacert=options.cacert,
     )
-    if next(find_pictures(options.paths), None) is None:
-        raise ValueError(f"{options.paths[0]}: holds no pictures ({', '.join(SUFFIXES)})")
+    if next(find_images(options.paths), None) is None:
+        raise ValueError(f"{options.paths[0]}: holds no images ({', '.join(SUFFIXES)})")
     if options.out:
         with _locked(_part(options.out)) as file:
             return _to_file(client, options, file)
     refused = 0
-    for row in classify_files(client, find_pictures(options.paths), threads=options.threads):
+    for row in classify_files(client, find_images(options.paths), threads=options.threads):
         print(row.as_json(), end="", flush=True)
         refused += bool(row.error)
     return 1 if refused else 0
 
 
 def _to_file(client: Client, options: argparse.Namespace, file: BinaryIO) -> int:
-    out, part, pictures = options.out, _part(options.out), find_pictures(options.paths)
+    out, part, images = options.out, _part(options.out), find_images(options.paths)
     if _has_rows(part) and not options.resume:
         raise ValueError(f"{out}: an earlier run was stopped")
-    done, refused, model = _keep(part, pictures)
+    done, refused, model = _keep(part, images)
     started = time.monotonic()
 
     def write(line: str) -> None:
         file.write(line.encode("utf-8", "surrogateescape"))  # names may be any bytes
         file.flush()  # a killed command loses no row
 
-    with _Progress(sum(1 for _ in find_pictures(options.paths)), done) as progress:
+    with _Progress(sum(1 for _ in find_images(options.paths)), done) as progress:
         if out.suffix == ".csv" and not part.stat().st_size:
             write(_csv_line(*HEADER))
-        for row in classify_files(client, pictures, threads=options.threads):
+        for row in classify_files(client, images, threads=options.threads):
             model = _same_model(model, row)
             write(row.as_csv() if out.suffix == ".csv" else row.as_json())
             refused += bool(row.error)
             progress.step()
     os.fsync(file.fileno())
     part.replace(out)
-    print(f"{out}: {progress.done} pictures, {refused} refused, {time.monotonic() - started:.0f} s", file=sys.stderr)
+    print(f"{out}: {progress.done} images, {refused} refused, {time.monotonic() - started:.0f} s", file=sys.stderr)
     return 1 if refused else 0
 
 
@@ -688,7 +688,7 @@ def _same_model(model: str, row: Row) -> str:
     if row.error or model in ("", row.model):
         return model or row.model
     raise ValueError(
-        f"{row.picture} was answered by {row.model}, the images before by {model}, and one file holds the answers of "
+        f"{row.image} was answered by {row.model}, the images before by {model}, and one file holds the answers of "
         f"one model; ask for that version, if it is still served, as --model {model.partition('@')[0]}"
     )
 
@@ -701,21 +701,21 @@ def _has_rows(part: Path) -> bool:
     return part.exists() and any(_whole_rows(part))
 
 
-def _keep(part: Path, pictures: Iterator[Path]) -> tuple[int, int, str]:
-    """Cuts off what is not whole rows, and takes the pictures of the rows from `pictures`.
+def _keep(part: Path, images: Iterator[Path]) -> tuple[int, int, str]:
+    """Cuts off what is not whole rows, and takes the images of the rows from `images`.
 
     Returns:
         How many rows there are, how many of them are errors, and the model that answered the others.
 
     Raises:
-        ValueError: the rows are not those of `pictures`, or were written by another version of this program.
+        ValueError: the rows are not those of `images`, or were written by another version of this program.
     """
     done, refused, model, size = 0, 0, "", 0
     for row, end in _whole_rows(part):
-        expected = next(pictures, "nothing")
-        if row.picture != str(expected):
+        expected = next(images, "nothing")
+        if row.image != str(expected):
             raise ValueError(
-                f"row {done + 1} of {part} is {row.picture} where {expected} is now; name the same, unchanged PATH"
+                f"row {done + 1} of {part} is {row.image} where {expected} is now; name the same, unchanged PATH"
             )
         if not row.error and not row.model:
             raise ValueError(f"{part}: was begun by another version of classify.py, which named no models")
@@ -741,7 +741,7 @@ def _json_rows(file: Iterable[bytes]) -> Iterator[tuple[Row, int]]:
             return
         end += len(line)
         values = json.loads(line)
-        yield Row(values["picture"], {}, values.get("error", ""), values.get("model", "")), end
+        yield Row(values["image"], {}, values.get("error", ""), values.get("model", "")), end
 
 
 def _csv_rows(file: Iterable[bytes]) -> Iterator[tuple[Row, int]]:
@@ -756,10 +756,10 @@ def _csv_rows(file: Iterable[bytes]) -> Iterator[tuple[Row, int]]:
 
     rows = csv.reader(lines(), strict=True)  # takes no line ahead; strict: a file that ends within quotes is an error
     next(rows, None)  # the header
-    for picture, _, _, error, _, *model in rows:
+    for image, _, _, error, _, *model in rows:
         if not last.endswith(b"\r\n"):
             return
-        yield Row(picture.removeprefix("'"), {}, error, *(name.removeprefix("'") for name in model)), end
+        yield Row(image.removeprefix("'"), {}, error, *(name.removeprefix("'") for name in model)), end
 
 
 def _csv_line(*fields: object) -> str:
@@ -796,7 +796,7 @@ class _Progress:
             self._bar.update()
         elif now >= self._next:
             rate = (self.done - self._first) / (now - self._started)
-            print(f"{self.done} of {self.total} pictures, {rate:.0f} a second", file=sys.stderr, flush=True)
+            print(f"{self.done} of {self.total} images, {rate:.0f} a second", file=sys.stderr, flush=True)
             self._next = now + 10
 
 
@@ -807,7 +807,7 @@ def _bar(total: int, done: int) -> Any:
         from tqdm import tqdm
     except ImportError:
         return None
-    return tqdm(total=total, initial=done, unit="picture")
+    return tqdm(total=total, initial=done, unit="image")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ export function showResult(button, { answer: [[label, probability]] = [[]], erro
 /** @returns the entries of a definition list: what the spec says of its model */
 export function card(spec) {
   const { metrics = {} } = spec;
-  const tested = metrics.pictures ? ` of ${metrics.pictures.toLocaleString("en")} test pictures` : "";
+  const tested = metrics.images ? ` of ${metrics.images.toLocaleString("en")} test images` : "";
   return Object.entries({
     Labels: `${spec.labels.length}: ${spec.labels.join(", ")}`,
     "Trained on": spec.trained_on || "not said",

@@ -96,9 +96,9 @@ async function classify() {
 }
 
 /** @returns {Promise<{answer: [string, number][], note: string} | {error: string}>} */
-async function classifyHere(picture) {
+async function classifyHere(image) {
   try {
-    const { probabilities, width, height, decoding, running } = await ask("classify", picture);
+    const { probabilities, width, height, decoding, running } = await ask("classify", image);
     const answer = labels.map((label, i) => [label, probabilities[i]]).sort((a, b) => b[1] - a[1]);
     const parts = `decoding ${decoding.toFixed(1)}, graph ${running.toFixed(1)}`;
     return { answer, note: `${(decoding + running).toFixed(1)} ms (${parts}), ${width}×${height} px` };
@@ -172,7 +172,7 @@ function take(files) {
   if (models.length) loadModel(models[0].name, models[0]);
 }
 
-for (const id of ["model-file", "picture-file"])
+for (const id of ["model-file", "image-file"])
   find(id).addEventListener("change", ({ target }) => {
     const files = [...target.files];
     target.value = ""; // so that the same file can be chosen again

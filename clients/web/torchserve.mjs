@@ -10,17 +10,17 @@ export function predictionUrl(model) {
 }
 
 /**
- * @param {Blob} picture a picture file
+ * @param {Blob} image an image file
  * @returns {Promise<{answer: [string, number][], milliseconds: number}>} labels and probabilities, best first
  * @throws {Error} it refused, or is not there
  */
-export async function askTorchServe(picture, model, key) {
+export async function askTorchServe(image, model, key) {
   if (!model || !key) throw new Error(model ? "type the inference key (from key_file.json)" : "choose a model first");
   const started = performance.now();
   const reply = await fetch(predictionUrl(model), {
     method: "POST",
     headers: { Authorization: `Bearer ${key}`, "Content-Type": "application/octet-stream" },
-    body: picture,
+    body: image,
     credentials: "omit",
     redirect: "error",
     signal: AbortSignal.timeout(MILLISECONDS),

@@ -1,7 +1,7 @@
 // Holds the model, so that the page stays responsive while it loads and runs. Answers each message with one.
 
 import { readSpec } from "./metadata.mjs";
-import { decode } from "./pictures.mjs";
+import { decode } from "./images.mjs";
 import { createSession, run, version } from "./runtime.mjs";
 
 let session;
@@ -15,7 +15,7 @@ const tasks = {
     const [input] = loaded.inputMetadata;
     if (input.type !== "uint8" || typeof input.shape[1] === "number") {
       await loaded.release();
-      throw new Error("it does not take whole pictures; choose NAME.pixels.onnx");
+      throw new Error("it does not take whole images; choose NAME.pixels.onnx");
     }
     const { size } = spec;
     await run(loaded, "uint8", new Uint8Array(3 * size * size), [1, size, size, 3]); // the first call compiles
@@ -24,10 +24,10 @@ const tasks = {
     return { spec, version };
   },
 
-  /** @param {Blob | {data: Uint8Array, height: number, width: number}} picture a file, or RGB pixels */
-  async classify(picture) {
+  /** @param {Blob | {data: Uint8Array, height: number, width: number}} image a file, or RGB pixels */
+  async classify(image) {
     const started = performance.now();
-    const { data, height, width } = picture instanceof Blob ? await decode(picture) : picture;
+    const { data, height, width } = image instanceof Blob ? await decode(image) : image;
     const decoded = performance.now();
     const output = await run(session, "uint8", data, [1, height, width, 3]);
     const probabilities = Array.from(output.data);

@@ -1,4 +1,4 @@
-"""From the bytes of a picture file to the square of pixels that a network sees, with Pillow.
+"""From the bytes of an image file to the square of pixels that a network sees, with Pillow.
 
 Training reads its data with this file, and every archive carries a copy of it for its handler, so both see the same
 pixels. It therefore needs nothing but Pillow and NumPy, and imports nothing of this repository. Where simplejpeg is
@@ -60,7 +60,7 @@ _TURNED = {
 }
 _XMP = r'tiff:Orientation(="|>)([0-9])'
 
-NO_MEMORY = "there is no memory for this picture; send a smaller one"
+NO_MEMORY = "there is no memory for this image; send a smaller one"
 
 # How the supported kinds begin; a body that begins so and cannot be opened is damaged, not foreign.
 _SUPPORTED_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -84,38 +84,38 @@ _FOREIGN_STARTS = (
 )
 
 
-class PictureError(ValueError):
-    """Bytes that are not a picture we can use.
+class ImageError(ValueError):
+    """Bytes that are not an image we can use.
 
-    `cause` is one of: empty, not_a_picture, unsupported_kind, truncated, too_many_pixels; and in a handler bad_json,
-    bad_base64, too_many_pictures, too_slow, no_time.
+    `cause` is one of: empty, not_an_image, unsupported_kind, truncated, too_many_pixels; and in a handler bad_json,
+    bad_base64, too_many_images, too_slow, no_time.
     """
 
     def __init__(self, cause: str, message: str) -> None:
         super().__init__(message)
         self.cause = cause
 
-    def bare(self) -> PictureError:
+    def bare(self) -> ImageError:
         """The same without its traceback, whose frames hold the decoder and its pixels: to be kept for a while."""
-        return PictureError(self.cause, str(self))
+        return ImageError(self.cause, str(self))
 
 
 def decode(body: bytes, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
-    """The picture as upright 8-bit RGB.
+    """The image as upright 8-bit RGB.
 
     The first frame of an animation; transparency on white; 16-bit grey scaled to 8; CMYK converted; turned as its
     EXIF says. The number of pixels is checked in the header, before anything is decoded.
 
     Raises:
-        PictureError: see there for the causes.
+        ImageError: see there for the causes.
     """
     if (pixels := _small_jpeg(body, max_pixels)) is not None:
         return Image.fromarray(pixels)
     try:
-        picture, method = _loaded(body, max_pixels)
-        return _to_rgb(picture if method is None else picture.transpose(method))
+        image, method = _loaded(body, max_pixels)
+        return _to_rgb(image if method is None else image.transpose(method))
     except MemoryError:
-        raise PictureError("too_many_pixels", NO_MEMORY) from None
+        raise ImageError("too_many_pixels", NO_MEMORY) from None
 
 
 def read(
@@ -136,7 +136,7 @@ def read(
         uint8 (size, size, 3), RGB.
 
     Raises:
-        PictureError: see there for the causes.
+        ImageError: see there for the causes.
     """
     if size * size <= SMALL and (pixels := _small_jpeg(body, max_pixels)) is not None:
         height, width, _ = pixels.shape
@@ -146,12 +146,12 @@ def read(
     if elsewhere is not None and body and not is_plain(body):
         return elsewhere(body)
     try:
-        picture, method = _loaded(body, max_pixels)
-        if picture.width * picture.height > STRIP:
-            return _crop_in_strips(picture, method, size, resize)
-        return crop(_to_rgb(picture if method is None else picture.transpose(method)), size, resize)
+        image, method = _loaded(body, max_pixels)
+        if image.width * image.height > STRIP:
+            return _crop_in_strips(image, method, size, resize)
+        return crop(_to_rgb(image if method is None else image.transpose(method)), size, resize)
     except MemoryError:
-        raise PictureError("too_many_pixels", NO_MEMORY) from None
+        raise ImageError("too_many_pixels", NO_MEMORY) from None
 
 
 def is_plain(body: bytes) -> bool:
@@ -177,20 +177,20 @@ def is_plain(body: bytes) -> bool:
 
 
 def crop_box(width: int, height: int, size: int, resize: int) -> tuple[int, int, int, int]:
-    """The centred square that the network sees, in the picture's own pixels: left, top, right, bottom."""
+    """The centred square that the network sees, in the image's own pixels: left, top, right, bottom."""
     side = max(1, (2 * min(width, height) * size + resize) // (2 * resize))  # rounds half up
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
 
 
-def crop(picture: Image.Image, size: int, resize: int) -> np.ndarray:
+def crop(image: Image.Image, size: int, resize: int) -> np.ndarray:
     """The pixel rule of the spec, the reference that `model.preprocessing.resize_crop` equals bit for bit.
 
     Returns:
         uint8 (size, size, 3), RGB.
     """
-    box = crop_box(*picture.size, size, resize)
-    square = picture if box == (0, 0, *picture.size) else picture.crop(box)
+    box = crop_box(*image.size, size, resize)
+    square = image if box == (0, 0, *image.size) else image.crop(box)
     return np.asarray(square if square.size == (size, size) else square.resize((size, size), Image.Resampling.BILINEAR))
 
 
@@ -216,29 +216,29 @@ def _loaded(body: bytes, max_pixels: int | None) -> tuple[Image.Image, Image.Tra
     """The pixels as they are stored, and how they must be turned.
 
     Raises:
-        PictureError, MemoryError.
+        ImageError, MemoryError.
     """
     if not body:
-        raise PictureError("empty", "the body is empty; send the bytes of a picture")
+        raise ImageError("empty", "the body is empty; send the bytes of an image")
     if body.startswith((b"II", b"MM")):
         _check_tiff(body, max_pixels)
     is_odd_jpeg = body.startswith(b"\xff\xd8") and not is_plain(body)  # else it need not be searched, for 1 ms a MB
     if is_odd_jpeg and body.count(_EXIF) > MAX_EXIF and (count := _counts(body)[1]) > MAX_EXIF:
-        raise PictureError("unsupported_kind", f"a JPEG file of {count} EXIF segments is not read; save it again")
-    picture = _open(body)
-    width, height = picture.size
+        raise ImageError("unsupported_kind", f"a JPEG file of {count} EXIF segments is not read; save it again")
+    image = _open(body)
+    width, height = image.size
     _check_size(width, height, max_pixels)
     if is_odd_jpeg:
         most = max(20, MAX_SCANNED // max(width * height, 1_000_000))
         if body.count(_SCAN) > most and (scans := _counts(body)[0]) > most:
-            raise PictureError("unsupported_kind", f"a JPEG file of {scans} scans is not read; save it as baseline")
+            raise ImageError("unsupported_kind", f"a JPEG file of {scans} scans is not read; save it as baseline")
     try:
-        picture.load()
+        image.load()
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise whatever the damage leads them into
-        raise PictureError("truncated", f"the {picture.format} picture is truncated or damaged ({error})") from None
-    return picture, _TURNED.get(_orientation(picture))
+        raise ImageError("truncated", f"the {image.format} image is truncated or damaged ({error})") from None
+    return image, _TURNED.get(_orientation(image))
 
 
 def _open(body: bytes) -> Image.Image:
@@ -251,20 +251,20 @@ def _open(body: bytes) -> Image.Image:
             raise MemoryError from None
         if body.startswith(_SUPPORTED_STARTS):
             reason = "its header cannot be read" if isinstance(error, UnidentifiedImageError) else error
-            raise PictureError("truncated", f"the picture is truncated or damaged ({reason})") from None
+            raise ImageError("truncated", f"the image is truncated or damaged ({reason})") from None
     for offset, start, name in _FOREIGN_STARTS:
         if body[offset:].startswith(start):
-            raise PictureError("unsupported_kind", f"{name} is not supported; send {', '.join(KINDS)}")
-    raise PictureError("not_a_picture", f"the body is not a picture; send {', '.join(KINDS)}")
+            raise ImageError("unsupported_kind", f"{name} is not supported; send {', '.join(KINDS)}")
+    raise ImageError("not_an_image", f"the body is not an image; send {', '.join(KINDS)}")
 
 
 def _check_size(width: int, height: int, max_pixels: int | None) -> None:
     if max_pixels is not None and width * height > max_pixels:
         limit = f"{width}×{height} px is too large: at most {max_pixels:,} pixels are accepted"
-        raise PictureError("too_many_pixels", f"{limit}; send a smaller picture")
+        raise ImageError("too_many_pixels", f"{limit}; send a smaller image")
     if max(width, height) > MAX_SIDE:
         limit = f"{width}×{height} px is too long: a side of at most {MAX_SIDE:,} px is accepted"
-        raise PictureError("too_many_pixels", f"{limit}; send a smaller picture")
+        raise ImageError("too_many_pixels", f"{limit}; send a smaller image")
 
 
 def _check_tiff(body: bytes, max_pixels: int | None) -> None:
@@ -273,7 +273,7 @@ def _check_tiff(body: bytes, max_pixels: int | None) -> None:
     width, height = (tags.get(tag, (0, 0, 0))[2] for tag in (322, 323))  # of a tile
     _check_size(width, height, max_pixels)
     if (count := max(tags.get(tag, (0, 0, 0))[1] for tag in (273, 324))) > MAX_STRIPS:  # offsets of strips and tiles
-        raise PictureError("unsupported_kind", f"a TIFF file of {count:,} strips is not read; save it in fewer")
+        raise ImageError("unsupported_kind", f"a TIFF file of {count:,} strips is not read; save it in fewer")
 
 
 def _tags(block: bytes) -> dict[int, tuple[int, int, int]]:
@@ -294,14 +294,14 @@ def _tags(block: bytes) -> dict[int, tuple[int, int, int]]:
     return tags
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """1 to 8, as EXIF says, or XMP where it does not; anything else, 0 too, says nothing.
 
     Only this tag is read: Pillow's `exif_transpose` writes all others anew, for which a file can have it take minutes.
     """
-    info = picture.info
-    if hasattr(picture, "tag_v2"):
-        value = picture.tag_v2.get(274)
+    info = image.info
+    if hasattr(image, "tag_v2"):
+        value = image.tag_v2.get(274)
         return value if isinstance(value, int) else 0
     exif = info.get("exif") or b""
     if not exif and "Raw profile type exif" in info:  # PNG, as ImageMagick writes it
@@ -410,19 +410,19 @@ def _is_large_webp(body: bytes) -> bool:
         return False
 
 
-def _crop_in_strips(picture: Image.Image, method: Image.Transpose | None, size: int, resize: int) -> np.ndarray:
-    """`crop` of a picture that is still to be turned and to become RGB: strip by strip, to the same bit.
+def _crop_in_strips(image: Image.Image, method: Image.Transpose | None, size: int, resize: int) -> np.ndarray:
+    """`crop` of an image that is still to be turned and to become RGB: strip by strip, to the same bit.
 
     Pillow resizes in two passes, rows first and rounded, so the first can be made of strips.
     """
     is_on_side = method is not None and method.name in ("TRANSPOSE", "TRANSVERSE", "ROTATE_90", "ROTATE_270")
-    width, height = picture.size[::-1] if is_on_side else picture.size
+    width, height = image.size[::-1] if is_on_side else image.size
     left, top, right, bottom = crop_box(width, height, size, resize)
     rows = max(1, STRIP // (right - left))
     narrow = Image.new("RGB", (size, bottom - top))
     for start in range(top, bottom, rows):
         end = min(start + rows, bottom)
-        strip = picture.crop(_stored((left, start, right, end), width, height, method))
+        strip = image.crop(_stored((left, start, right, end), width, height, method))
         strip = _to_rgb(strip if method is None else strip.transpose(method))
         narrow.paste(strip.resize((size, end - start), Image.Resampling.BILINEAR), (0, start - top))
     return np.asarray(narrow.resize((size, size), Image.Resampling.BILINEAR))
@@ -431,7 +431,7 @@ def _crop_in_strips(picture: Image.Image, method: Image.Transpose | None, size: 
 def _stored(
     box: tuple[int, int, int, int], width: int, height: int, method: Image.Transpose | None
 ) -> tuple[int, int, int, int]:
-    """Where a box of the upright picture, of `width` times `height`, lies in the pixels that `method` turns."""
+    """Where a box of the upright image, of `width` times `height`, lies in the pixels that `method` turns."""
     left, top, right, bottom = box
     name = "" if method is None else method.name
     if name in ("FLIP_LEFT_RIGHT", "ROTATE_180", "TRANSVERSE", "ROTATE_270"):
@@ -443,28 +443,28 @@ def _stored(
     return left, top, right, bottom
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
+def _on_white(image: Image.Image) -> Image.Image:
     """RGB, a strip of rows after the other: the whole would be there four times over."""
-    opaque = Image.new("RGB", picture.size)
-    rows = max(1, STRIP // picture.width)
-    for top in range(0, picture.height, rows):
-        strip = picture.crop((0, top, picture.width, min(top + rows, picture.height))).convert("RGBA")
+    opaque = Image.new("RGB", image.size)
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
         white = Image.new("RGBA", strip.size, "white")
         opaque.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
     return opaque
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        return picture
-    if picture.mode.startswith("I;16"):
-        grey = np.asarray(picture).astype(np.uint32)
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
-        raise PictureError("unsupported_kind", "32-bit grey has no agreed white; send 8-bit or 16-bit grey, or RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError("unsupported_kind", "32-bit grey has no agreed white; send 8-bit or 16-bit grey, or RGB")
     try:
-        if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
-            return _on_white(picture)
-        return picture.convert("RGB")
+        if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+            return _on_white(image)
+        return image.convert("RGB")
     except ValueError as error:  # a mode with no way to RGB, such as LAB
-        raise PictureError("unsupported_kind", f"pixels of mode {picture.mode} are not supported ({error})") from None
+        raise ImageError("unsupported_kind", f"pixels of mode {image.mode} are not supported ({error})") from None

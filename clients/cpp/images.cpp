@@ -1,4 +1,4 @@
-#include "pictures.hpp"
+#include "images.hpp"
 
 #include <csetjmp>
 #include <cstddef>
@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr std::int64_t MAX_PIXELS = 50'000'000;  // 150 MB as RGB; as in model/pictures.py
+constexpr std::int64_t MAX_PIXELS = 50'000'000;  // 150 MB as RGB; as in model/images.py
 
 // Both libraries report errors with longjmp, which runs no destructors. So whatever owns memory lies in a reader on the
 // heap, and the functions that a jump leaves, `read_jpeg` and `read_png`, own nothing.
@@ -26,7 +26,7 @@ struct JpegReader {
     jpeg_error_mgr errors{};
     std::jmp_buf on_error{};
     char message[JMSG_LENGTH_MAX] = "";
-    Picture picture;
+    Image image;
     int orientation = 1;
 
     JpegReader() = default;
@@ -40,7 +40,7 @@ struct PngReader {
     const Bytes& body;
     std::size_t position = 0;
     std::string message;
-    Picture picture;
+    Image image;
     std::vector<png_bytep> rows;
     int orientation = 1;
 
@@ -51,8 +51,8 @@ struct PngReader {
 
 void check_size(std::int64_t width, std::int64_t height) {
     if (width * height > MAX_PIXELS)
-        throw PictureError(std::to_string(width) + "×" + std::to_string(height) +
-                           " px is too large: at most 50,000,000 pixels are accepted; give a smaller picture");
+        throw ImageError(std::to_string(width) + "×" + std::to_string(height) +
+                           " px is too large: at most 50,000,000 pixels are accepted; give a smaller image");
 }
 
 // a × b / 255, rounded. There are no ties, as 255 is odd.
@@ -78,21 +78,21 @@ int exif_orientation(const std::uint8_t* exif, std::size_t size) {
     return 1;
 }
 
-// The picture turned and mirrored as the EXIF orientation says: 2, 4, 5 and 7 mirror, 5 to 8 swap the sides.
-Picture upright(Picture picture, int orientation) {
-    if (orientation == 1) return picture;
+// The image turned and mirrored as the EXIF orientation says: 2, 4, 5 and 7 mirror, 5 to 8 swap the sides.
+Image upright(Image image, int orientation) {
+    if (orientation == 1) return image;
     const bool swaps = orientation >= 5;
     const bool from_right = orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
     const bool from_below = orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
-    const std::int64_t width = swaps ? picture.height : picture.width, height = swaps ? picture.width : picture.height;
-    Picture turned{width, height, Bytes(picture.rgb.size())};
+    const std::int64_t width = swaps ? image.height : image.width, height = swaps ? image.width : image.height;
+    Image turned{width, height, Bytes(image.rgb.size())};
     std::uint8_t* to = turned.rgb.data();
     for (std::int64_t y = 0; y < height; y++)
         for (std::int64_t x = 0; x < width; x++, to += 3) {
             const std::int64_t column = swaps ? y : x, row = swaps ? x : y;
-            const std::int64_t from_x = from_right ? picture.width - 1 - column : column;
-            const std::int64_t from_y = from_below ? picture.height - 1 - row : row;
-            std::memcpy(to, &picture.rgb[3 * (from_y * picture.width + from_x)], 3);
+            const std::int64_t from_x = from_right ? image.width - 1 - column : column;
+            const std::int64_t from_y = from_below ? image.height - 1 - row : row;
+            std::memcpy(to, &image.rgb[3 * (from_y * image.width + from_x)], 3);
         }
     return turned;
 }
@@ -133,28 +133,28 @@ void read_jpeg(JpegReader& reader, const Bytes& body) {
     info.out_color_space = info.num_components == 4 ? JCS_CMYK : JCS_RGB;
     jpeg_start_decompress(&info);
     const std::size_t stride = std::size_t{info.output_width} * static_cast<std::size_t>(info.output_components);
-    reader.picture.width = info.output_width;
-    reader.picture.height = info.output_height;
-    reader.picture.rgb.resize(stride * info.output_height);
+    reader.image.width = info.output_width;
+    reader.image.height = info.output_height;
+    reader.image.rgb.resize(stride * info.output_height);
     while (info.output_scanline < info.output_height) {
-        JSAMPROW row = reader.picture.rgb.data() + stride * info.output_scanline;
+        JSAMPROW row = reader.image.rgb.data() + stride * info.output_scanline;
         jpeg_read_scanlines(&info, &row, 1);
     }
     jpeg_finish_decompress(&info);
 }
 
-Picture decode_jpeg(const Bytes& body) {
+Image decode_jpeg(const Bytes& body) {
     const auto reader = std::make_unique<JpegReader>();
     reader->info.client_data = reader.get();
     reader->info.err = jpeg_std_error(&reader->errors);
     reader->errors.error_exit = jpeg_failed;
     reader->errors.emit_message = jpeg_warned;
     if (setjmp(reader->on_error) != 0)
-        throw PictureError(std::string("the JPEG picture is truncated or damaged (") + reader->message + ")");
+        throw ImageError(std::string("the JPEG image is truncated or damaged (") + reader->message + ")");
     read_jpeg(*reader, body);
     if (reader->info.num_components == 4)  // CMYK, inverted as Adobe writes it: each byte is what the ink leaves white
-        four_to_three(reader->picture.rgb, [](int paper, int black) { return scaled(paper, black); });
-    return upright(std::move(reader->picture), reader->orientation);
+        four_to_three(reader->image.rgb, [](int paper, int black) { return scaled(paper, black); });
+    return upright(std::move(reader->image), reader->orientation);
 }
 
 [[noreturn]] void png_failed(png_structp png, png_const_charp message) {
@@ -183,7 +183,7 @@ void read_png(PngReader& reader) {
     if (png_get_eXIf_1(png, reader.info, &exif_size, &exif) != 0)
         reader.orientation = exif_orientation(exif, exif_size);
 
-    // To RGBA, with Pillow's way of leaving out the low byte; but 16-bit grey as model/pictures.py rounds it.
+    // To RGBA, with Pillow's way of leaving out the low byte; but 16-bit grey as model/images.py rounds it.
     const bool is_grey = png_get_color_type(png, reader.info) == PNG_COLOR_TYPE_GRAY;
     if (is_grey && png_get_bit_depth(png, reader.info) == 16) {
         png_set_scale_16(png);
@@ -196,23 +196,23 @@ void read_png(PngReader& reader) {
     png_set_interlace_handling(png);
     png_read_update_info(png, reader.info);
 
-    reader.picture.width = static_cast<std::int64_t>(width);
-    reader.picture.height = static_cast<std::int64_t>(height);
-    reader.picture.rgb.resize(4 * width * height);
-    for (std::size_t y = 0; y < height; y++) reader.rows.push_back(reader.picture.rgb.data() + 4 * width * y);
+    reader.image.width = static_cast<std::int64_t>(width);
+    reader.image.height = static_cast<std::int64_t>(height);
+    reader.image.rgb.resize(4 * width * height);
+    for (std::size_t y = 0; y < height; y++) reader.rows.push_back(reader.image.rgb.data() + 4 * width * y);
     png_read_image(png, reader.rows.data());
 }
 
-Picture decode_png(const Bytes& body) {
+Image decode_png(const Bytes& body) {
     const auto reader = std::make_unique<PngReader>(body);
     reader->png = png_create_read_struct(PNG_LIBPNG_VER_STRING, reader.get(), png_failed, png_warned);
     reader->info = reader->png == nullptr ? nullptr : png_create_info_struct(reader->png);
     if (reader->info == nullptr) throw std::bad_alloc();
     if (setjmp(png_jmpbuf(reader->png)) != 0)
-        throw PictureError("the PNG picture is truncated or damaged (" + reader->message + ")");
+        throw ImageError("the PNG image is truncated or damaged (" + reader->message + ")");
     read_png(*reader);
-    four_to_three(reader->picture.rgb, [](int colour, int alpha) { return scaled(colour, alpha) + 255 - alpha; });
-    return upright(std::move(reader->picture), reader->orientation);
+    four_to_three(reader->image.rgb, [](int colour, int alpha) { return scaled(colour, alpha) + 255 - alpha; });
+    return upright(std::move(reader->image), reader->orientation);
 }
 
 bool starts_with(const Bytes& body, const std::string& start) {
@@ -221,9 +221,9 @@ bool starts_with(const Bytes& body, const std::string& start) {
 
 }  // namespace
 
-Picture decode(const Bytes& body) {
-    if (body.empty()) throw PictureError("the file is empty; give a picture");
+Image decode(const Bytes& body) {
+    if (body.empty()) throw ImageError("the file is empty; give an image");
     if (starts_with(body, "\xff\xd8\xff")) return decode_jpeg(body);
     if (starts_with(body, "\x89PNG")) return decode_png(body);
-    throw PictureError("the file is neither JPEG nor PNG, which are the kinds that this program reads");
+    throw ImageError("the file is neither JPEG nor PNG, which are the kinds that this program reads");
 }

@@ -1,4 +1,4 @@
-"""The real pictures on which parity is proven, and others of a run's data."""
+"""The real images on which parity is proven, and others of a run's data."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TypeVar
 import yaml
 from PIL import Image
 
-from model.pictures import PictureError, decode
+from model.images import ImageError, decode
 
 PHOTOGRAPHS = 16  # cut-outs beside a run's own samples
-MANY = 1000  # test pictures for `--verify all`
+MANY = 1000  # test images for `--verify all`
 MANY_PHOTOGRAPHS = 128
 
 # Sizes that every set has, px, width × height: the least, the whole, portrait, landscape, odd, and thin.
@@ -24,14 +24,14 @@ Item = TypeVar("Item")
 
 
 def of_samples(samples: Path) -> list[Named]:
-    """The pictures of a run's `samples` folder, and some cut-outs of photographs.
+    """The images of a run's `samples` folder, and some cut-outs of photographs.
 
     Raises:
         ValueError: the folder is missing or empty.
     """
     files = sorted(path for path in samples.glob("*") if path.is_file())
     if not files:
-        raise ValueError(f"{samples}: no pictures to prove parity on; re-run train.py, or put some there")
+        raise ValueError(f"{samples}: no images to prove parity on; re-run train.py, or put some there")
     return _by_size([(path.name, decode(path.read_bytes())) for path in files] + photographs(PHOTOGRAPHS))
 
 
@@ -42,8 +42,8 @@ def of_test_split(run: Path, data: str | None = None) -> list[Named]:
         ValueError: the data is not there.
     """
     taken = sample(((name, body) for name, _, body in read(run, "test", data)), MANY)
-    pictures = [named for named in map(_decoded, taken) if named]
-    return _by_size(pictures + photographs(max(MANY_PHOTOGRAPHS, MANY - len(pictures))))
+    images = [named for named in map(_decoded, taken) if named]
+    return _by_size(images + photographs(max(MANY_PHOTOGRAPHS, MANY - len(images))))
 
 
 def photographs(count: int) -> list[Named]:
@@ -74,7 +74,7 @@ def sample(items: Iterable[Item], count: int, seed: int = 0) -> list[Item]:
 
 
 def read(run: Path, split: str, data: str | None = None) -> Iterator[tuple[str, str, bytes]]:
-    """Name, label and file of each picture of a split, cut as the run has cut it.
+    """Name, label and file of each image of a split, cut as the run has cut it.
 
     Args:
         data: where the data lies now, if not where it was.
@@ -100,10 +100,10 @@ def read(run: Path, split: str, data: str | None = None) -> Iterator[tuple[str, 
 def _decoded(item: tuple[str, bytes]) -> Named | None:
     try:
         return item[0], decode(item[1])
-    except PictureError:  # left out of training too, by --skip-bad
+    except ImageError:  # left out of training too, by --skip-bad
         return None
 
 
-def _by_size(pictures: list[Named]) -> list[Named]:
+def _by_size(images: list[Named]) -> list[Named]:
     """Those of equal size beside each other, so that they can go through the pixel graph in batches."""
-    return sorted(pictures, key=lambda named: named[1].size)
+    return sorted(images, key=lambda named: named[1].size)

@@ -1,4 +1,4 @@
-// From a picture file to the pixels that the pixel graph takes, as model/pictures.py makes them with Pillow.
+// From an image file to the pixels that the pixel graph takes, as model/images.py makes them with Pillow.
 
 import sharp from "sharp";
 
@@ -17,13 +17,13 @@ const MAX_PIXELS = 50_000_000; // as the server's handler has it; checked in the
  */
 export async function decode(body) {
   if (!body.length) throw new Error("the file is empty");
-  const picture = sharp(body, { autoOrient: true, ignoreIcc: true, failOn: "error", limitInputPixels: false });
-  const { space, depth, width, height } = await picture.metadata();
+  const image = sharp(body, { autoOrient: true, ignoreIcc: true, failOn: "error", limitInputPixels: false });
+  const { space, depth, width, height } = await image.metadata();
   if (width * height > MAX_PIXELS)
     throw new Error(`${width}×${height} px is too large: at most ${MAX_PIXELS / 1e6} megapixels are accepted`);
   if (depth !== "uchar" && depth !== "ushort") throw new Error(`pixels of the type ${depth} have no agreed white`);
   const [colours, toRgb] = { cmyk: ["cmyk", fromCmyk], grey16: ["grey16", fromGrey16] }[space] ?? ["srgb", fromSrgb];
-  const { data, info } = await picture
+  const { data, info } = await image
     .pipelineColourspace(colours)
     .toColourspace(colours)
     .raw({ depth: colours === "grey16" ? "ushort" : "uchar" })

@@ -1,4 +1,4 @@
-// From a picture file to the pixels that the pixel graph takes: in a worker, without a document.
+// From an image file to the pixels that the pixel graph takes: in a worker, without a document.
 
 const MAX_PIXELS = 50_000_000; // as the server's handler has it
 
@@ -9,21 +9,21 @@ const MAX_PIXELS = 50_000_000; // as the server's handler has it
  * @throws {Error} the browser cannot read it, or it has too many pixels
  */
 export async function decode(file) {
-  const picture = await createImageBitmap(file, {
+  const image = await createImageBitmap(file, {
     colorSpaceConversion: "none",
     premultiplyAlpha: "none",
     imageOrientation: "from-image",
   }).catch(() => {
-    throw new Error("the browser cannot read this as a picture; it may be damaged or of another kind");
+    throw new Error("the browser cannot read this as an image; it may be damaged or of another kind");
   });
-  const { width, height } = picture;
+  const { width, height } = image;
   if (width * height > MAX_PIXELS)
     throw new Error(`${width}×${height} px is too large: at most ${MAX_PIXELS / 1e6} megapixels are accepted`);
   const context = new OffscreenCanvas(width, height).getContext("2d", { alpha: false, willReadFrequently: true });
   context.fillStyle = "white";
   context.fillRect(0, 0, width, height);
-  context.drawImage(picture, 0, 0);
-  picture.close();
+  context.drawImage(image, 0, 0);
+  image.close();
   return { data: withoutAlpha(context.getImageData(0, 0, width, height).data), height, width };
 }
 

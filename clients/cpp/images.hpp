@@ -1,4 +1,4 @@
-// From a JPEG or PNG file to upright 8-bit RGB, to the pixels that model/pictures.py makes of it with Pillow.
+// From a JPEG or PNG file to upright 8-bit RGB, to the pixels that model/images.py makes of it with Pillow.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +7,16 @@
 
 using Bytes = std::vector<std::uint8_t>;
 
-struct Picture {
+struct Image {
     std::int64_t width = 0, height = 0;  // px
     Bytes rgb;                           // height × width × 3
 };
 
-// Bytes that are not a picture we can use; the message is one line.
-struct PictureError : std::runtime_error {
+// Bytes that are not an image we can use; the message is one line.
+struct ImageError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
 // The number of pixels is checked in the header, before anything is decoded. Transparency comes out on white, 16-bit
-// and CMYK pixels as 8-bit RGB, the picture turned as its EXIF says. Throws PictureError.
-Picture decode(const Bytes& body);
+// and CMYK pixels as 8-bit RGB, the image turned as its EXIF says. Throws ImageError.
+Image decode(const Bytes& body);

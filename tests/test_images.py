@@ -8,8 +8,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from model import pictures
-from model.pictures import MAX_PIXELS, PictureError, crop, decode, is_plain, read
+from model import images
+from model.images import MAX_PIXELS, ImageError, crop, decode, is_plain, read
 from tests.hostile_images import IMAGES, exif_of_rationals, jpeg_of_markers, png, png_header, png_pixels, tiff
 from tests.kinds import BAD, GOOD, gradient, save
 
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged
 @pytest.mark.parametrize("name", GOOD)
 def test_every_kind_becomes_upright_rgb(name):
     body, expected, tolerance = GOOD[name]
-    picture = decode(body)
-    assert picture.mode == "RGB"
-    difference = np.abs(np.asarray(picture).astype(int) - np.asarray(expected.convert("RGB")).astype(int))
+    image = decode(body)
+    assert image.mode == "RGB"
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(expected.convert("RGB")).astype(int))
     assert difference.shape[:2] == (expected.height, expected.width)
     assert difference.mean() <= tolerance
 
@@ -29,7 +29,7 @@ def test_every_kind_becomes_upright_rgb(name):
 @pytest.mark.parametrize("name", BAD)
 def test_every_bad_body_has_its_cause(name):
     body, cause = BAD[name]
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         decode(body)
     assert caught.value.cause == cause
     assert "\n" not in str(caught.value)
@@ -41,8 +41,8 @@ def test_a_truncated_file_is_refused_wherever_it_is_cut(kind):
     for length in range(1, len(body) - 1, max(1, len(body) // 40)):
         try:
             decode(body[:length])
-        except PictureError as error:
-            assert error.cause in ("truncated", "not_a_picture"), (length, error)
+        except ImageError as error:
+            assert error.cause in ("truncated", "not_an_image"), (length, error)
         else:  # some kinds end in bytes that carry no pixels
             assert length > 0.5 * len(body), f"{kind} cut at {length} of {len(body)} was accepted"
 
@@ -53,40 +53,40 @@ def test_damage_never_raises_anything_else(noise, name, place):
     damaged = body[:place] + noise + body[place + len(noise) :]
     try:
         assert decode(damaged, max_pixels=1_000_000).mode == "RGB"
-    except PictureError as error:
+    except ImageError as error:
         assert str(error)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
 def test_transparency_is_the_same_on_white_in_strips_as_at_once(monkeypatch, mode):
     colours = np.random.default_rng(0).integers(0, 256, (37, 23, 4), dtype=np.uint8)
-    picture = Image.fromarray(colours).convert(mode)
+    image = Image.fromarray(colours).convert(mode)
     if mode == "P":
-        picture.info["transparency"] = 3
-    whole = picture.convert("RGBA")
+        image.info["transparency"] = 3
+    whole = image.convert("RGBA")
     expected = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
-    monkeypatch.setattr(pictures, "STRIP", 100)
-    np.testing.assert_array_equal(np.asarray(pictures._to_rgb(picture)), np.asarray(expected))
+    monkeypatch.setattr(images, "STRIP", 100)
+    np.testing.assert_array_equal(np.asarray(images._to_rgb(image)), np.asarray(expected))
 
 
 def test_a_bomb_is_refused_from_its_header_before_it_is_decoded(monkeypatch):
     body = save(Image.new("1", (20_000, 20_000)), "PNG")
     assert len(body) < 100_000
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
-    with pytest.raises(PictureError, match="20000×20000 px is too large: at most 50,000,000") as caught:
+    with pytest.raises(ImageError, match="20000×20000 px is too large: at most 50,000,000") as caught:
         decode(body)
     assert caught.value.cause == "too_many_pixels"
 
 
 def test_the_limit_of_pixels_can_be_set_and_lifted():
     body = save(gradient(100, 100), "PNG")
-    with pytest.raises(PictureError):
+    with pytest.raises(ImageError):
         decode(body, max_pixels=9_999)
     assert decode(body, max_pixels=10_000).size == decode(body, max_pixels=None).size == (100, 100)
     assert MAX_PIXELS == 50_000_000
 
 
-def test_broken_exif_does_not_cost_the_picture():
+def test_broken_exif_does_not_cost_the_image():
     buffer = io.BytesIO()
     gradient(20, 10).save(buffer, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert decode(buffer.getvalue()).size == (20, 10)
@@ -96,11 +96,11 @@ def outcome(body):
     """The pixels, or the cause of the error."""
     try:
         return np.asarray(decode(body))
-    except PictureError as error:
+    except ImageError as error:
         return error.cause
 
 
-@pytest.mark.skipif(pictures.simplejpeg is None, reason="without simplejpeg: pip install simplejpeg")
+@pytest.mark.skipif(images.simplejpeg is None, reason="without simplejpeg: pip install simplejpeg")
 @given(
     seed=st.integers(0, 999),
     size=st.tuples(st.integers(1, 140), st.integers(1, 140)),
@@ -121,20 +121,20 @@ def test_a_jpeg_file_is_the_same_pixels_or_the_same_error_with_and_without_simpl
     seed, size, grey, options, exif, damage
 ):
     noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
-    picture = Image.fromarray(noise).resize(size)
+    image = Image.fromarray(noise).resize(size)
     if exif:
         options["exif"] = Image.Exif()
         options["exif"][0x0112] = exif
-    body = bytearray(save(picture.convert("L") if grey else picture, "JPEG", **options))
+    body = bytearray(save(image.convert("L") if grey else image, "JPEG", **options))
     if isinstance(damage, float):
         del body[int(damage * len(body)) :]
     elif damage:
         body[min(int(damage[0] * len(body)), len(body) - 1)] = damage[1]
     expected, seen = None, []
-    with mock.patch.object(pictures, "simplejpeg", None):
+    with mock.patch.object(images, "simplejpeg", None):
         expected = outcome(bytes(body))
-    original = pictures._small_jpeg
-    with mock.patch.object(pictures, "_small_jpeg", lambda *given: seen.append(original(*given)) or seen[-1]):
+    original = images._small_jpeg
+    with mock.patch.object(images, "_small_jpeg", lambda *given: seen.append(original(*given)) or seen[-1]):
         got = outcome(bytes(body))
     np.testing.assert_array_equal(got, expected)
     if damage is None and max(size) <= 128:
@@ -144,7 +144,7 @@ def test_a_jpeg_file_is_the_same_pixels_or_the_same_error_with_and_without_simpl
 def test_the_bound_on_pixels_holds_for_small_jpeg_files_too():
     body = save(gradient(20, 10), "JPEG")
     assert decode(body, max_pixels=200).size == (20, 10)
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         decode(body, max_pixels=199)
     assert caught.value.cause == "too_many_pixels"
 
@@ -159,8 +159,8 @@ def test_the_bound_on_pixels_holds_for_small_jpeg_files_too():
 )
 def test_read_is_the_crop_of_decode(width, height, size, margin, kind, is_square):
     """Also where a JPEG file is its own crop, and goes another way."""
-    picture = gradient(size, size) if is_square else gradient(width, height)
-    body, resize = save(picture, kind), round(size * margin)
+    image = gradient(size, size) if is_square else gradient(width, height)
+    body, resize = save(image, kind), round(size * margin)
     got = read(body, size, resize)
     assert (got.shape, got.dtype) == ((size, size, 3), np.uint8)
     np.testing.assert_array_equal(got, crop(decode(body), size, resize))
@@ -169,21 +169,21 @@ def test_read_is_the_crop_of_decode(width, height, size, margin, kind, is_square
 @pytest.mark.parametrize("name", BAD)
 def test_read_refuses_what_decode_refuses(name):
     body, cause = BAD[name]
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         read(body, 32, 32)
     assert caught.value.cause == cause
 
 
 def test_a_jpeg_file_of_too_many_scans_is_refused_and_what_only_looks_like_scans_is_read():
-    picture = gradient(100, 80)
-    plain, progressive = save(picture, "JPEG"), save(picture, "JPEG", progressive=True)
+    image = gradient(100, 80)
+    plain, progressive = save(image, "JPEG"), save(image, "JPEG", progressive=True)
     film = b"\xff\xda" * 2_000
     comments = (b"\xff\xfe" + (2 + len(film)).to_bytes(2, "big") + film) * 2
     for body in (plain + film, plain[:2] + comments + plain[2:]):
         np.testing.assert_array_equal(decode(body), decode(plain))
     last = progressive[progressive.rindex(b"\xff\xc4") : -2]
     assert decode(progressive[:-2] + last * 50 + progressive[-2:]).size == (100, 80)
-    with pytest.raises(PictureError, match="of 2010 scans") as caught:
+    with pytest.raises(ImageError, match="of 2010 scans") as caught:
         decode(progressive[:-2] + last * 2_000 + progressive[-2:])
     assert caught.value.cause == "unsupported_kind"
 
@@ -196,7 +196,7 @@ def test_the_search_for_scans_looks_at_each_byte_once():
     body = jpeg_of_markers()
     assert is_plain(body)
     assert decode(body).size == (64, 48)
-    assert pictures._MARKER.search(b"\xff" * 4_000_000 + b"\0") is None
+    assert images._MARKER.search(b"\xff" * 4_000_000 + b"\0") is None
 
 
 def test_plain_are_the_files_of_cameras_and_encoders_and_nothing_odd():
@@ -258,16 +258,16 @@ def test_whether_a_damaged_file_is_plain_is_always_answered(noise, name, place):
 )
 def test_a_crop_made_in_strips_is_the_crop_of_the_whole(width, height, size, margin, orientation, mode, strip):
     colours = np.random.default_rng(width * height).integers(0, 256, (height, width, 4), np.uint8)
-    picture = Image.fromarray(colours)
+    image = Image.fromarray(colours)
     if mode == "I;16":
-        picture = Image.fromarray(colours[..., 0].astype(np.uint16) * 257)
+        image = Image.fromarray(colours[..., 0].astype(np.uint16) * 257)
     elif mode != "RGBA":
-        picture = picture.convert("L" if mode == "LA" else "RGB").convert(mode)
+        image = image.convert("L" if mode == "LA" else "RGB").convert(mode)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    body = save(picture, "PNG" if mode in ("P", "LA", "1") else "TIFF", exif=exif)
+    body = save(image, "PNG" if mode in ("P", "LA", "1") else "TIFF", exif=exif)
     resize = max(1, round(size * margin))
-    with mock.patch.object(pictures, "STRIP", strip):
+    with mock.patch.object(images, "STRIP", strip):
         got = read(body, size, resize)
     np.testing.assert_array_equal(got, crop(decode(body), size, resize))
 
@@ -297,7 +297,7 @@ def test_of_exif_only_the_orientation_is_read(monkeypatch):
 @pytest.mark.parametrize("name", ["png of one row", "png of one column", "tiff of fax lines", "bmp of runs"])
 def test_a_side_that_is_too_long_is_refused_before_it_is_decoded(name, monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
-    with pytest.raises(PictureError, match="is too long: a side of at most 65,500 px is accepted") as caught:
+    with pytest.raises(ImageError, match="is too long: a side of at most 65,500 px is accepted") as caught:
         decode(IMAGES[name])
     assert caught.value.cause == "too_many_pixels"
     monkeypatch.undo()
@@ -315,7 +315,7 @@ def test_a_side_that_is_too_long_is_refused_before_it_is_decoded(name, monkeypat
 def test_what_a_header_promises_is_looked_at_before_pillow_opens_it(name, cause, reason, monkeypatch):
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was opened"))
     for attempt in (decode, lambda body: read(body, 32, 36)):
-        with pytest.raises(PictureError, match=reason) as caught:
+        with pytest.raises(ImageError, match=reason) as caught:
             attempt(IMAGES[name])
         assert caught.value.cause == cause
 
@@ -323,7 +323,7 @@ def test_what_a_header_promises_is_looked_at_before_pillow_opens_it(name, cause,
 def test_a_tiff_whose_directory_is_nowhere_is_damaged():
     body = tiff({256: (4, 1, 4)})
     for start in (len(body) - 3, 2**32 - 1):
-        with pytest.raises(PictureError) as caught:
+        with pytest.raises(ImageError) as caught:
             decode(body[:4] + start.to_bytes(4, "little") + body[8:])
         assert caught.value.cause == "truncated"
 
@@ -334,13 +334,13 @@ def test_a_lack_of_memory_is_a_cause_too(attempt, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", full)
-    with pytest.raises(PictureError, match="no memory") as caught:
+    with pytest.raises(ImageError, match="no memory") as caught:
         attempt(GOOD["tiff"][0])
     assert caught.value.cause == "too_many_pixels"
 
 
 def test_an_error_that_is_kept_keeps_no_decoder():
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         decode(BAD["jpeg cut in its pixels"][0])
     bare = caught.value.bare()
     assert (bare.cause, str(bare)) == (caught.value.cause, str(caught.value))
