@@ -33,12 +33,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from model import architectures, checkpoint
-from model.architectures import Pretrained
+from model import checkpoint, registry
 from model.fastnet import FastNet
-from model.files import sha256, write_text
-from model.preprocessing import normalise
-from model.spec import ModelSpec
+from model.registry import Pretrained
+from model.tensor_preprocessing import normalise
+from predictor.files import sha256, write_text
+from predictor.spec import ModelSpec
 from training import data as training_data
 from training import distributed, run_folder, splits
 from training.augmentation import shrunk
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = ("list_archs", "list_recipes", "recipe", "config", "resume", "evaluate", "split", "overwrite", "json")
     command = argparse.Namespace(**{name: options.pop(name) for name in names})
     if command.list_archs:
-        print("\n".join(architectures.names()))
+        print("\n".join(registry.names()))
         return 0
     if command.list_recipes:
         print(RECIPES.read_text(encoding="utf-8"), end="")
@@ -267,18 +267,18 @@ def read_weights(config: TrainConfig) -> Pretrained | None:
     if not (config.pretrained or config.weights):
         return None
     file = Path(config.weights) if config.weights else None
-    network = architectures.build(config.arch, 2, config.size or 0)
+    network = registry.build(config.arch, 2, config.size or 0)
     with nullcontext() if file else distributed.first_alone():  # they may be downloaded
-        pretrained = architectures.read_pretrained(config.arch, file)
-    architectures.load_pretrained(network, config.arch, pretrained)
+        pretrained = registry.read_pretrained(config.arch, file)
+    registry.load_pretrained(network, config.arch, pretrained)
     return pretrained
 
 
 def read_data(config: TrainConfig, known: dict[str, str] | None = None) -> Data:
     """The images, decoded; see training.data.load. A size that the network cannot take is found before."""
     size = config.size or 0
-    network = architectures.build(config.arch, 2, size)
-    if config.low_res and not architectures.takes(network, 2, shrunk(size)):
+    network = registry.build(config.arch, 2, size)
+    if config.low_res and not registry.takes(network, 2, shrunk(size)):
         raise ValueError(
             f"--low-res {config.low_res}: {config.arch} of {size} px cannot take {shrunk(size)} px; pass --low-res 0"
         )
@@ -304,12 +304,12 @@ def make_network(
     config: TrainConfig, data: Data, pretrained: Pretrained | None
 ) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
     """The network, with trained weights where there are some, and the mean and std that its pixels need."""
-    network = architectures.build(config.arch, len(data.labels), config.size or 0)
-    mean: tuple[float, ...] = architectures.IMAGENET_MEAN
-    std: tuple[float, ...] = architectures.IMAGENET_STD
+    network = registry.build(config.arch, len(data.labels), config.size or 0)
+    mean: tuple[float, ...] = registry.IMAGENET_MEAN
+    std: tuple[float, ...] = registry.IMAGENET_STD
     if pretrained:
         mean, std = pretrained.mean, pretrained.std
-        fresh = architectures.load_pretrained(network, config.arch, pretrained)
+        fresh = registry.load_pretrained(network, config.arch, pretrained)
         print(f"weights: {pretrained.source}; from scratch: {', '.join(fresh) or 'nothing'}")
     elif isinstance(network, FastNet):
         wanted = max(100, WHITENED_BY * 32**2 // max(32, config.size or 0) ** 2)  # each has a patch for each pixel
@@ -327,7 +327,7 @@ def make_spec(
     test: dict[str, Any],
     weights_sha256: str,
 ) -> ModelSpec:
-    import torchvision  # late, as in model.architectures
+    import torchvision  # late, as in model.registry
 
     return ModelSpec(
         arch=config.arch,
@@ -392,9 +392,9 @@ def pick_device(name: str) -> torch.device:
 
 def resolve_size(config: TrainConfig) -> TrainConfig:
     """Fills in what depends on the architecture."""
-    if config.arch not in architectures.names():
-        architectures.build(config.arch, 2, 32)  # raises, naming the close ones
-    own_size, own_resize = architectures.default_size(config.arch)
+    if config.arch not in registry.names():
+        registry.build(config.arch, 2, 32)  # raises, naming the close ones
+    own_size, own_resize = registry.default_size(config.arch)
     size = config.size or own_size
     resize = config.resize or round(size * own_resize / own_size)
     if resize < size:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from model.files import write_text
+from predictor.files import write_text
 
 LINE = 118  # characters of a line of JSON
 

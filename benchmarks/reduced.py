@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe, save
-from export import onnx, programs, reduced
-from model import Classifier, ModelSpec, architectures
+from export.graphs import exported_program, onnx, quantization
+from model import Classifier, ModelSpec, registry
 
 BATCHES = (1, 8)
 
@@ -27,29 +27,29 @@ BATCHES = (1, 8)
 def measure(arch: str, size: int, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of a call by batch size, as {"1": {"fp32": …, "int8": …}, …}."""
     torch.manual_seed(0)
-    mean, std = architectures.IMAGENET_MEAN, architectures.IMAGENET_STD
+    mean, std = registry.IMAGENET_MEAN, registry.IMAGENET_STD
     labels = tuple(f"class {i}" for i in range(10))
     spec = ModelSpec(arch=arch, labels=labels, size=size, resize=size, mean=mean, std=std)
-    classifier = Classifier(architectures.build(arch, len(labels), size), spec).eval()
+    classifier = Classifier(registry.build(arch, len(labels), size), spec).eval()
     crops = np.random.default_rng(0).integers(0, 256, (32, size, size, 3), np.uint8)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        onnx.save(programs.trace(classifier), spec, folder, "net")
-        reduced.make_int8(spec, folder / "net.onnx", crops, folder, "net")
+        onnx.save(exported_program.trace(classifier), spec, folder, "net")
+        quantization.make_int8(spec, folder / "net.onnx", crops, folder, "net")
         files = {"fp32": folder / "net.crops.onnx", "int8": folder / "net.crops.int8.onnx"}
-        return {str(batch): reduced.milliseconds(files, crops[:batch], rounds=rounds) for batch in BATCHES}
+        return {str(batch): quantization.milliseconds(files, crops[:batch], rounds=rounds) for batch in BATCHES}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--size", type=int, default=224, help="px (224)")
-    parser.add_argument("--rounds", type=int, default=reduced.ROUNDS)
+    parser.add_argument("--rounds", type=int, default=quantization.ROUNDS)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/reduced.json"))
     options = parser.parse_args(arguments)
     results = measure(options.arch, options.size, options.rounds)
-    machine = describe("onnxruntime", "onnx", "torch") | {"vnni": str(reduced.has_vnni())}
-    report = {"machine": machine, "arch": options.arch, "size": options.size, "threads": reduced.THREADS}
+    machine = describe("onnxruntime", "onnx", "torch") | {"vnni": str(quantization.has_vnni())}
+    report = {"machine": machine, "arch": options.arch, "size": options.size, "threads": quantization.THREADS}
     save(options.json, {**report, "milliseconds": results})
     print(json.dumps(machine))
     for batch, took in results.items():

@@ -19,7 +19,7 @@ import psutil
 import requests
 
 from benchmarks.load import Request, ask
-from handler.backends import FILES
+from predictor.backends import FILES
 from serve import Ports, serving, stop
 
 PEERS = Path(__file__).parent / "peers"
@@ -169,7 +169,7 @@ def _archive(
     export: Path, name: str, folder: Path, *, handler: str, files: list[Path], settings: dict[str, object] | None
 ) -> Path:
     """NAME.mar in `folder`, made by torch-model-archiver."""
-    from export.archive import BESIDE_HANDLER, HANDLER, PROJECT
+    from export.package.archive import HANDLER, PROJECT, stage_code
 
     folder.mkdir(parents=True, exist_ok=True)
     serialized, *extra = dict.fromkeys(files)
@@ -177,7 +177,8 @@ def _archive(
     extra += [PEERS / "pixels.py"] if settings is None else []
     line = ["--model-name", name, "--version", "1.0", "--handler", handler, "--serialized-file", str(serialized)]
     if settings is not None:
-        extra += [PROJECT / "model" / "images.py", *(HANDLER / file for file in BESIDE_HANDLER)]
+        stage_code(folder / "archive")
+        extra.append(folder / "archive")
         config = folder / "model-config.yaml"
         old = (HANDLER / "model-config.yaml").read_text().splitlines()
         kept = [text for text in old if text.split(":")[0] not in settings]

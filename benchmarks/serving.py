@@ -42,12 +42,13 @@ from benchmarks import servers
 from benchmarks.load import TOLERANCE, Request, ask, load
 from benchmarks.machine import describe, save
 from benchmarks.servers import Running
-from export import backend, onnx, programs, reduced, torchscript
 from export.__main__ import export_run
-from handler import backends
-from model import Classifier, ModelSpec, architectures
-from model.files import write_text
-from model.images import crop, decode
+from export.graphs import exported_program, onnx, quantization, torchscript
+from export.package import serving_settings
+from model import Classifier, ModelSpec, registry
+from predictor import backends
+from predictor.files import write_text
+from predictor.pillow_preprocessing import crop, decode
 from serve import Ports, serving
 from train import train
 from training.config import TrainConfig
@@ -85,16 +86,16 @@ def make_small(folder: Path) -> Path:
 def make_large(folder: Path) -> Path:
     """ResNet-18 at 224 px in fp32 and int8. Its weights are random: nothing here is about accuracy."""
     torch.manual_seed(0)
-    mean, std = architectures.IMAGENET_MEAN, architectures.IMAGENET_STD
+    mean, std = registry.IMAGENET_MEAN, registry.IMAGENET_STD
     labels = tuple(f"class {i}" for i in range(10))
     spec = ModelSpec(arch="resnet18", labels=labels, size=224, resize=256, mean=mean, std=std)
-    classifier = Classifier(architectures.build("resnet18", len(labels), spec.size), spec).eval()
+    classifier = Classifier(registry.build("resnet18", len(labels), spec.size), spec).eval()
     export = folder / LARGE
     export.mkdir()
     torchscript.save(classifier, spec, export / f"{LARGE}.pt")
-    onnx.save(programs.trace(classifier), spec, export, LARGE)
+    onnx.save(exported_program.trace(classifier), spec, export, LARGE)
     crops = np.stack([crop(decode(body), spec.size, spec.resize) for body in photographs(8)])
-    reduced.make_int8(spec, export / f"{LARGE}.onnx", crops, export, LARGE)
+    quantization.make_int8(spec, export / f"{LARGE}.onnx", crops, export, LARGE)
     spec.save(export / "spec.json")
     write_text(export / "index_to_name.json", json.dumps({str(i): label for i, label in enumerate(labels)}))
     return export
@@ -313,10 +314,10 @@ def part_large(export: Path, folder: Path, options: argparse.Namespace) -> dict[
     expected = {name: InProcess(export, LARGE, name).best(bodies) for name in ("onnx", "onnx-int8")}
     if len({f"{value:.2f}" for _, value in expected["onnx"]}) < 2:
         raise RuntimeError("the images all get the same answer: nothing would be checked")
-    rows = {row.backend: row for row in backend.measure(export, LARGE, ModelSpec.load(export))}
+    rows = {row.backend: row for row in serving_settings.measure(export, LARGE, ModelSpec.load(export))}
 
     def our(label: str, name: str) -> contextlib.AbstractContextManager[Running]:
-        size = backend.batch_size(rows[name])  # as export would set it
+        size = serving_settings.batch_size(rows[name])  # as export would set it
         return servers.ours(export, LARGE, folder / label, bodies[0], backend=name, batchSize=size)
 
     starts: Starts = {

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.machine import describe, keep
-from model import architectures
+from model import registry
 from model.fastnet import FastNet, ShiftNorm
 from train import pick_device, train
 from training import data as training_data
@@ -41,7 +41,7 @@ from training.config import make_config
 from training.evaluation import evaluate
 from training.memory import keep_freed
 
-MEAN, STD = architectures.IMAGENET_MEAN, architectures.IMAGENET_STD
+MEAN, STD = registry.IMAGENET_MEAN, registry.IMAGENET_STD
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
@@ -71,7 +71,7 @@ def classic(data: training_data.Data | None, seed: int, epochs: int, device: tor
     assert data
     torch.manual_seed(seed)
     dataset = OneByOne(data.train)
-    network = architectures.build("simplecnn", len(data.labels), 32).to(device)
+    network = registry.build("simplecnn", len(data.labels), 32).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     started = time.perf_counter()
     loader = DataLoader(dataset, batch_size=32, shuffle=True, num_workers=os.cpu_count() or 1, persistent_workers=True)
@@ -109,7 +109,7 @@ def learns_first_layer(network: FastNet, images: Tensor) -> None:
 
 
 def cifar_resnet18(arch: str, classes: int, size: int) -> nn.Module:
-    """In the place of `architectures._build`: ResNet-18 with a first layer for 32 px, 3×3 without stride or pooling."""
+    """In the place of `registry._build`: ResNet-18 with a first layer for 32 px, 3×3 without stride or pooling."""
     network = torchvision.models.resnet18(num_classes=classes)
     network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     return network
@@ -128,7 +128,7 @@ RESNET: dict[str, Any] = {
     "arch": "resnet18",
     "size": 32,
     "val_fraction": 0.02,
-    "without": {"model.architectures._build": cifar_resnet18},
+    "without": {"model.registry._build": cifar_resnet18},
     "optimizer": "sgd",
     "lr": 0.1,
     "weight_decay": 5e-4,

@@ -22,26 +22,14 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from export import (
-    archive,
-    backend,
-    card,
-    golden,
-    images,
-    integrity,
-    onnx,
-    output_folder,
-    parity,
-    programs,
-    progress,
-    reduced,
-    runtimes,
-    torchscript,
-)
-from handler.backends import FILES
+from export import output_folder, progress
+from export.graphs import exported_program, onnx, quantization, torchscript
+from export.package import archive, checksums, golden_images, model_card, serving_settings
+from export.proof import images, parity, runtimes
 from model import Classifier, load_run
-from model.files import sha256, write_text
-from model.spec import ModelSpec
+from predictor.backends import FILES
+from predictor.files import sha256, write_text
+from predictor.spec import ModelSpec
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a model: what TorchServe's URLs and archives take
 
@@ -52,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faulthandler.enable()  # a runtime that crashes takes this process along; at least its name is said
     try:
         if options.check:
-            return integrity.run_check(options.check, options.public_key)
+            return checksums.run_check(options.check, options.public_key)
         if not options.run:
             raise ValueError("name a run folder, e.g. runs/digits, or --check DIR")
         rows = export_run(
@@ -65,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fp16=options.fp16,
             sign=options.sign,
             wanted=options.backend,
-            golden_images=options.golden,
+            golden_source=options.golden,
             keep_reduced=options.keep_reduced,
         )
     except KeyboardInterrupt:
@@ -91,7 +79,7 @@ def export_run(
     fp16: bool = False,
     sign: Path | None = None,
     wanted: str = "auto",
-    golden_images: str = "samples",
+    golden_source: str = "samples",
     keep_reduced: str = "auto",
 ) -> list[parity.Row]:
     """Exports `run`, prints the parity table and, only if no row failed, packs the archive and replaces RUN/export.
@@ -103,8 +91,8 @@ def export_run(
         int8, fp16: write these too, if they earn it.
         sign: a private key; writes model.sig.
         wanted: the backend of the archive's CPU workers; `auto` takes the fastest.
-        golden_images: those in the archive, one of export.golden.SOURCES.
-        keep_reduced: whether int8 and fp16 files must earn it, one of export.reduced.KEEP.
+        golden_source: the images in the archive, one of export.package.golden_images.SOURCES.
+        keep_reduced: whether int8 and fp16 files must earn it, one of export.graphs.quantization.KEEP.
 
     Raises:
         ValueError: the run or its data cannot be read, the name or the backend cannot be used, or RUN/export holds
@@ -136,16 +124,16 @@ def export_run(
             smaller = []
             if int8 or fp16:
                 with progress.step("smaller files, on the test split"):
-                    smaller = reduced.reduce_run(
+                    smaller = quantization.reduce_run(
                         run, folder, name, spec, classifier, data, int8=int8, fp16=fp16, keep=keep_reduced
                     )
-                print(f"\n{reduced.table(smaller)}")
+                print(f"\n{quantization.table(smaller)}")
             with progress.step("speed of each backend"):
-                speeds = backend.measure(folder, name, spec, wanted)
-            print(f"\n{backend.table(speeds)}")
-            backend.write_config(speeds, folder / backend.CONFIG_FILE)
-            served = backend.chosen(speeds).backend
-            seen = golden.write(run, folder, name, spec, classifier, served, golden_images)
+                speeds = serving_settings.measure(folder, name, spec, wanted)
+            print(f"\n{serving_settings.table(speeds)}")
+            serving_settings.write_config(speeds, folder / serving_settings.CONFIG_FILE)
+            served = serving_settings.chosen(speeds).backend
+            seen = golden_images.write(run, folder, name, spec, classifier, served, golden_source)
             parity.write_json(rows, spec, folder / "parity.json", smaller, speeds)
             _pack(run, folder, name, version, served)
             _finish(run, folder, name, version, seen, sign)
@@ -179,8 +167,8 @@ def _write_graphs(classifier: Classifier, spec: ModelSpec, folder: Path, name: s
     with progress.step("TorchScript"):
         torchscript.save(classifier, spec, folder / f"{name}.pt")
     with progress.step("torch.export"):
-        traced = programs.trace(classifier)
-        programs.save(traced, spec, folder, name)
+        traced = exported_program.trace(classifier)
+        exported_program.save(traced, spec, folder, name)
     with progress.step("ONNX"):
         onnx.save(traced, spec, folder, name)
     index_to_name = {str(i): label for i, label in enumerate(spec.labels)}  # as TorchServe's own handlers have it
@@ -189,7 +177,7 @@ def _write_graphs(classifier: Classifier, spec: ModelSpec, folder: Path, name: s
 
 def _keep_failed(rows: list[parity.Row], spec: ModelSpec, folder: Path, run: Path, name: str, version: str) -> None:
     parity.write_json(rows, spec, folder / "parity.json")
-    integrity.write_manifest(folder, name, version)
+    checksums.write_manifest(folder, name, version)
     kept = output_folder.put_failed(folder, run)
     before = run / output_folder.EXPORT
     state = f"{before} is as it was" if before.is_dir() else "nothing was exported"
@@ -197,7 +185,7 @@ def _keep_failed(rows: list[parity.Row], spec: ModelSpec, folder: Path, run: Pat
 
 
 def _pack(run: Path, folder: Path, name: str, version: str, served: str) -> None:
-    card.write_card(run, name, folder)
+    model_card.write_card(run, name, folder)
     with progress.step("archive"):
         archive.build(run, folder, name, version, served)
     target = run / output_folder.EXPORT
@@ -207,11 +195,11 @@ def _pack(run: Path, folder: Path, name: str, version: str, served: str) -> None
 def _finish(run: Path, folder: Path, name: str, version: str, seen: dict[str, float], sign: Path | None) -> None:
     """The manifest, the sums and the signature; then the folder takes its place."""
     target = run / output_folder.EXPORT
-    integrity.write_manifest(folder, name, version, seen)
+    checksums.write_manifest(folder, name, version, seen)
     with output_folder.replacing(folder, target):
-        integrity.write_sums(folder)
+        checksums.write_sums(folder)
         if sign:
-            integrity.sign(folder, sign)
+            checksums.sign(folder, sign)
         for path in sorted(folder.iterdir()):
             if path.is_file():
                 print(f"{path.stat().st_size:>12,}  {sha256(path)[:12]}  {target / path.name}")
@@ -252,13 +240,13 @@ def _parser() -> argparse.ArgumentParser:
     smaller.add_argument("--fp16", action="store_true", help="NAME.fp16.onnx and NAME.crops.fp16.onnx, for GPUs")
     smaller.add_argument(
         "--keep-reduced",
-        choices=reduced.KEEP,
+        choices=quantization.KEEP,
         default="auto",
         help="always, or never, whatever accuracy and speed they have (auto: not if the test split shows a loss)",
     )
     parser.add_argument(
         "--golden",
-        choices=golden.SOURCES,
+        choices=golden_images.SOURCES,
         default="samples",
         help="the images in the archive, by which a worker proves itself: crops of the run's samples, which whoever "
         "has the archive can look at, or synthetic ones, with none of yours (samples)",

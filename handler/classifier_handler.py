@@ -9,7 +9,7 @@ A request to `/predictions/NAME` is one of
 - nothing, with the header `health: True`: whether the model is healthy.
 
 Where a request holds several images, a bad one has its error in the place of its answer; the status is 200 if any
-image was good. Otherwise the status is that of the first error, from bodies.STATUSES. An error reads
+image was good. Otherwise the status is that of the first error, from request_parsing.STATUSES. An error reads
 `{"code": 422, "type": "truncated", "message": "…"}`.
 
 The same to `/explanations/NAME` shows what spoke for the best label: a PNG, or where there are several images JSON
@@ -30,16 +30,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
-import backends
-import bodies
-import explanations
 import numpy as np
-import worker
-from decoder_process import DecoderProcess
-from golden import Golden
-from images import MAX_PIXELS, NO_MEMORY, ImageError, crop, read
-from measures import Measures
 from PIL import Image
+
+from handler import explanations, request_parsing, worker_startup
+from handler.prometheus_metrics import Measures
+from predictor import backends
+from predictor.decoder_process import DecoderProcess
+from predictor.golden_check import Golden
+from predictor.pillow_preprocessing import MAX_PIXELS, NO_MEMORY, ImageError, crop, read
 
 CHUNK = 64  # images decoded and put through the network at a time: bounds the memory of requests with many
 STAGES = ("decode", "forward", "post")  # of which the time is told
@@ -96,7 +95,7 @@ class ClassifierHandler:
             weights = folder / model["serializedFile"]
             self.explainer = explanations.Explainer(weights, gpu, _setting(settings, "threads", 1))
         self.measures = Measures(context.metrics, self.model, self.version)
-        self.measures.begin(bodies.STATUSES, self.spec["labels"], STAGES)
+        self.measures.begin(request_parsing.STATUSES, self.spec["labels"], STAGES)
         self.batch = system.get("batch_size") or 1
         self._warm_up(self.batch)
         self.golden, self.device = Golden(folder), "cpu" if gpu is None else "gpu"
@@ -104,7 +103,7 @@ class ClassifierHandler:
             raise ValueError(complaint)
         if self.decoder:
             self.decoder.wait()  # it has started meanwhile
-        worker.tune()
+        worker_startup.tune()
 
     def handle(self, requests, context):
         """Answers a batch. Never raises for what a client sent, so no request pays for its neighbour.
@@ -144,10 +143,10 @@ class ClassifierHandler:
             return (kind, "one", {}) if kind else ("prediction", "one", {"": ImageError("empty", EMPTY)})
         json_fields = {name for name in request if _is_json(headers.get(name))}
         if headers.get("explain") != "True":
-            return "prediction", *bodies.parse(request, json_fields, self.max_images)
+            return "prediction", *request_parsing.parse(request, json_fields, self.max_images)
         if self.explainer is None:
             return "explanation", "one", {"": ImageError("explanations_off", EXPLANATIONS_OFF)}
-        return "explanation", *bodies.parse(request, json_fields, min(self.max_images, MAX_EXPLAINED))
+        return "explanation", *request_parsing.parse(request, json_fields, min(self.max_images, MAX_EXPLAINED))
 
     def _classify(self, images, seconds):
         """An answer or a ImageError for each of `images`, in order. Adds to `seconds` what the stages took.
@@ -251,8 +250,8 @@ class ClassifierHandler:
             if kind == "explanation":
                 shape = shape if shape in ("one", "fields") else "instances"
                 outcomes = {name: _with_text(outcome) for name, outcome in outcomes.items()}
-            body, cause = bodies.answer(shape, outcomes, self.model, self.version)
-            status = bodies.STATUSES[cause] if cause else None
+            body, cause = request_parsing.answer(shape, outcomes, self.model, self.version)
+            status = request_parsing.STATUSES[cause] if cause else None
         if status:
             context.set_response_status(*status, i)
         context.set_response_content_type(i, content_type)

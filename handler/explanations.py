@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from images import ImageError
 from PIL import Image
+
+from predictor.pillow_preprocessing import ImageError
 
 STEPS = 32  # points on the way
 AT_ONCE = 4  # of them in one pass, so that the clock is looked at between

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.files import atomic_write
+from predictor.files import atomic_write
 
 
 class CheckpointError(ValueError):

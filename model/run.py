@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from model import architectures
+from model import registry
 from model.checkpoint import CheckpointError, load_into, load_state_dict
-from model.files import sha256
-from model.spec import ModelSpec
+from predictor.files import sha256
+from predictor.spec import ModelSpec
 
 
 def load_run(run: Path | str) -> tuple[ModelSpec, nn.Module]:
@@ -24,7 +24,7 @@ def load_run(run: Path | str) -> tuple[ModelSpec, nn.Module]:
     state = load_state_dict(weights)
     if sha256(weights) != spec.weights_sha256:
         raise CheckpointError(f"{weights}: is not the file that spec.json was written for (SHA-256); re-run train.py")
-    network = architectures.build(spec.arch, len(spec.labels), spec.size)
+    network = registry.build(spec.arch, len(spec.labels), spec.size)
     try:
         load_into(network, state)
     except RuntimeError as error:

@@ -28,11 +28,10 @@ import train as trainer
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from clients.python.classify import Client
-from export import images, parity
 from export.__main__ import export_run
-from export.archive import BESIDE_HANDLER
+from export.proof import images, parity
 from model import Classifier, load_run
-from model.images import crop, decode
+from predictor.pillow_preprocessing import crop, decode
 from serve import Ports, Server, serving
 from training.config import TrainConfig
 from training.report import write_report
@@ -190,13 +189,7 @@ def replace_in_archive(source: Path, target: Path, files: dict[str, str]) -> Non
 
 
 @pytest.fixture(scope="session", autouse=True)
-def handler_can_import_its_neighbours(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """In an archive the handler's files lie side by side; the tests that import the handler need them so too."""
-    folder = tmp_path_factory.mktemp("handler")
-    beside = (PROJECT / "handler" / name for name in ("classifier_handler.py", *BESIDE_HANDLER))
-    for path in (PROJECT / "model" / "images.py", *beside):
-        (folder / path.name).write_bytes(path.read_bytes())
-    sys.path.insert(0, str(folder))
-    import decoder_process
+def _decoder_may_take_its_time() -> None:
+    from predictor import decoder_process
 
     decoder_process.BATCH_SECONDS = 60.0  # this machine may stall for seconds

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model import architectures, checkpoint
+from model import checkpoint, registry
 
 SMALL = [
     "simplecnn",
@@ -17,24 +17,22 @@ SMALL = [
 def test_every_torchvision_classifier_is_there_by_its_own_name():
     import torchvision
 
-    assert set(torchvision.models.list_models(module=torchvision.models)) < set(architectures.names())
-    assert {"simplecnn", "resnet18", "vgg16", "densenet121", "mobilenet_v3_small", "vit_b_16"} <= set(
-        architectures.names()
-    )
+    assert set(torchvision.models.list_models(module=torchvision.models)) < set(registry.names())
+    assert {"simplecnn", "resnet18", "vgg16", "densenet121", "mobilenet_v3_small", "vit_b_16"} <= set(registry.names())
 
 
 LABELS = 1013  # as no other layer has of anything
 
 
-@pytest.mark.parametrize("arch", [name for name in architectures.names() if not name.startswith("regnet")])
+@pytest.mark.parametrize("arch", [name for name in registry.names() if not name.startswith("regnet")])
 def test_every_architecture_gets_a_head_for_the_labels(arch):
     """On the meta device, without memory: regnets cannot be built there, two of them are among SMALL."""
-    size, resize = architectures.default_size(arch)
+    size, resize = registry.default_size(arch)
     assert resize >= size
     with torch.device("meta"):
-        network = architectures._build(arch, LABELS, size).eval()
+        network = registry._build(arch, LABELS, size).eval()
         assert network(torch.empty(2, 3, size, size)).shape == (2, LABELS)
-    assert set(architectures.head_names(network)) == {
+    assert set(registry.head_names(network)) == {
         name for name, value in network.named_parameters() if LABELS in value.shape
     }
 
@@ -42,7 +40,7 @@ def test_every_architecture_gets_a_head_for_the_labels(arch):
 @pytest.mark.parametrize("arch", SMALL)
 def test_every_parameter_gets_a_gradient_and_nothing_is_nan(arch):
     torch.manual_seed(0)
-    network = architectures.build(arch, 5, 64)
+    network = registry.build(arch, 5, 64)
     logits = network(torch.randn(4, 3, 64, 64))
     assert logits.shape == (4, 5)
     logits.square().mean().backward()
@@ -63,48 +61,46 @@ def test_every_parameter_gets_a_gradient_and_nothing_is_nan(arch):
 )
 def test_an_impossible_choice_is_named_with_the_way_out(arch, size, words):
     with pytest.raises(ValueError, match=words) as caught:
-        architectures.build(arch, 3, size)
+        registry.build(arch, 3, size)
     assert "\n" not in str(caught.value)
 
 
 def test_freezing_leaves_the_head_and_keeps_the_statistics_of_the_backbone():
-    network = architectures.build("resnet18", 3, 64)
-    architectures.freeze_backbone(network)
+    network = registry.build("resnet18", 3, 64)
+    registry.freeze_backbone(network)
     trainable = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     assert trainable == ["fc.weight", "fc.bias"]
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    architectures.train_mode(network)
+    registry.train_mode(network)
     network(torch.randn(4, 3, 64, 64))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_without_freezing_the_statistics_move():
-    network = architectures.build("resnet18", 3, 64)
+    network = registry.build("resnet18", 3, 64)
     before = network.state_dict()["bn1.running_mean"].clone()
-    architectures.train_mode(network)
+    registry.train_mode(network)
     network(torch.randn(4, 3, 64, 64))
     assert not torch.equal(network.state_dict()["bn1.running_mean"], before)
 
 
 def pretrained(weights):
-    return architectures.read_pretrained("resnet18", weights)
+    return registry.read_pretrained("resnet18", weights)
 
 
 def test_local_weights_fill_all_but_the_head(tmp_path):
-    trained = architectures.build("resnet18", 10, 64)
+    trained = registry.build("resnet18", 10, 64)
     checkpoint.save(trained.state_dict(), tmp_path / "weights.pt")
-    network = architectures.build("resnet18", 3, 64)
-    left = architectures.load_pretrained(network, "resnet18", pretrained(tmp_path / "weights.pt"))
+    network = registry.build("resnet18", 3, 64)
+    left = registry.load_pretrained(network, "resnet18", pretrained(tmp_path / "weights.pt"))
     assert left == ["fc.weight", "fc.bias"]
     assert torch.equal(network.state_dict()["conv1.weight"], trained.state_dict()["conv1.weight"])
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
-    checkpoint.save(architectures.build("simplecnn", 10, 32).state_dict(), tmp_path / "weights.pt")
+    checkpoint.save(registry.build("simplecnn", 10, 32).state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="not weights of resnet18"):
-        architectures.load_pretrained(
-            architectures.build("resnet18", 3, 64), "resnet18", pretrained(tmp_path / "weights.pt")
-        )
+        registry.load_pretrained(registry.build("resnet18", 3, 64), "resnet18", pretrained(tmp_path / "weights.pt"))
 
 
 def test_published_weights_that_cannot_be_had_are_said_with_the_way_out(monkeypatch):
@@ -114,6 +110,6 @@ def test_published_weights_that_cannot_be_had_are_said_with_the_way_out(monkeypa
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
     with pytest.raises(ValueError, match="--weights FILE"):
-        architectures.read_pretrained("resnet18")
+        registry.read_pretrained("resnet18")
     with pytest.raises(ValueError, match="no published weights"):
-        architectures.read_pretrained("simplecnn")
+        registry.read_pretrained("simplecnn")

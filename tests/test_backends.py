@@ -11,21 +11,22 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export import backend, torchscript
 from export.__main__ import main
-from handler import backends
+from export.graphs import torchscript
+from export.package import serving_settings
 from model import ModelSpec
+from predictor import backends
 from tests.conftest import PROJECT
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of torch's own modules
 
-TOLERANCE = 1e-4  # of a probability, between backends: that of the crop graph in export/parity.py
+TOLERANCE = 1e-4  # of a probability, between backends: that of the crop graph in export/proof/parity.py
 
 
 @pytest.fixture(scope="module")
 def answer(exported):
     """Each backend of the export, as a function from crops to probabilities."""
-    return {name: backends.load(name, exported, "digits") for name in backend.backends_of(exported, "digits")}
+    return {name: backends.load(name, exported, "digits") for name in serving_settings.backends_of(exported, "digits")}
 
 
 def crops(count, seed=0):
@@ -63,15 +64,17 @@ def test_a_backend_whose_file_is_not_in_the_archive_is_named_with_the_way_out(ex
 
 def test_the_fastest_backend_is_chosen_and_a_wish_is_obeyed(exported, run):
     spec = ModelSpec.load(run)
-    rows = backend.measure(exported, "digits", spec)
+    rows = serving_settings.measure(exported, "digits", spec)
     (fastest,) = (row for row in rows if row.chosen)
     product = {row.backend: np.prod(list(row.milliseconds.values())) for row in rows}
     assert product[fastest.backend] == min(product.values())
-    wished = backend.measure(exported, "digits", spec, "pt2")
-    assert backend.chosen(wished).backend == "pt2"
-    assert "in the archive" in next(line for line in backend.table(wished).splitlines() if line.startswith("pt2"))
+    wished = serving_settings.measure(exported, "digits", spec, "pt2")
+    assert serving_settings.chosen(wished).backend == "pt2"
+    assert "in the archive" in next(
+        line for line in serving_settings.table(wished).splitlines() if line.startswith("pt2")
+    )
     with pytest.raises(ValueError, match=r"--backend onnx-int8: digits\.crops\.int8\.onnx was not written; choose"):
-        backend.measure(exported, "digits", spec, "onnx-int8")
+        serving_settings.measure(exported, "digits", spec, "onnx-int8")
 
 
 def test_int8_without_its_file_is_refused_before_anything_is_exported(exported, run, capsys):
@@ -83,17 +86,19 @@ def test_int8_without_its_file_is_refused_before_anything_is_exported(exported, 
 
 def test_the_choice_stands_in_the_archives_settings_and_in_parity_json(exported):
     rows = json.loads((exported / "parity.json").read_text())["backends"]
-    (row,) = (backend.BackendRow(**row) for row in rows if row["chosen"])
-    settings = (exported / backend.CONFIG_FILE).read_text()
+    (row,) = (serving_settings.BackendRow(**row) for row in rows if row["chosen"])
+    settings = (exported / serving_settings.CONFIG_FILE).read_text()
     assert row.backend == "onnx"  # as it was asked for
-    chosen = {"backend": "onnx", "batchSize": backend.batch_size(row)}
+    chosen = {"backend": "onnx", "batchSize": serving_settings.batch_size(row)}
     assert {name: yaml.safe_load(settings)[name] for name in chosen} == chosen
-    assert len(settings.splitlines()) == len(backend.CONFIG.read_text().splitlines())
+    assert len(settings.splitlines()) == len(serving_settings.CONFIG.read_text().splitlines())
 
 
 @pytest.mark.parametrize(("milliseconds", "size"), [(0.03, 32), (2.1, 32), (4.9, 8), (9.6, 4), (34, 2), (900, 1)])
 def test_a_batch_is_as_large_as_a_worker_answers_soon(milliseconds, size):
-    assert backend.batch_size(backend.BackendRow("onnx", {"1": 99.0, "8": milliseconds}, True)) == size
+    assert (
+        serving_settings.batch_size(serving_settings.BackendRow("onnx", {"1": 99.0, "8": milliseconds}, True)) == size
+    )
 
 
 def test_half_precision_channels_last_is_the_same_answer_but_for_rounding(exported):
@@ -155,11 +160,11 @@ def test_an_error_that_is_not_cudas_is_passed_on():
 )
 def test_a_worker_whose_cuda_has_failed_ends_so_that_it_is_replaced(text):
     code = f"""
-import numpy, handler.backends
+import numpy, predictor.backends
 def broken(batch):
     raise RuntimeError({text!r})
 try:
-    handler.backends.surviving(broken)(numpy.zeros((2, 4, 4, 3), numpy.uint8))
+    predictor.backends.surviving(broken)(numpy.zeros((2, 4, 4, 3), numpy.uint8))
 finally:
     print("still here")
 """

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from model import architectures
-from model.preprocessing import normalise
+from model import registry
+from model.tensor_preprocessing import normalise
 from training import batchnorm
 from training import data as training_data
 from training.batchnorm import estimate_statistics, slow_norms
@@ -52,9 +52,9 @@ def make(data, network, **options):
 )
 def test_only_networks_with_a_small_momentum_are_touched(arch, slow):
     with torch.device("meta"):
-        network = architectures._build(arch, 3, 64)
+        network = registry._build(arch, 3, 64)
     assert bool(slow_norms(network)) == slow
-    architectures.freeze_backbone(network)
+    registry.freeze_backbone(network)
     assert slow_norms(network) == []  # frozen layers keep their statistics
 
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from export.card import CARD, escape, wilson, write_card
-from model.spec import ModelSpec
+from export.package.model_card import CARD, escape, wilson, write_card
+from predictor.spec import ModelSpec
 
 ODD = ("a|b", "*x*", "日本", "yes", '"q"', "<b>", "`c`", "[l](u)", "\\|", "\\(m\\)", "_u_", "&amp;", "1. one", "null")
 

@@ -7,9 +7,10 @@ import time
 import pytest
 import torch
 
-from model import checkpoint, files
+from model import checkpoint
 from model.checkpoint import CheckpointError
-from model.files import atomic_write, sha256
+from predictor import files
+from predictor.files import atomic_write, sha256
 
 
 def test_a_checkpoint_survives_the_round_trip(tmp_path):

@@ -17,7 +17,6 @@ import pytest
 import requests
 
 from clients.batch.classify import Model, main
-from model import images
 from tests.conftest import PROJECT
 
 if importlib.util.find_spec("ray") is None:
@@ -190,13 +189,15 @@ def test_an_archive_that_answers_its_golden_images_wrongly_is_not_used(archive, 
     [(MemoryError(), "too_large"), (RuntimeError("of a decoder"), "unreadable"), (RecursionError(), "unreadable")],
 )
 def test_an_image_at_which_a_decoder_fails_in_any_way_is_a_row_and_the_part_ends(tmp_path, failure, kind):
+    from predictor.pillow_preprocessing import ImageError
+
     def read(body, *_):
         if body == b"1":
             raise failure
         return np.full((8, 8, 3), int(body), np.uint8)
 
     model = Model.__new__(Model)  # without an archive
-    model.reader = types.SimpleNamespace(read=read, ImageError=images.ImageError)
+    model.reader = types.SimpleNamespace(read=read, ImageError=ImageError)
     model.labels, model.size, model.resize, model.topk, model.max_pixels = ["a", "b"], 8, 8, 2, None
     model.probabilities = lambda crops: np.stack([[0.25, 0.75]] * len(crops))
     for name in "012":

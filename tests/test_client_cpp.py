@@ -1,4 +1,4 @@
-"""clients/cpp: built and used as its README prints it, and held against model/images.py and PyTorch."""
+"""clients/cpp: built and used as its README prints it, and held against Pillow and PyTorch."""
 
 import json
 import os
@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from export import runtimes, torchscript
-from model.images import ImageError, decode
+from export.graphs import torchscript
+from export.proof import runtimes
+from predictor.pillow_preprocessing import ImageError, decode
 from tests.conftest import PROJECT, label_of
 from tests.kinds import BAD, GOOD, gradient, save
 

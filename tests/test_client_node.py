@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from model.images import decode
+from predictor.pillow_preprocessing import decode
 from tests.conftest import PROJECT, label_of
 from tests.kinds import BAD, GOOD, gradient, save
 

@@ -389,9 +389,9 @@ def test_folders_are_searched_in_the_order_of_the_names(tmp_path):
 
 
 def test_the_names_of_images_are_those_of_the_model():
-    from model import images
+    from predictor import pillow_preprocessing
 
-    assert SUFFIXES == images.SUFFIXES
+    assert SUFFIXES == pillow_preprocessing.SUFFIXES
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────

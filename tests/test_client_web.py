@@ -22,7 +22,7 @@ import pytest
 import requests
 
 from clients.web import serve, verify
-from model.images import decode
+from predictor.pillow_preprocessing import decode
 from tests.conftest import label_of
 from tests.kinds import GOOD
 from tests.test_client_node import WEB, batches, install, readme_command, reference, save_batches

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from model.files import sha256
+from predictor.files import sha256
 from train import main
 from training.config import make_config, read_config
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from export.__main__ import serve_command
 from model import checkpoint
-from model.images import crop
+from predictor.pillow_preprocessing import crop
 from tests.conftest import reports
 from tests.folders import as_zip, make_folder
 from train import export_command, main

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.images import MAX_PIXELS, is_plain
-from model.images import read as read_here
+from predictor.pillow_preprocessing import MAX_PIXELS, is_plain
+from predictor.pillow_preprocessing import read as read_here
 from tests.hostile_images import IMAGES, bmp_of_runs, tiff_of_fax
 from tests.kinds import BAD, GOOD, gradient, save
 
@@ -25,7 +26,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def decoder():
-    from decoder_process import DecoderProcess
+    from predictor.decoder_process import DecoderProcess
 
     child = DecoderProcess()
     child.wait()
@@ -36,7 +37,7 @@ def decoder():
 @pytest.fixture
 def ask(decoder):
     """The crop of a file, or the cause of its error, by way of the child."""
-    from images import ImageError
+    from predictor.pillow_preprocessing import ImageError
 
     def outcome(body):
         decoder.begin_batch()
@@ -75,14 +76,13 @@ def read(body, *rest):
 @pytest.fixture
 def odd(tmp_path, monkeypatch):
     """A decoder whose child does as the bodies `slow`, `crash` and `sense` say."""
-    import decoder_process
+    from predictor import decoder_process
 
     here = Path(decoder_process.__file__)
-    for name in ("images.py", "decoder_process.py"):
-        (tmp_path / name).write_text((here.parent / name).read_text())
-    with (tmp_path / "decoder_process.py").open("a") as file:
+    copy = shutil.copytree(here.parent, tmp_path / "predictor") / here.name
+    with copy.open("a") as file:
         file.write(ODD)
-    monkeypatch.setattr(decoder_process, "__file__", str(tmp_path / "decoder_process.py"))
+    monkeypatch.setattr(decoder_process, "__file__", str(copy))
     child = decoder_process.DecoderProcess()
     child.wait()
     yield child
@@ -103,7 +103,7 @@ def test_a_bad_image_has_the_same_cause_as_in_this_process(ask, name):
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_hostile_image_is_refused_or_read_within_the_limits_of_the_child(decoder, ask, name):
-    from decoder_process import ALONE_MEMORY
+    from predictor.decoder_process import ALONE_MEMORY
 
     before, worker = status_of(decoder._child.pid), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     got = ask(IMAGES[name])
@@ -144,7 +144,7 @@ def test_a_photograph_of_48_megapixels_is_read_in_the_child_upright(ask):
 
 
 def test_what_is_slow_for_the_processor_is_refused_and_the_next_image_is_answered(odd):
-    from images import ImageError
+    from predictor.pillow_preprocessing import ImageError
 
     for body, cause in ((b"slow", "too_slow"), (b"crash", "truncated"), (b"sense", "truncated")):
         odd.begin_batch()
@@ -155,8 +155,8 @@ def test_what_is_slow_for_the_processor_is_refused_and_the_next_image_is_answere
 
 
 def test_a_batch_has_a_time_and_what_comes_later_is_to_ask_again(odd, monkeypatch):
-    import decoder_process
-    from images import ImageError
+    from predictor import decoder_process
+    from predictor.pillow_preprocessing import ImageError
 
     monkeypatch.setattr(decoder_process, "BATCH_SECONDS", 0.2)
     odd.begin_batch()
@@ -183,7 +183,7 @@ def test_a_child_ends_with_its_worker_even_if_that_is_killed():
     code = f"""
 import sys, time
 sys.path[:] = {sys.path!r}
-from decoder_process import DecoderProcess
+from predictor.decoder_process import DecoderProcess
 child = DecoderProcess()
 child.wait()
 print(child._child.pid, flush=True)
@@ -203,7 +203,7 @@ time.sleep(600)
 
 
 def test_a_child_has_no_secrets_writes_nothing_and_is_closed_with_its_owner(monkeypatch):
-    from decoder_process import DecoderProcess
+    from predictor.decoder_process import DecoderProcess
 
     monkeypatch.setenv("SOME_TOKEN", "secret")
     decoder = DecoderProcess()
@@ -229,7 +229,7 @@ def test_threads_share_a_child(decoder):
 
 
 def test_an_operator_who_allows_larger_images_allows_what_they_take():
-    from decoder_process import _scale
+    from predictor.decoder_process import _scale
 
     assert [_scale(most) for most in (1, MAX_PIXELS, 2 * MAX_PIXELS, None)] == [1, 1, 2, 8]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from export import torchscript
-from model.images import crop, decode
+from export.graphs import torchscript
+from predictor.pillow_preprocessing import crop, decode
 
 
 @pytest.fixture(scope="module")
 def explainer(exported):
-    from explanations import Explainer
+    from handler.explanations import Explainer
 
     return Explainer(exported / "digits.pt", None)
 
@@ -55,7 +55,7 @@ def test_another_label_has_another_explanation(explainer, crops):
 
 @pytest.mark.parametrize(("side", "shown"), [(32, 224), (224, 224), (299, 299)])
 def test_what_is_for_the_label_is_red_and_what_is_against_it_is_blue(side, shown):
-    from explanations import overlay
+    from handler.explanations import overlay
 
     attributions = np.zeros((side, side), dtype=np.float32)
     attributions[: side // 4] = 1
@@ -70,7 +70,7 @@ def test_what_is_for_the_label_is_red_and_what_is_against_it_is_blue(side, shown
 
 
 def test_nothing_at_all_is_shown_as_the_image():
-    from explanations import overlay
+    from handler.explanations import overlay
 
     image = Image.open(io.BytesIO(overlay(np.full((224, 224, 3), 90, np.uint8), np.zeros((224, 224), np.float32))))
     np.testing.assert_array_equal(np.asarray(image), 90)

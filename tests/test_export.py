@@ -12,14 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from export import archive, images, integrity, parity, programs, runtimes, torchscript
-from export import onnx as onnx_files
 from export.__main__ import export_run, main, name_of
-from export.runtimes import INSTALLED
-from model import Classifier, architectures, checkpoint, load_run
-from model.files import sha256
-from model.images import crop
-from model.spec import ModelSpec
+from export.graphs import exported_program, torchscript
+from export.graphs import onnx as onnx_files
+from export.package import archive, checksums
+from export.proof import images, parity, runtimes
+from export.proof.runtimes import INSTALLED
+from model import Classifier, checkpoint, load_run, registry
+from predictor.files import sha256
+from predictor.pillow_preprocessing import crop
+from predictor.spec import ModelSpec
 from tests.conftest import PROJECT, label_of
 from tests.kinds import gradient, save
 
@@ -75,7 +77,7 @@ def test_the_torchscript_file_holds_the_three_graphs_and_the_spec(exported, spec
 
 @pytest.mark.parametrize("file", ["digits.pt2", "digits.crops.pt2", "digits.pixels.pt2"])
 def test_each_torch_export_file_holds_its_graph_and_the_spec(exported, spec, file):
-    module, found = programs.load(exported / file)
+    module, found = exported_program.load(exported / file)
     assert found == spec
     if file == "digits.pt2":
         assert module(torch.randn(3, 3, 32, 32)).shape == (3, 10)
@@ -193,8 +195,8 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
         (torchscript, "save", FULL, 2),
         (parity, "verify", KeyboardInterrupt(), 130),
         (archive, "build", RuntimeError("torch-model-archiver failed: No space left on device"), 2),
-        (integrity, "write_sums", FULL, 2),
-        (integrity, "sha256", KeyboardInterrupt(), 130),
+        (checksums, "write_sums", FULL, 2),
+        (checksums, "sha256", KeyboardInterrupt(), 130),
     ],
 )
 def test_whatever_stops_an_export_the_earlier_one_stays_whole(copy, monkeypatch, capsys, module, function, error, code):
@@ -307,7 +309,7 @@ def test_ties_are_counted_and_not_held_against_a_runtime():
 def test_other_architectures_export_and_agree(tmp_path, arch, capsys):
     torch.manual_seed(0)
     size = 64
-    network = architectures.build(arch, 3, size).eval()
+    network = registry.build(arch, 3, size).eval()
     out = tmp_path / "net"
     (out / "samples").mkdir(parents=True)
     for i, (width, height) in enumerate([(40, 30), (31, 77), (300, 200)]):
@@ -358,5 +360,5 @@ def test_nothing_of_ours_reports_to_onnx_runtimes_maker(tmp_path):
     import os
 
     environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"TMPDIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", "import export.parity"], cwd=PROJECT, env=environment, check=True)
+    subprocess.run([sys.executable, "-c", "import export.proof.parity"], cwd=PROJECT, env=environment, check=True)
     assert not (tmp_path / ".ses").exists()

@@ -3,7 +3,7 @@ import shutil
 import pytest
 import torch
 
-from model import architectures
+from model import registry
 from model.fastnet import FastNet
 from training.config import TrainConfig
 from training.muon import HEAD, SHIFTS, VECTORS, Muon, orthogonal
@@ -33,20 +33,20 @@ def test_the_first_layer_makes_its_outputs_uncorrelated_and_of_the_same_strength
 
 
 def test_what_is_frozen_has_no_gradient_and_the_norms_have_no_scale():
-    network = architectures.build("fastnet_small", 5, 32)
+    network = registry.build("fastnet_small", 5, 32)
     network(torch.randn(4, 3, 32, 32)).square().mean().backward()
     without = {name for name, value in network.named_parameters() if value.grad is None}
     assert without == {"whitening.weight"}
     assert not [name for name, _ in network.named_parameters() if "norm" in name and name.endswith("weight")]
     before = network.state_dict()["blocks.0.norm1.running_mean"].clone()
-    architectures.train_mode(network)
+    registry.train_mode(network)
     network(torch.randn(4, 3, 32, 32))
     assert not torch.equal(network.state_dict()["blocks.0.norm1.running_mean"], before)
 
 
 @pytest.mark.parametrize("size", [16, 33, 64])
 def test_other_sizes(size):
-    assert architectures.build("fastnet", 3, size).eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
+    assert registry.build("fastnet", 3, size).eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no compiler: apt-get install g++")
@@ -66,7 +66,7 @@ def test_compiled_in_bfloat16_it_learns_what_it_learns_in_eager_mode(tmp_path, m
 
 def test_too_small_is_said():
     with pytest.raises(ValueError, match="--size 8: fastnet cannot take it"):
-        architectures.build("fastnet", 3, 8)
+        registry.build("fastnet", 3, 8)
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (16, 16)])
@@ -90,7 +90,7 @@ def test_muon_trains_parameters_of_every_shape():
 
 def test_the_shifts_of_norms_without_a_scale_learn_faster_than_other_vectors():
     def rates(arch):
-        network = architectures.build(arch, 10, 32)
+        network = registry.build(arch, 10, 32)
         optimizer = make_optimizer(network, TrainConfig(data="x", out="x", optimizer="muon", lr=0.1))
         by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         return {name: by_id[id(p)] for name, p in network.named_parameters() if p.requires_grad}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks import resume as kills
-from model import architectures, checkpoint
+from model import checkpoint, registry
 from tests.folders import make_folder
 from tests.test_distributed import torchrun
 from train import main
@@ -31,7 +31,7 @@ def digits():
 def make(data, arch="fastnet_small", **options):
     torch.manual_seed(0)
     defaults = {"size": 32, "crop_padding": 0, "batch_size": 64, "optimizer": "sgd", "flip": True, "freeze": True}
-    network = architectures.build(arch, 10, 32)
+    network = registry.build(arch, 10, 32)
     return Trainer(network, data, TrainConfig(data="digits", arch=arch, out="x", **defaults | options), SCALE)
 
 
@@ -40,7 +40,7 @@ def tensors(network):
 
 
 def close(got, expected):
-    """Equal but for rounding: the tolerance of export/parity.py."""
+    """Equal but for rounding: the tolerance of export/proof/parity.py."""
     return (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
@@ -78,7 +78,7 @@ def test_the_backbone_sees_each_image_once(digits):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_features_are_those_of_the_images(digits, flip):
-    network = architectures.build("simplecnn", 10, 32)
+    network = registry.build("simplecnn", 10, 32)
     found = compute_features(network, digits, SCALE, flip)
     assert (found.train.shape, found.val.shape) == ((1 + flip, len(digits.train), 84), (len(digits.val), 84))
     crops = digits.train.crops(torch.tensor([3, 700])).permute(0, 3, 1, 2) / 255
@@ -90,13 +90,13 @@ def test_features_are_those_of_the_images(digits, flip):
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "vit_b_16", "densenet121", "googlenet", "swin_t"])
 def test_the_last_layer_of_torchvisions_networks_is_the_head(arch):
-    network = architectures.build(arch, 10, 64 if arch == "googlenet" else 32).eval()
+    network = registry.build(arch, 10, 64 if arch == "googlenet" else 32).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         logits = network(images)
         with headless(network):
             seen = network(images)
-        assert close(network.get_submodule(architectures.head_name(network))(seen), logits)
+        assert close(network.get_submodule(registry.head_name(network))(seen), logits)
 
 
 def test_a_network_that_goes_on_after_its_last_layer_trains_all_the_same(digits, capsys):
@@ -142,7 +142,7 @@ def test_the_backbone_learns_from_the_epoch_on_that_was_named(digits, capsys):
 
 def random_weights(path):
     torch.manual_seed(0)
-    checkpoint.save(architectures.build("fastnet_small", 10, 32).state_dict(), path)
+    checkpoint.save(registry.build("fastnet_small", 10, 32).state_dict(), path)
     return str(path)
 
 

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from export import golden as export_golden
-from handler.golden import FILE, Golden
-from model import Classifier, images, load_run
+from export.package import golden_images as export_golden
+from model import Classifier, load_run
+from predictor import pillow_preprocessing
+from predictor.golden_check import FILE, Golden
 from serve import Ports, ServerError, serving
 from tests.conftest import replace_in_archive
 from tests.kinds import gradient, save
@@ -30,9 +31,9 @@ def right(golden):
 def test_they_are_samples_of_the_run_with_the_answers_of_pytorch(content, run, exported):
     assert len(content["images"]) == export_golden.IMAGES
     assert content["source"] == "samples"
-    samples = [images.read(path.read_bytes(), 32, 32) for path in sorted((run / "samples").iterdir())]
+    samples = [pillow_preprocessing.read(path.read_bytes(), 32, 32) for path in sorted((run / "samples").iterdir())]
     for body in Golden(exported).bodies:
-        crop = images.read(body, 32, 32).astype(int)
+        crop = pillow_preprocessing.read(body, 32, 32).astype(int)
         assert min(np.abs(crop - sample).mean() for sample in samples) < 4  # grey levels, of JPEG
     assert content["tolerance"] == {"cpu": 1e-3, "gpu": 0.02}
     with zipfile.ZipFile(exported / "digits.mar") as archive:
@@ -90,7 +91,9 @@ def test_both_decoders_are_checked_on_upright_images(made):
     photo = photograph(b"x")
     golden = made({"a.jpg": photo, "b.jpg": photo})
     assert [body[:4] for body in golden.bodies] == [b"\xff\xd8\xff\xe0", b"\x89PNG"]
-    np.testing.assert_array_equal(images.read(golden.bodies[1], 32, 32), images.read(photo, 32, 32))
+    np.testing.assert_array_equal(
+        pillow_preprocessing.read(golden.bodies[1], 32, 32), pillow_preprocessing.read(photo, 32, 32)
+    )
 
 
 def test_synthetic_ones_hold_no_image_of_the_user_and_differ(made):

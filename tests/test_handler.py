@@ -23,7 +23,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.images import crop, decode
+from predictor.pillow_preprocessing import crop, decode
 from tests.conftest import PROJECT, replace_in_archive
 from tests.kinds import BAD, GOOD, gradient, save
 
@@ -147,7 +147,7 @@ def test_every_kind_of_image_is_answered(ask, name):
 
 @pytest.mark.parametrize("name", BAD)
 def test_every_bad_body_gets_its_status(ask, name):
-    from bodies import STATUSES
+    from handler.request_parsing import STATUSES
 
     body, cause = BAD[name]
     ((status, answer, headers),) = ask({"body": body})
@@ -157,7 +157,7 @@ def test_every_bad_body_gets_its_status(ask, name):
 
 
 def test_every_cause_stands_in_the_table_and_the_table_in_the_readme():
-    from bodies import STATUSES
+    from handler.request_parsing import STATUSES
 
     assert {cause for _, cause in BAD.values()} <= set(STATUSES)
     readme = (PROJECT / "README.md").read_text()
@@ -304,9 +304,9 @@ def test_what_is_not_plain_is_decoded_in_another_process(ask, monkeypatch):
 
 
 def test_an_image_that_is_too_slow_has_its_status(ask, sample, monkeypatch):
-    from bodies import STATUSES
-    from decoder_process import DecoderProcess
-    from images import ImageError
+    from handler.request_parsing import STATUSES
+    from predictor.decoder_process import DecoderProcess
+    from predictor.pillow_preprocessing import ImageError
 
     def slow(*_):
         raise ImageError("too_slow", "decoding this image takes over 1 s")
@@ -353,7 +353,10 @@ KINDS = [body for body, *_ in (*GOOD.values(), *BAD.values())]
 def test_an_answer_depends_on_nothing_but_its_image(ask, threaded, picked):
     """Not on its neighbours, the size of the batch, the backend or the threads; errors included."""
     alone = {i: ask.handler._classify([(KINDS[i], False)], Counter())[0] for i in set(picked)}
-    for handler, tolerance in ((ask.handler, 1e-5), (threaded, 1e-4)):  # of a probability: export/parity.py's for crops
+    for handler, tolerance in (
+        (ask.handler, 1e-5),
+        (threaded, 1e-4),
+    ):  # of a probability: export/proof/parity.py's for crops
         for i, got in zip(picked, handler._classify([(KINDS[i], False) for i in picked], Counter()), strict=True):
             expected = alone[i]
             if isinstance(expected, dict):
@@ -566,7 +569,7 @@ def test_explanations_of_several_images_are_json_and_fail_alone(ask, sample, lab
 
 
 def test_explanations_that_take_too_long_are_put_off(ask, sample, monkeypatch):
-    import explanations
+    from handler import explanations
 
     monkeypatch.setattr(explanations, "SECONDS", -1)
     ((status, answer, _),) = ask({"body": sample}, headers={"explain": "True"})
@@ -659,7 +662,7 @@ def test_the_golden_difference_over_its_tolerance_is_told_right_or_wrong(exporte
     caplog.set_level(logging.INFO, "ts.metrics")
     with pytest.raises(ValueError, match="golden image") if is_wrong else contextlib.nullcontext():
         handler.initialize(context)
-    handler.measures._metrics = None  # ends its thread
+    handler.prometheus_metrics._metrics = None  # ends its thread
     told = [float(found[1]) for found in re.finditer(r"golden_difference_ratio.\w+:([^|]+)", caplog.text)]
     assert len(told) == 1
     assert (told[0] > 1) == is_wrong

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.probes import workers_of
-from model.images import ImageError, decode, read
+from predictor.pillow_preprocessing import ImageError, decode, read
 from serve import Ports, serving
 from tests.conftest import label_of, replace_in_archive
 from tests.hostile import BODIES, FILES, JSON, MIB
@@ -259,17 +259,18 @@ requests_of_json = (
 @given(requests_of_json, st.booleans())
 @hypothesis_settings(max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_json_of_any_kind_is_parsed_into_images_and_errors_and_answered(value, as_bytes):
-    import bodies
     import numpy as np
-    from images import ImageError as Error
 
-    shape, found = bodies.parse({"body": json.dumps(value).encode() if as_bytes else value}, {"body"}, 256)
+    from handler import request_parsing
+    from predictor.pillow_preprocessing import ImageError as Error
+
+    shape, found = request_parsing.parse({"body": json.dumps(value).encode() if as_bytes else value}, {"body"}, 256)
     assert found
     assert all(isinstance(image, (bytes, np.ndarray, Error)) for image in found.values())
     for image in found.values():
         if isinstance(image, np.ndarray):
             assert (image.dtype, image.ndim, image.shape[-1]) == (np.uint8, 3, 3)
     outcomes = {name: image if isinstance(image, Error) else {"7": 1.0} for name, image in found.items()}
-    answer, cause = bodies.answer(shape, outcomes, "digits", "1.0")
+    answer, cause = request_parsing.answer(shape, outcomes, "digits", "1.0")
     assert (cause is None) == any(isinstance(outcome, dict) for outcome in outcomes.values()) or "error" in answer
-    assert cause is None or (answer["code"], answer["type"]) == (bodies.STATUSES[cause][0], cause)
+    assert cause is None or (answer["code"], answer["type"]) == (request_parsing.STATUSES[cause][0], cause)

@@ -8,8 +8,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from model import images
-from model.images import MAX_PIXELS, ImageError, crop, decode, is_plain, read
+from predictor import pillow_preprocessing
+from predictor.pillow_preprocessing import MAX_PIXELS, ImageError, crop, decode, is_plain, read
 from tests.hostile_images import IMAGES, exif_of_rationals, jpeg_of_markers, png, png_header, png_pixels, tiff
 from tests.kinds import BAD, GOOD, gradient, save
 
@@ -65,8 +65,8 @@ def test_transparency_is_the_same_on_white_in_strips_as_at_once(monkeypatch, mod
         image.info["transparency"] = 3
     whole = image.convert("RGBA")
     expected = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
-    monkeypatch.setattr(images, "STRIP", 100)
-    np.testing.assert_array_equal(np.asarray(images._to_rgb(image)), np.asarray(expected))
+    monkeypatch.setattr(pillow_preprocessing, "STRIP", 100)
+    np.testing.assert_array_equal(np.asarray(pillow_preprocessing._to_rgb(image)), np.asarray(expected))
 
 
 def test_a_bomb_is_refused_from_its_header_before_it_is_decoded(monkeypatch):
@@ -100,7 +100,7 @@ def outcome(body):
         return error.cause
 
 
-@pytest.mark.skipif(images.simplejpeg is None, reason="without simplejpeg: pip install simplejpeg")
+@pytest.mark.skipif(pillow_preprocessing.simplejpeg is None, reason="without simplejpeg: pip install simplejpeg")
 @given(
     seed=st.integers(0, 999),
     size=st.tuples(st.integers(1, 140), st.integers(1, 140)),
@@ -131,10 +131,12 @@ def test_a_jpeg_file_is_the_same_pixels_or_the_same_error_with_and_without_simpl
     elif damage:
         body[min(int(damage[0] * len(body)), len(body) - 1)] = damage[1]
     expected, seen = None, []
-    with mock.patch.object(images, "simplejpeg", None):
+    with mock.patch.object(pillow_preprocessing, "simplejpeg", None):
         expected = outcome(bytes(body))
-    original = images._small_jpeg
-    with mock.patch.object(images, "_small_jpeg", lambda *given: seen.append(original(*given)) or seen[-1]):
+    original = pillow_preprocessing._small_jpeg
+    with mock.patch.object(
+        pillow_preprocessing, "_small_jpeg", lambda *given: seen.append(original(*given)) or seen[-1]
+    ):
         got = outcome(bytes(body))
     np.testing.assert_array_equal(got, expected)
     if damage is None and max(size) <= 128:
@@ -196,7 +198,7 @@ def test_the_search_for_scans_looks_at_each_byte_once():
     body = jpeg_of_markers()
     assert is_plain(body)
     assert decode(body).size == (64, 48)
-    assert images._MARKER.search(b"\xff" * 4_000_000 + b"\0") is None
+    assert pillow_preprocessing._MARKER.search(b"\xff" * 4_000_000 + b"\0") is None
 
 
 def test_plain_are_the_files_of_cameras_and_encoders_and_nothing_odd():
@@ -267,7 +269,7 @@ def test_a_crop_made_in_strips_is_the_crop_of_the_whole(width, height, size, mar
     exif[0x0112] = orientation
     body = save(image, "PNG" if mode in ("P", "LA", "1") else "TIFF", exif=exif)
     resize = max(1, round(size * margin))
-    with mock.patch.object(images, "STRIP", strip):
+    with mock.patch.object(pillow_preprocessing, "STRIP", strip):
         got = read(body, size, resize)
     np.testing.assert_array_equal(got, crop(decode(body), size, resize))
 

@@ -16,10 +16,9 @@ import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from export import integrity
 from export.__main__ import export_run
-from export.card import write_card
-from export.integrity import (
+from export.package import checksums
+from export.package.checksums import (
     SIGNATURE,
     SUMS,
     check,
@@ -29,6 +28,7 @@ from export.integrity import (
     write_manifest,
     write_sums,
 )
+from export.package.model_card import write_card
 from tests.conftest import replace_in_archive
 from train import train
 from training.config import TrainConfig
@@ -88,7 +88,7 @@ def keys(tmp_path_factory):
 @pytest.fixture
 def sums_only(monkeypatch):
     """For sweeps: what is inside the files can only add findings."""
-    monkeypatch.setattr(integrity, "_check_contents", lambda *_: None)
+    monkeypatch.setattr(checksums, "_check_contents", lambda *_: None)
 
 
 @contextlib.contextmanager
@@ -170,7 +170,7 @@ def test_a_flipped_bit_anywhere_in_any_file_is_found_and_the_file_named(whole, s
 
 def test_every_flipped_bit_of_the_sums_is_found(whole, sums_only, monkeypatch):
     """It is the one file that has no hash of its own."""
-    monkeypatch.setattr(integrity, "sha256", functools.cache(integrity.sha256))  # the others stay as they are
+    monkeypatch.setattr(checksums, "sha256", functools.cache(checksums.sha256))  # the others stay as they are
     size = (whole / SUMS).stat().st_size
     for place in range(size - 90, size):  # the last line whole, and the end of the one before
         for bit in range(8):
@@ -192,10 +192,10 @@ def opened(monkeypatch):
 
         monkeypatch.setattr(place, attribute, watching)
 
-    watch(integrity, "_spec_in_zip", lambda path: path.name)
-    watch(integrity, "_read_json", lambda path: path.name)
-    watch(integrity.onnx, "read_spec", lambda path: path.name)
-    watch(integrity, "_check_archive", lambda folder, name, *_: f"{name}.mar")
+    watch(checksums, "_spec_in_zip", lambda path: path.name)
+    watch(checksums, "_read_json", lambda path: path.name)
+    watch(checksums.onnx, "read_spec", lambda path: path.name)
+    watch(checksums, "_check_archive", lambda folder, name, *_: f"{name}.mar")
     return names
 
 
@@ -289,7 +289,7 @@ def test_a_whole_export_beside_the_weights_of_another_training_is_found(folder, 
 
 def under_our_spec(folder, other, name):
     """The other training's file with the spec of this one."""
-    spec = integrity.onnx.read_spec(folder / "digits.onnx")
+    spec = checksums.onnx.read_spec(folder / "digits.onnx")
     if name.endswith(".onnx"):
         model = onnx.load(other / name)
         onnx.helper.set_model_props(model, {"spec": spec.to_json()})
@@ -418,7 +418,7 @@ def test_an_archive_that_does_not_hold_what_it_must_is_found(folder, whole, file
 
 
 def test_the_script_inside_the_archive_must_be_the_one_beside_it(folder, other):
-    spec = integrity.onnx.read_spec(folder / "digits.onnx")
+    spec = checksums.onnx.read_spec(folder / "digits.onnx")
     replace_in_archive(other / "digits.mar", folder / "digits.mar", {"spec.json": spec.to_json()})
     forge(folder)
     assert check(folder) == [
@@ -456,7 +456,7 @@ def test_sums_written_anew_do_not_deceive_the_signature_and_then_nothing_is_open
     change(folder / "parity.json", note="changed")
     write_sums(folder)
     assert check(folder) == []
-    monkeypatch.setattr(integrity, "_check_contents", lambda *_: pytest.fail("a file was opened"))
+    monkeypatch.setattr(checksums, "_check_contents", lambda *_: pytest.fail("a file was opened"))
     assert run_check(folder, public) == 1
     out = capsys.readouterr().out
     assert "parity.json" in out
@@ -566,7 +566,7 @@ def a_script_that_writes(folder):
             torch.save(images, "written-by-a-script")
             return images
 
-    spec = integrity.onnx.read_spec(folder / "digits.onnx")
+    spec = checksums.onnx.read_spec(folder / "digits.onnx")
     path = folder / "prepared"
     with contextlib.suppress(DeprecationWarning):
         torch.jit.save(torch.jit.script(Writes()), str(path), _extra_files={"spec.json": spec.to_json()})
@@ -644,7 +644,7 @@ def test_an_alteration_is_found_and_nothing_is_run(signed, keys, name, tmp_path,
     alter(folder)
     forge(folder)
     for runs in ("run_torchscript", "run_exported_program", "run_onnxruntime"):
-        monkeypatch.setattr(integrity, runs, lambda *_: pytest.fail("a graph was run"))
+        monkeypatch.setattr(checksums, runs, lambda *_: pytest.fail("a graph was run"))
     code = run_check(folder)
     out = capsys.readouterr().out
     assert code == found, out
@@ -668,12 +668,12 @@ def test_a_handler_of_another_checkout_is_said_to_be_one_and_passes_with_a_signa
 ):
     newer = tmp_path / "bodies.py"
     newer.write_text("# of a newer checkout")
-    monkeypatch.setattr(integrity.archive, "PROJECT", tmp_path)
-    monkeypatch.setattr(integrity.archive, "CODE", integrity.archive.CODE | {"bodies.py": newer})
-    others = {name: tmp_path / name for name in integrity.archive.CODE if name != "bodies.py"}
+    monkeypatch.setattr(checksums.archive, "PROJECT", tmp_path)
+    monkeypatch.setattr(checksums.archive, "CODE", checksums.archive.CODE | {"bodies.py": newer})
+    others = {name: tmp_path / name for name in checksums.archive.CODE if name != "bodies.py"}
     for name, path in others.items():
-        shutil.copy(integrity.archive.CODE[name], path)
-    monkeypatch.setattr(integrity.archive, "CODE", others | {"bodies.py": newer})
+        shutil.copy(checksums.archive.CODE[name], path)
+    monkeypatch.setattr(checksums.archive, "CODE", others | {"bodies.py": newer})
     (finding,) = check(folder)
     assert finding == (
         "digits.mar: 'bodies.py' inside differs from this checkout's bodies.py; export again, or, if another checkout "

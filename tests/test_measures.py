@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from handler.measures import BUCKETS, Measures
+from handler.prometheus_metrics import BUCKETS, Measures
 from tests.conftest import PROJECT
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -129,7 +129,7 @@ def test_torchserves_own_metrics_are_still_there():
 
 
 def test_without_this_projects_metrics_yaml_the_worker_says_so_once_and_serves_on(measures, caplog, monkeypatch):
-    monkeypatch.setattr("handler.measures.INTERVAL", 0)
+    monkeypatch.setattr("handler.prometheus_metrics.INTERVAL", 0)
     measures._metrics.cache.clear()
     measures.add(["ok"], [("cat", 0.5)], {})
     measures.gauge("classifier_golden_difference_ratio", 0.1)

@@ -5,8 +5,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.images import crop, crop_box
-from model.preprocessing import _to_levels, _weights, normalise, resize_crop
+from model.tensor_preprocessing import _to_levels, _weights, normalise, resize_crop
+from predictor.pillow_preprocessing import crop, crop_box
 
 
 def noise(width: int, height: int, seed: int = 0, levels: int = 256) -> np.ndarray:

@@ -11,12 +11,12 @@ import torchvision
 from torch import nn
 from torchvision.models.regnet import BlockParams
 
-from model import architectures, checkpoint
-from model.spec import ModelSpec
+from model import checkpoint, registry
+from predictor.spec import ModelSpec
 from tests.folders import make_folder
 from train import main
 
-PUBLISHED = [name for name in architectures.names() if name not in architectures.OWN]
+PUBLISHED = [name for name in registry.names() if name not in registry.OWN]
 
 
 def as_published(arch: str, network: nn.Module) -> OrderedDict[str, torch.Tensor]:
@@ -28,7 +28,7 @@ def as_published(arch: str, network: nn.Module) -> OrderedDict[str, torch.Tensor
     """
     state, old = network.state_dict(), r"(denselayer\d+\.(?:norm|conv))([12]\.)"
     named = {re.sub(old, r"\1.\2", name): value for name, value in state.items() if "num_batches_tracked" not in name}
-    named |= {name: torch.rand(1000, *named[name].shape[1:]) for name in architectures.head_names(network)}
+    named |= {name: torch.rand(1000, *named[name].shape[1:]) for name in registry.head_names(network)}
     if arch in ("googlenet", "inception_v3"):  # they have more heads, which only ImageNet training has
         whole = torchvision.models.get_model(arch, aux_logits=True, init_weights=False).state_dict()
         named |= {n: value for n, value in whole.items() if n not in named and "num_batches_tracked" not in n}
@@ -54,16 +54,16 @@ def without_memory(monkeypatch):
 @pytest.mark.parametrize("arch", PUBLISHED)
 def test_published_weights_fit_every_architecture_that_has_some(arch, monkeypatch, tmp_path):
     """By names and shapes, from torchvision itself and from its file."""
-    size, _ = architectures.default_size(arch)
+    size, _ = registry.default_size(arch)
     with without_memory(monkeypatch):
-        network = architectures._build(arch, 1013, size)
+        network = registry._build(arch, 1013, size)
         file = as_published(arch, network)
         monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: copy.copy(file))
-        head = architectures.head_names(network)
-        assert architectures.load_pretrained(network, arch, architectures.read_pretrained(arch)) == head
-        monkeypatch.setattr(architectures, "load_state_dict", lambda _: file)
-        given = architectures.read_pretrained(arch, tmp_path / "file.pth")
-        assert architectures.load_pretrained(network, arch, given) == head
+        head = registry.head_names(network)
+        assert registry.load_pretrained(network, arch, registry.read_pretrained(arch)) == head
+        monkeypatch.setattr(registry, "load_state_dict", lambda _: file)
+        given = registry.read_pretrained(arch, tmp_path / "file.pth")
+        assert registry.load_pretrained(network, arch, given) == head
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def cache(tmp_path, monkeypatch):
 
 def publish(arch, cache):
     torch.manual_seed(1)
-    file = as_published(arch, architectures.build(arch, 3, 224))
+    file = as_published(arch, registry.build(arch, 3, 224))
     path = cache / torchvision.models.get_model_weights(arch).DEFAULT.url.rsplit("/", 1)[1]
     torch.save(file, path)
     return file, path
@@ -86,12 +86,12 @@ def publish(arch, cache):
 @pytest.mark.parametrize("arch", ["resnet18", "densenet121", "mnasnet0_5", "squeezenet1_1"])
 def test_published_files_give_the_network_their_values(arch, cache):
     file, path = publish(arch, cache)
-    for given in (architectures.read_pretrained(arch), architectures.read_pretrained(arch, path)):
+    for given in (registry.read_pretrained(arch), registry.read_pretrained(arch, path)):
         torch.manual_seed(2)
-        network = architectures.build(arch, 5, 224)
-        left = architectures.load_pretrained(network, arch, given)
+        network = registry.build(arch, 5, 224)
+        left = registry.load_pretrained(network, arch, given)
         state = network.state_dict()
-        assert left == architectures.head_names(network)
+        assert left == registry.head_names(network)
         same = [n for n, value in given.state.items() if n in state and n not in left and torch.equal(state[n], value)]
         assert len(same) >= len(file) - len(left)
 
@@ -140,16 +140,16 @@ def test_a_head_alone_does_not_learn_from_random_features(tmp_path, capsys):
 
 def test_weights_bring_the_mean_and_std_of_the_spec_beside_them(tmp_path):
     """Googlenet's published weights want 0.5, those that were trained here from scratch ImageNet's."""
-    state = architectures.build("googlenet", 10, 64).state_dict()
+    state = registry.build("googlenet", 10, 64).state_dict()
     checkpoint.save(state, tmp_path / "model.pt")
-    assert architectures.read_pretrained("googlenet", tmp_path / "model.pt").mean == (0.5, 0.5, 0.5)
+    assert registry.read_pretrained("googlenet", tmp_path / "model.pt").mean == (0.5, 0.5, 0.5)
     spec = {"arch": "googlenet", "labels": ("a", "b"), "size": 64, "resize": 64}
     spec |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
-    ModelSpec(**spec, weights_sha256=architectures.sha256(tmp_path / "model.pt")).save(tmp_path / "spec.json")
-    found = architectures.read_pretrained("googlenet", tmp_path / "model.pt")
+    ModelSpec(**spec, weights_sha256=registry.sha256(tmp_path / "model.pt")).save(tmp_path / "spec.json")
+    found = registry.read_pretrained("googlenet", tmp_path / "model.pt")
     assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     ModelSpec(**spec, weights_sha256="0" * 64).save(tmp_path / "spec.json")  # of other weights
-    assert architectures.read_pretrained("googlenet", tmp_path / "model.pt").mean == (0.5, 0.5, 0.5)
+    assert registry.read_pretrained("googlenet", tmp_path / "model.pt").mean == (0.5, 0.5, 0.5)
 
 
 def test_a_run_keeps_the_mean_and_std_of_the_weights_that_it_began_with(run, tmp_path):
@@ -165,7 +165,7 @@ def test_a_run_keeps_the_mean_and_std_of_the_weights_that_it_began_with(run, tmp
 
 def test_a_network_whose_layout_has_a_version_is_restored_from_plain_tensors(tmp_path):
     """MNASNet refuses a plain dict, which training keeps its best weights as."""
-    first, second = (architectures.build("mnasnet0_5", 3, 32) for _ in range(2))
+    first, second = (registry.build("mnasnet0_5", 3, 32) for _ in range(2))
     checkpoint.save(first.state_dict(), tmp_path / "model.pt")
     checkpoint.load_into(second, checkpoint.load_state_dict(tmp_path / "model.pt"))
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())

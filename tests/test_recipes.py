@@ -3,7 +3,7 @@ import json
 import pytest
 
 import train
-from model.spec import ModelSpec
+from predictor.spec import ModelSpec
 from training.config import make_config, recipes
 from training.schedule import lr_factor
 

@@ -20,10 +20,10 @@ import onnxruntime
 import pytest
 import torch
 
-from export import onnx as onnx_files
-from export import reduced
+from export.graphs import onnx as onnx_files
+from export.graphs import quantization
 from model import Classifier, load_run
-from model.preprocessing import normalise
+from model.tensor_preprocessing import normalise
 
 SMALLER = ("digits.int8.onnx", "digits.crops.int8.onnx", "digits.fp16.onnx", "digits.crops.fp16.onnx")
 ANY_SPEED = {"int8": 0.0, "fp16": 0.0}  # a network as small as this one is not made faster
@@ -37,7 +37,7 @@ def loaded(run):
 
 @pytest.fixture(scope="module")
 def calibration(run, loaded):
-    return reduced.calibration_crops(run, loaded[0], count=128)
+    return quantization.calibration_crops(run, loaded[0], count=128)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def made(exported, loaded, calibration, tmp_path_factory):
     """A folder with the four files, not judged."""
     folder = tmp_path_factory.mktemp("made")
     spec, classifier = loaded
-    reduced.make_int8(spec, exported / "digits.onnx", calibration, folder, "digits")
-    reduced.make_fp16(classifier, spec, folder, "digits")
+    quantization.make_int8(spec, exported / "digits.onnx", calibration, folder, "digits")
+    quantization.make_fp16(classifier, spec, folder, "digits")
     return folder
 
 
@@ -67,8 +67,8 @@ def use_made(made, monkeypatch):
     def copy(file):
         return lambda *arguments: [shutil.copy(made / f, arguments[-2] / f) for f in SMALLER if file in f]
 
-    monkeypatch.setattr(reduced, "make_int8", copy("int8"))
-    monkeypatch.setattr(reduced, "make_fp16", copy("fp16"))
+    monkeypatch.setattr(quantization, "make_int8", copy("int8"))
+    monkeypatch.setattr(quantization, "make_fp16", copy("fp16"))
 
 
 # A processor that this one emulates, and on it the tests marked `int8`; empty for this one. See `make test-portable`.
@@ -166,7 +166,7 @@ def test_int8_says_how_it_was_calibrated(made, calibration):
         assert note.pop("versions")["onnxruntime"] == onnxruntime.__version__
         assert note == {
             "format": "QDQ", "activations": "uint8", "weights": "int8, per channel", "calibration": "MinMax",
-            "images": len(calibration), "seed": reduced.SEED,
+            "images": len(calibration), "seed": quantization.SEED,
         }  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def test_the_crop_graph_is_the_network_with_its_preprocessing_and_softmax_around
     if temperature != 1:
         network = onnx.load(made / "digits.int8.onnx")
         path = tmp_path / "warm.onnx"
-        onnx.save(reduced._crop_graph(network, replace(spec, temperature=temperature)), path)
+        onnx.save(quantization._crop_graph(network, replace(spec, temperature=temperature)), path)
     crops = torch.from_numpy(calibration[:9])
     logits = ask(made / f"digits.{precision}.onnx", normalise(crops, classifier.mean, classifier.std).numpy())
     expected = (torch.from_numpy(logits) / temperature).softmax(dim=1)
@@ -246,51 +246,53 @@ def agreement(got, expected):
 
 def test_the_same_seed_chooses_the_same_images_and_makes_the_same_file(made, run, loaded, exported, tmp_path):
     spec, _ = loaded
-    again = reduced.calibration_crops(run, spec, count=128)
-    other = reduced.calibration_crops(run, spec, count=128, seed=1)
+    again = quantization.calibration_crops(run, spec, count=128)
+    other = quantization.calibration_crops(run, spec, count=128, seed=1)
     assert again.shape == other.shape == (128, 32, 32, 3)
     assert not np.array_equal(again, other)
-    reduced.make_int8(spec, exported / "digits.onnx", again, tmp_path, "digits")
+    quantization.make_int8(spec, exported / "digits.onnx", again, tmp_path, "digits")
     for file in ("digits.int8.onnx", "digits.crops.int8.onnx"):
         assert (tmp_path / file).read_bytes() == (made / file).read_bytes()
 
 
 def test_what_earns_it_is_kept_and_reported(run, folder, loaded, made, use_made):
     spec, classifier = loaded
-    rows = reduced.reduce_run(
+    rows = quantization.reduce_run(
         run, folder, "digits", spec, classifier, int8=True, fp16=True, max_loss=20, min_speedup=ANY_SPEED
     )  # without VNNI int8 may lose a point or two
     assert [(row.precision, row.kept, row.images) for row in rows] == [("int8", True, 360), ("fp16", True, 360)]
     measured = spec.metrics["accuracy"]  # by train.py
     assert rows[0].accuracy_fp32 == pytest.approx(measured, abs=1.5 / 360)  # one near tie
-    assert (rows[0].calibration_images, rows[0].seed) == (128, reduced.SEED)
+    assert (rows[0].calibration_images, rows[0].seed) == (128, quantization.SEED)
     assert rows[0].speedup > 0
     for file in SMALLER:
         assert (folder / file).read_bytes() == (made / file).read_bytes()
     assert not list(folder.glob(".reduced-*"))
     assert json.loads(json.dumps([asdict(row) for row in rows]))[0]["threads"] == 1
     words = ("digits.crops.int8.onnx", f"{rows[0].accuracy:.2%}", "kept")
-    assert all(word in reduced.table(rows) for word in words)
+    assert all(word in quantization.table(rows) for word in words)
 
 
 def test_what_is_not_faster_is_not_written_and_an_older_file_goes(run, folder, loaded, use_made, monkeypatch):
-    monkeypatch.setattr(reduced, "has_vnni", lambda: True)
-    monkeypatch.setattr(reduced, "milliseconds", lambda files, *_: {"fp32": 24.0, "int8": 10.0})
+    monkeypatch.setattr(quantization, "has_vnni", lambda: True)
+    monkeypatch.setattr(quantization, "milliseconds", lambda files, *_: {"fp32": 24.0, "int8": 10.0})
     spec, classifier = loaded
-    (row,) = reduced.reduce_run(run, folder, "digits", spec, classifier, int8=True, fp16=False)
+    (row,) = quantization.reduce_run(run, folder, "digits", spec, classifier, int8=True, fp16=False)
     assert (row.kept, row.reason, row.speedup) == (False, "×2.40 as fast as fp32, less than ×2.5", 2.4)
     assert not (folder / "digits.int8.onnx").exists()
     assert not (folder / "digits.crops.int8.onnx").exists()
     assert (folder / "digits.crops.onnx").exists()
-    assert "NOT kept: ×2.40" in reduced.table([row])
+    assert "NOT kept: ×2.40" in quantization.table([row])
 
 
 def test_what_loses_too_much_accuracy_is_not_written(run, folder, loaded, monkeypatch):
     """Calibrated on black images alone, every activation of a real one is cut off."""
     black = np.zeros((16, 32, 32, 3), np.uint8)
-    monkeypatch.setattr(reduced, "calibration_crops", lambda *_: black)
+    monkeypatch.setattr(quantization, "calibration_crops", lambda *_: black)
     spec, classifier = loaded
-    (row,) = reduced.reduce_run(run, folder, "digits", spec, classifier, int8=True, fp16=False, min_speedup=ANY_SPEED)
+    (row,) = quantization.reduce_run(
+        run, folder, "digits", spec, classifier, int8=True, fp16=False, min_speedup=ANY_SPEED
+    )
     assert not row.kept
     assert row.loss_points > 0.5
     assert row.reason.startswith(f"loses {row.loss_points:.2f} points of accuracy (95% interval ")
@@ -311,7 +313,7 @@ def test_what_loses_too_much_accuracy_is_not_written(run, folder, loaded, monkey
     ],
 )
 def test_a_loss_counts_if_it_is_shown_or_if_it_is_large_and_more_than_two_images(count, lost, won, kept):
-    fault = reduced._loss(lost, won, count, reduced.MAX_LOSS)
+    fault = quantization._loss(lost, won, count, quantization.MAX_LOSS)
     assert bool(fault) != kept, fault
     assert kept or "95% interval" in fault
 
@@ -322,20 +324,20 @@ def test_a_loss_counts_if_it_is_shown_or_if_it_is_large_and_more_than_two_images
 )
 def test_the_paired_test_is_mcnemars_exact_one(lost, won, p_value):
     """Two-sided binomial tests with p = 1/2, as a statistics table gives them."""
-    assert reduced.mcnemar(lost, won) == reduced.mcnemar(won, lost) == pytest.approx(p_value, abs=1e-6)
+    assert quantization.mcnemar(lost, won) == quantization.mcnemar(won, lost) == pytest.approx(p_value, abs=1e-6)
 
 
 def test_of_many_images_the_paired_test_goes_on_where_the_exact_one_ended():
-    assert reduced.mcnemar(540, 460) == pytest.approx(reduced.mcnemar(541, 460), rel=0.1)
-    assert reduced.mcnemar(60_000, 50_000) < 1e-100
-    assert reduced.mcnemar(60_000, 60_000) == 1
+    assert quantization.mcnemar(540, 460) == pytest.approx(quantization.mcnemar(541, 460), rel=0.1)
+    assert quantization.mcnemar(60_000, 50_000) < 1e-100
+    assert quantization.mcnemar(60_000, 60_000) == 1
 
 
 def test_the_interval_is_of_the_paired_difference():
     """Agresti and Min 2005, Section 2.2: half an image is added to each of the four cells."""
-    low, high = reduced.paired_interval(20, 10, 1000)
+    low, high = quantization.paired_interval(20, 10, 1000)
     assert (low, high) == pytest.approx((-0.00088, 0.02084), abs=1e-4)
-    assert reduced.paired_interval(10, 20, 1000) == pytest.approx((-high, -low))
+    assert quantization.paired_interval(10, 20, 1000) == pytest.approx((-high, -low))
 
 
 def test_the_two_files_are_compared_image_by_image(exported, tmp_path, loaded):
@@ -344,12 +346,12 @@ def test_the_two_files_are_compared_image_by_image(exported, tmp_path, loaded):
     best = ask(exported / "digits.crops.onnx", crops).argmax(axis=1)
     for lost, kept in ((1, True), (2, True), (3, False)):
         path = lose(exported / "digits.crops.onnx", crops[:lost], tmp_path / f"{lost}.onnx")
-        (row,) = reduced.judge(
+        (row,) = quantization.judge(
             exported / "digits.crops.onnx", {"fp16": path}, [(crops[:90], best[:90]), (crops[90:], best[90:])]
         )
         assert (row.images, row.lost, row.won, row.loss_points, row.kept) == (200, lost, 0, 0.5 * lost, kept)
         assert row.interval[0] < row.loss_points < row.interval[1]
-        assert f"{row.interval[0]:+.2f} to {row.interval[1]:+.2f}" in reduced.table([row])
+        assert f"{row.interval[0]:+.2f} to {row.interval[1]:+.2f}" in quantization.table([row])
 
 
 @pytest.mark.parametrize(("keep", "kept"), [("always", True), ("never", False)])
@@ -358,7 +360,7 @@ def test_a_flag_overrules_the_judgement_either_way(exported, tmp_path, keep, kep
     crops = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), np.uint8)
     best = ask(exported / "digits.crops.onnx", crops).argmax(axis=1)
     path = lose(exported / "digits.crops.onnx", crops[:lost], tmp_path / "x.onnx")
-    (row,) = reduced.judge(exported / "digits.crops.onnx", {"fp16": path}, [(crops, best)], keep=keep)
+    (row,) = quantization.judge(exported / "digits.crops.onnx", {"fp16": path}, [(crops, best)], keep=keep)
     assert row.kept == kept
     assert row.reason.startswith(f"--keep-reduced {keep}")
     assert ("loses 9.00 points" in row.reason) == (lost == 9)
@@ -392,10 +394,10 @@ def lose(source, images, path):
 
 
 def test_speed_is_told_and_not_judged_without_vnni(exported, made, calibration, monkeypatch):
-    monkeypatch.setattr(reduced, "has_vnni", lambda: False)
+    monkeypatch.setattr(quantization, "has_vnni", lambda: False)
     targets = ask(exported / "digits.crops.onnx", calibration).argmax(axis=1)
     candidates = {"int8": made / "digits.crops.int8.onnx"}
-    (row,) = reduced.judge(
+    (row,) = quantization.judge(
         exported / "digits.crops.onnx", candidates, [(calibration, targets)], max_loss=5, min_speedup={"int8": 1e9}
     )
     assert row.kept
@@ -407,7 +409,7 @@ def test_speed_is_told_and_not_judged_without_vnni(exported, made, calibration, 
 def test_the_speed_of_fp16_is_not_measured_without_a_gpu(exported, made, calibration):
     targets = ask(exported / "digits.crops.onnx", calibration).argmax(axis=1)
     candidates = {"fp16": made / "digits.crops.fp16.onnx"}
-    (row,) = reduced.judge(exported / "digits.crops.onnx", candidates, [(calibration, targets)], max_loss=5)
+    (row,) = quantization.judge(exported / "digits.crops.onnx", candidates, [(calibration, targets)], max_loss=5)
     assert (row.kept, row.speedup, row.reason) == (True, None, "speed not measured: no GPU")
 
 
@@ -415,11 +417,11 @@ def test_images_that_cannot_be_read_are_left_out(run, loaded, monkeypatch):
     spec, _ = loaded
     good = [(f"{i}.png", str(i % 10), path.read_bytes()) for i, path in enumerate(sorted((run / "samples").iterdir()))]
     items = [*good, ("bad.jpg", "3", b"no image")]
-    monkeypatch.setattr(reduced.images, "read", lambda *_: iter(items))
-    assert reduced.calibration_crops(run, spec).shape == (len(good), 32, 32, 3)
-    parts = list(reduced.labelled_crops(run, spec))
+    monkeypatch.setattr(quantization.images, "read", lambda *_: iter(items))
+    assert quantization.calibration_crops(run, spec).shape == (len(good), 32, 32, 3)
+    parts = list(quantization.labelled_crops(run, spec))
     assert sum(len(targets) for _, targets in parts) == len(good)
-    assert max(len(crops) for crops, _ in parts) <= reduced.CHUNK
+    assert max(len(crops) for crops, _ in parts) <= quantization.CHUNK
     assert [int(t) for _, targets in parts for t in targets] == [i % 10 for i in range(len(good))]
 
 
@@ -432,13 +434,13 @@ def test_images_that_cannot_be_read_are_left_out(run, loaded, monkeypatch):
     ],
 )
 def test_data_that_does_not_belong_to_the_run_is_refused(run, loaded, monkeypatch, items, words):
-    monkeypatch.setattr(reduced.images, "read", lambda *_: iter(items))
+    monkeypatch.setattr(quantization.images, "read", lambda *_: iter(items))
     with pytest.raises(ValueError, match=words):
-        list(reduced.labelled_crops(run, loaded[0]))
+        list(quantization.labelled_crops(run, loaded[0]))
 
 
 def test_data_that_was_moved_is_asked_for_and_nothing_is_left_behind(run, folder, loaded):
     spec, classifier = loaded
     with pytest.raises(ValueError, match="pass --data"), contextlib.redirect_stderr(io.StringIO()):
-        reduced.reduce_run(run, folder, "digits", spec, classifier, "no/such", int8=True, fp16=False)
+        quantization.reduce_run(run, folder, "digits", spec, classifier, "no/such", int8=True, fp16=False)
     assert not list(folder.glob(".reduced-*"))

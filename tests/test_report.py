@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.spec import ModelSpec
+from predictor.spec import ModelSpec
 from training import data as training_data
 from training.metrics import calibrated_score
 from training.report import TILE, write_report

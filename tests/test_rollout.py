@@ -26,7 +26,7 @@ from onnx import numpy_helper
 
 from deploy import rollout as command
 from deploy.rollout import Archive, Failed, Server, rollout
-from model.images import crop, decode
+from predictor.pillow_preprocessing import crop, decode
 from serve import Ports, serving
 from tests.conftest import PROJECT
 

@@ -13,7 +13,8 @@ import threading
 import pytest
 import torch
 
-from model import checkpoint, files
+from model import checkpoint
+from predictor import files
 from tests.conftest import PROJECT
 from tests.folders import make_folder
 from train import export_command, main, train
@@ -179,7 +180,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_can_go_on(tmp_path, capsys, m
                 raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        for module in ("model.checkpoint", "model.files"):
+        for module in ("model.checkpoint", "predictor.files"):
             patch.setattr(f"{module}.atomic_write", full)
         refused([*DIGITS, "--epochs", "3", "--out", out], f"{out}: cannot be written (No space left on device)", capsys)
         assert checkpoint.load(out / "last.ckpt")["epoch"] == (2 if when == "in an epoch" else 3)

@@ -9,11 +9,12 @@ import onnxruntime
 import pytest
 import torch
 
-from export import images, parity, programs, runtimes, torchscript
-from export import onnx as onnx_files
-from export.runtimes import INSTALLED, RUNTIMES, Crashed, Missing
-from model import Classifier, architectures, load_run
-from model.spec import ModelSpec
+from export.graphs import exported_program, torchscript
+from export.graphs import onnx as onnx_files
+from export.proof import images, parity, runtimes
+from export.proof.runtimes import INSTALLED, RUNTIMES, Crashed, Missing
+from model import Classifier, load_run, registry
+from predictor.spec import ModelSpec
 
 OF_PYTHON = ("OpenVINO", "OpenCV DNN", "tract")
 OTHER_LANGUAGES = ("ONNX Runtime Node", "ONNX Runtime browser")
@@ -47,14 +48,14 @@ def test_a_runtime_gives_pytorchs_answers_in_every_graph(verified, name):
 def test_the_recipes_network_has_pytorchs_answers_in_every_runtime_of_python(tmp_path):
     """Its GELU is one operator in ONNX Runtime; where OpenCV takes it for one, it crashes."""
     torch.manual_seed(0)
-    network = architectures.build("fastnet_small", 3, 32)
+    network = registry.build("fastnet_small", 3, 32)
     network(torch.randn(64, 3, 32, 32))  # BatchNorm has statistics
     labels = ("a", "b", "c")
     spec = ModelSpec(arch="fastnet_small", labels=labels, size=32, resize=32, mean=(0.5,) * 3, std=(0.25,) * 3)
     classifier = Classifier(network, spec).eval()
-    traced = programs.trace(classifier)
+    traced = exported_program.trace(classifier)
     torchscript.save(classifier, spec, tmp_path / "net.pt")
-    programs.save(traced, spec, tmp_path, "net")
+    exported_program.save(traced, spec, tmp_path, "net")
     onnx_files.save(traced, spec, tmp_path, "net")
     names = (*INSTALLED, *OF_PYTHON)
     rows = parity.verify(classifier, spec, images.photographs(8), tmp_path, "net", names)

@@ -232,7 +232,7 @@ def test_weights_that_are_a_program_are_refused(evil, kind, run, tmp_path):
 @pytest.mark.parametrize("kind", ["plain", "zip", "old"])
 @pytest.mark.parametrize("backend", ["torchscript", "pt2", "onnx"])
 def test_a_worker_loads_no_program_in_the_place_of_its_weights(evil, kind, backend, tmp_path):
-    import backends
+    from predictor import backends
 
     (tmp_path / backends.FILES[backend].format("digits")).write_bytes(pickles(evil)[kind])
     with pytest.raises(Exception, match=r"."):
@@ -244,9 +244,8 @@ def test_a_worker_loads_no_program_in_the_place_of_its_weights(evil, kind, backe
 @pytest.mark.parametrize("kind", ["plain", "zip", "old"])
 def test_a_pickle_within_an_exported_program_is_not_run(evil, kind, exported, tmp_path, monkeypatch):
     """PyTorch loads a part of a .pt2 with weights_only=False where True fails."""
-    import backends
-
-    from export import programs
+    from export.graphs import exported_program
+    from predictor import backends
 
     target = tmp_path / "digits.crops.pt2"
     with zipfile.ZipFile(exported / target.name) as old, zipfile.ZipFile(target, "w") as new:
@@ -255,7 +254,7 @@ def test_a_pickle_within_an_exported_program_is_not_run(evil, kind, exported, tm
         for name in old.namelist():
             new.writestr(name, pickles(evil)[kind] if name in inner else old.read(name))
     assert backends.load("pt2", exported, "digits") is not None  # the right one loads
-    for load in (lambda: backends.load("pt2", tmp_path, "digits"), lambda: programs.load(target)):
+    for load in (lambda: backends.load("pt2", tmp_path, "digits"), lambda: exported_program.load(target)):
         monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # which the one before has set
         with pytest.raises((pickle.UnpicklingError, RuntimeError)):
             load()
@@ -302,7 +301,7 @@ def test_the_search_for_dangerous_calls_finds_them(source):
 @pytest.mark.skipif(not (PROJECT / ".git").exists(), reason="not a checkout")
 def test_no_source_runs_what_it_reads():
     names = sources()
-    assert {"serve.py", "model/checkpoint.py", "handler/backends.py"} <= set(names)
+    assert {"serve.py", "model/checkpoint.py", "predictor/backends.py"} <= set(names)
     found = [f"{name}:{danger}" for name in names for danger in dangers((PROJECT / name).read_text())]
     assert found == []
     for name in names:  # names taken out of those modules would escape the search

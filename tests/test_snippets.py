@@ -13,8 +13,8 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from model.images import crop, decode
-from model.spec import ModelSpec
+from predictor.pillow_preprocessing import crop, decode
+from predictor.spec import ModelSpec
 from tests.conftest import PROJECT
 from tests.kinds import save
 

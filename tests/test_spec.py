@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.spec import SPEC_VERSION, ModelSpec, SpecError
+from predictor.spec import SPEC_VERSION, ModelSpec, SpecError
 
 GOOD = {
     "arch": "simplecnn",

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from export import images
+from export.proof import images
 from tests.folders import COLOURS, as_tar, as_zip, image, make_folder
 from train import main
 from training import splits

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from model import architectures, checkpoint, load_run
-from model.files import sha256
-from model.spec import ModelSpec
+from model import checkpoint, load_run, registry
+from predictor.files import sha256
+from predictor.spec import ModelSpec
 from tests.conftest import PROJECT, Clock
 from tests.folders import make_folder
 from train import main, train
@@ -84,7 +84,7 @@ def test_the_seed_decides_the_weights(tmp_path):
 
 def test_a_folder_trains_with_every_option(tmp_path, capsys):
     folder, weights = make_folder(tmp_path / "colours", count=12), tmp_path / "weights.pt"
-    checkpoint.save(architectures.build("resnet18", 2, 32).state_dict(), weights)
+    checkpoint.save(registry.build("resnet18", 2, 32).state_dict(), weights)
     arguments = f"""--data {folder} --out {tmp_path / "run"} --arch resnet18 --size 32 --resize 36 --epochs 3
         --weights {weights} --freeze --no-cache-features --optimizer sgd --lr 0.1 --schedule step --step-size 2
         --gamma 0.5 --warmup 0

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from model import architectures, checkpoint
-from model.files import sha256
+from model import checkpoint, registry
+from predictor.files import sha256
 from train import main
 from training import data as training_data
 from training import trainer as trainer_module
@@ -29,7 +29,7 @@ def make(data, **options):
     torch.manual_seed(0)
     defaults = {"size": 32, "crop_padding": 4, "batch_size": 64, "optimizer": "sgd", "device": "cpu"}
     config = TrainConfig(data="digits", out="x", **defaults | options)
-    network = architectures.build(config.arch, 10, 32).to(config.device)
+    network = registry.build(config.arch, 10, 32).to(config.device)
     scale = torch.full((3,), 0.5, device=config.device), torch.full((3,), 0.25, device=config.device)
     return Trainer(network, data, config, scale)
 
@@ -335,7 +335,7 @@ def test_out_of_memory_with_two_images(tmp_path, capsys, monkeypatch):
 def test_evaluation_takes_smaller_batches_where_the_memory_ends(digits, monkeypatch):
     from training.evaluation import evaluate
 
-    network = architectures.build("simplecnn", 10, 32)
+    network = registry.build("simplecnn", 10, 32)
     scale = torch.full((3,), 0.5), torch.full((3,), 0.25)
     expected = evaluate(network, digits.val, *scale)
     real = nn.Conv2d.forward

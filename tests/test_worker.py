@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from handler import worker
+from handler import worker_startup
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -106,7 +106,7 @@ def test_messages_are_read_as_torchserve_reads_them_however_they_arrive(batches,
     messages = [message(batch) for batch in batches]
     with upstream() as protocol:
         expected = received(protocol, messages, pieces)
-        worker.read_ahead()
+        worker_startup.read_ahead()
         assert received(protocol, messages, pieces) == expected
 
 
@@ -114,13 +114,13 @@ def test_a_negative_length_is_nothing_as_in_torchserve(protocol):
     none = struct.pack("!i", -5)
     request = b"I" + text(b"id") + text(b"name") + none + struct.pack("!i", -1) * 3
     expected = received(protocol, [request], [])
-    worker.read_ahead()
+    worker_startup.read_ahead()
     assert received(protocol, [request], []) == expected
     assert expected[0][1][0]["headers"][0]["value"] == b""
 
 
 def test_a_frontend_that_goes_away_ends_the_worker(protocol):
-    worker.read_ahead()
+    worker_startup.read_ahead()
     with pytest.raises(SystemExit) as ended:
         received(protocol, [message([([], [(b"body", b"", b"x")])])[:-3]], [])
     assert ended.value.code == 0
@@ -130,7 +130,7 @@ def test_warnings_and_metrics_are_still_said(caplog):
     root, metrics = logging.getLogger(), logging.getLogger("ts.metrics")
     levels = root.level, metrics.level
     try:
-        worker.log_less()
+        worker_startup.log_less()
         logging.info("Backend received inference at: 1")
         logging.warning("something is wrong")
         logging.getLogger("ts.metrics.caching_metric").info("[METRICS]PredictionTime.ms:1")
@@ -143,8 +143,8 @@ def test_warnings_and_metrics_are_still_said(caplog):
 def test_json_bodies_arrive_as_values_and_are_left_as_bytes_for_our_handler(protocol, monkeypatch):
     monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", "true")  # as upstream; and undone afterwards
     body = json.dumps({"b64": "AAAA"}).encode()
-    for change, expected in ((lambda: None, {"b64": "AAAA"}), (worker.leave_json, body)):
+    for change, expected in ((lambda: None, {"b64": "AAAA"}), (worker_startup.leave_json, body)):
         change()
-        worker.read_ahead()  # of one connection
+        worker_startup.read_ahead()  # of one connection
         ((_, (request,)),) = received(protocol, [message([([], [(b"body", b"application/json", body)])])], [])
         assert request["parameters"][0]["value"] == expected

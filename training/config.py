@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from model.files import write_text
+from predictor.files import write_text
 
 RECIPES = Path(__file__).with_name("recipes.yaml")
 EPOCHS = 10  # of a run that is given no length

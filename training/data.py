@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from model.files import atomic_write, sha256, write_text
-from model.images import ImageError, crop, read
+from predictor.files import atomic_write, sha256, write_text
+from predictor.pillow_preprocessing import ImageError, crop, read
 from training import distributed, splits
 from training.sources import DataError, Entry, ImageInput, Source, Unreadable, open_source, shown
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import load_run
-from model.preprocessing import normalise
+from model.tensor_preprocessing import normalise
 from training import distributed, splits
 from training.config import TrainConfig, read_config
 from training.data import Split, allocate, decode_all

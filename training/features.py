@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.architectures import head_name
-from model.preprocessing import normalise
+from model.registry import head_name
+from model.tensor_preprocessing import normalise
 from training import distributed
 from training.augmentation import Draws
 from training.data import Data, free_memory

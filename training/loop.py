@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import checkpoint
-from model.files import write_text
+from predictor.files import write_text
 from training import distributed
 from training.metrics import one_label_for_all, score
 from training.tensorboard import Board

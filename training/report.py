@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.files import atomic_write, write_text
-from model.spec import ModelSpec
+from predictor.files import atomic_write, write_text
+from predictor.spec import ModelSpec
 from training.data import Data, Split
 
 MOST_NAMED_CLASSES = 40  # more rows and columns than this are shown without labels

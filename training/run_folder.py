@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.files import remove_leftovers
+from predictor.files import remove_leftovers
 from training import splits
 from training.sources import BUILT_IN
 

@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from model.files import atomic_write
+from predictor.files import atomic_write
 from training.sources import DataError, Entry
 
 FILE = "splits.json.gz"  # in the run folder

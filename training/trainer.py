@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from model import architectures, checkpoint
-from model.architectures import train_mode
+from model import checkpoint, registry
 from model.checkpoint import CheckpointError, load_into
-from model.preprocessing import normalise
+from model.registry import train_mode
+from model.tensor_preprocessing import normalise
 from training import distributed
 from training.amp import amp_dtype
 from training.augmentation import Draws, Mix, draw_mix, flip_and_shift, jitter, shrink
@@ -83,7 +83,7 @@ class Trainer:
         self._dtype = amp_dtype(config.amp, self.device)
         if config.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._frozen = architectures.freeze_backbone(network) if config.freeze else []
+        self._frozen = registry.freeze_backbone(network) if config.freeze else []
         self.features: Features | None = None
         self.features_seconds = 0.0
         self._cache_wanted = config.cache_features
@@ -396,7 +396,7 @@ def _own_rows(batch: int) -> Tensor:
 
 
 def _head(network: nn.Module) -> nn.Module:
-    return network.get_submodule(architectures.head_name(network))
+    return network.get_submodule(registry.head_name(network))
 
 
 def _random_states(device: torch.device) -> dict[str, Any]:

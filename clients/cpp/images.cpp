@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr std::int64_t MAX_PIXELS = 50'000'000;  // 150 MB as RGB; as in model/images.py
+constexpr std::int64_t MAX_PIXELS = 50'000'000;  // 150 MB as RGB; as in predictor/pillow_preprocessing.py
 
 // Both libraries report errors with longjmp, which runs no destructors. So whatever owns memory lies in a reader on the
 // heap, and the functions that a jump leaves, `read_jpeg` and `read_png`, own nothing.
@@ -183,7 +183,7 @@ void read_png(PngReader& reader) {
     if (png_get_eXIf_1(png, reader.info, &exif_size, &exif) != 0)
         reader.orientation = exif_orientation(exif, exif_size);
 
-    // To RGBA, with Pillow's way of leaving out the low byte; but 16-bit grey as model/images.py rounds it.
+    // To RGBA, with Pillow's way of leaving out the low byte; but 16-bit grey as predictor/pillow_preprocessing.py rounds it.
     const bool is_grey = png_get_color_type(png, reader.info) == PNG_COLOR_TYPE_GRAY;
     if (is_grey && png_get_bit_depth(png, reader.info) == 16) {
         png_set_scale_16(png);

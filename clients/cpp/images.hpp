@@ -1,4 +1,4 @@
-// From a JPEG or PNG file to upright 8-bit RGB, to the pixels that model/images.py makes of it with Pillow.
+// From a JPEG or PNG file to upright 8-bit RGB, to the pixels that predictor/pillow_preprocessing.py makes of it with Pillow.
 #pragma once
 
 #include <cstdint>

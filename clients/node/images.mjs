@@ -1,4 +1,4 @@
-// From an image file to the pixels that the pixel graph takes, as model/images.py makes them with Pillow.
+// From an image file to the pixels that the pixel graph takes, as predictor/pillow_preprocessing.py makes them with Pillow.
 
 import sharp from "sharp";
 

@@ -8,7 +8,7 @@ const METADATA_PROPS = 14;
 const LENGTH_DELIMITED = 2;
 
 /**
- * The spec of a model, as export/onnx.py writes it.
+ * The spec of a model, as export/graphs/onnx.py writes it.
  * @param {Uint8Array} bytes of the ONNX file
  * @throws {Error} not an ONNX file, or one without a usable spec
  */

@@ -23,19 +23,21 @@ from typing import Any
 
 import numpy as np
 
-from export import archive, backend, golden, onnx, output_folder, reduced
-from export.card import CARD
+from export import output_folder
+from export.graphs import onnx, quantization
+from export.graphs.exported_program import GRAPHS
 from export.output_folder import MANIFEST, SIGNATURE, SUMS
-from export.programs import GRAPHS
-from export.runtimes import Runtime, run_exported_program, run_onnxruntime, run_torchscript
-from handler.backends import FILES, HALF_TOLERANCE
-from handler.golden import FILE as GOLDEN
-from handler.golden import Golden
-from model.files import sha256, write_text
-from model.images import read
-from model.spec import ModelSpec
+from export.package import archive, golden_images, serving_settings
+from export.package.model_card import CARD
+from export.proof.runtimes import Runtime, run_exported_program, run_onnxruntime, run_torchscript
+from predictor.backends import FILES, HALF_TOLERANCE
+from predictor.files import sha256, write_text
+from predictor.golden_check import FILE as GOLDEN
+from predictor.golden_check import Golden
+from predictor.pillow_preprocessing import read
+from predictor.spec import ModelSpec
 
-TOLERANCE = 1e-4  # of a probability, and of a logit times the largest: that of export/parity.py
+TOLERANCE = 1e-4  # of a probability, and of a logit times the largest: that of export/proof/parity.py
 IMAGES = 8
 MOST_TEXT = 64_000_000  # bytes of a text inside an archive: a zip file can promise terabytes
 ANEW = "export again or restore the file"
@@ -240,7 +242,7 @@ def _check_contents(folder: Path, whole: Mapping[str, str], trusted: bool, findi
         for name in names
         for end in (".pt", *(f"{m}.{kind}" for m in GRAPHS.values() for kind in ("onnx", "pt2")), ".mar")
     ]
-    for file in (*needed, "index_to_name.json", "parity.json", GOLDEN, backend.CONFIG_FILE, MANIFEST):
+    for file in (*needed, "index_to_name.json", "parity.json", GOLDEN, serving_settings.CONFIG_FILE, MANIFEST):
         if not (folder / file).exists() and not any(finding.startswith(f"{file}: ") for finding in findings):
             findings.append(f"{file}: missing; {ANEW}")
     if not names and not findings:
@@ -251,12 +253,12 @@ def _check_contents(folder: Path, whole: Mapping[str, str], trusted: bool, findi
         _check_card(folder, specs, findings)
     if specs and "parity.json" in whole:
         _check_proof(folder, specs, findings)
-    if specs and {GOLDEN, backend.CONFIG_FILE, MANIFEST} <= whole.keys():
+    if specs and {GOLDEN, serving_settings.CONFIG_FILE, MANIFEST} <= whole.keys():
         _check_golden(folder, names, specs, findings)
-    if backend.CONFIG_FILE in whole and not trusted:
+    if serving_settings.CONFIG_FILE in whole and not trusted:
         _check_config(folder, findings)
     for name in names:
-        if {f"{name}.mar", backend.CONFIG_FILE, MANIFEST} <= whole.keys():
+        if {f"{name}.mar", serving_settings.CONFIG_FILE, MANIFEST} <= whole.keys():
             _check_archive(folder, name, whole, trusted, findings)
     if trusted and not findings:
         for name in names:
@@ -337,17 +339,20 @@ def _check_golden(folder: Path, names: list[str], specs: Mapping[str, ModelSpec]
         seen = _read_json(folder / MANIFEST)["golden_difference"]
         for name in names:
             served = FILES[_backend(folder)].format(name)
-            allowed = {"cpu": golden.tolerance(served, float(seen.get(served, 0))), "gpu": HALF_TOLERANCE}
+            allowed = {"cpu": golden_images.tolerance(served, float(seen.get(served, 0))), "gpu": HALF_TOLERANCE}
             if found.tolerance != allowed:
                 findings.append(f"{GOLDEN}: allows {found.tolerance}, and an export {allowed}; export again")
 
 
 def _check_config(folder: Path, findings: list[str]) -> None:
     """What TorchServe is told about the model, but for the two values that an export sets."""
-    with _noting(backend.CONFIG_FILE, findings):
-        texts = [path.read_text(encoding="utf-8") for path in (folder / backend.CONFIG_FILE, backend.CONFIG)]
+    with _noting(serving_settings.CONFIG_FILE, findings):
+        texts = [
+            path.read_text(encoding="utf-8")
+            for path in (folder / serving_settings.CONFIG_FILE, serving_settings.CONFIG)
+        ]
         if len({re.sub(r"(?m)^(backend|batchSize): \S+", r"\1:", text) for text in texts}) > 1:
-            findings.append(_differs(f"{backend.CONFIG_FILE}:", "handler/model-config.yaml"))
+            findings.append(_differs(f"{serving_settings.CONFIG_FILE}:", "handler/model-config.yaml"))
 
 
 def _check_archive(folder: Path, name: str, whole: Mapping[str, str], trusted: bool, findings: list[str]) -> None:
@@ -412,7 +417,7 @@ def _wrong_manifest(packed: zipfile.ZipFile, name: str, version: str) -> list[st
         "modelVersion": version,
         "serializedFile": f"{name}.pt",
         "handler": archive.ENTRY,
-        "configFile": backend.CONFIG_FILE,
+        "configFile": serving_settings.CONFIG_FILE,
     }
     wrong = [f"its manifest names {model.get(key)} as {key}, not {value}" for key, value in expected.items()
              if model.get(key) != value]  # fmt: skip
@@ -424,11 +429,13 @@ def _backend(folder: Path) -> str:
     """What the archive's CPU workers run, by the folder's model-config.yaml.
 
     Raises:
-        ValueError: it names none of handler.backends.FILES.
+        ValueError: it names none of predictor.backends.FILES.
     """
-    found = re.findall(r"(?m)^backend: (\S+)", (folder / backend.CONFIG_FILE).read_text(encoding="utf-8"))
+    found = re.findall(r"(?m)^backend: (\S+)", (folder / serving_settings.CONFIG_FILE).read_text(encoding="utf-8"))
     if len(found) != 1 or found[0] not in FILES:
-        raise ValueError(f"{backend.CONFIG_FILE} names {found or 'none'} as backend, not one of {', '.join(FILES)}")
+        raise ValueError(
+            f"{serving_settings.CONFIG_FILE} names {found or 'none'} as backend, not one of {', '.join(FILES)}"
+        )
     return str(found[0])
 
 
@@ -456,7 +463,7 @@ def _compare_answers(folder: Path, name: str, specs: Mapping[str, ModelSpec], fi
             with _noting(file, findings):
                 got = run(folder, name, graph, [batch]).outputs[0]
                 _compare(file, script, got, expected, TOLERANCE * largest, findings)
-    for small, tolerance in (("int8", golden.INT8), ("fp16", HALF_TOLERANCE)):
+    for small, tolerance in (("int8", golden_images.INT8), ("fp16", HALF_TOLERANCE)):
         if {f"{name}.{small}.onnx", f"{name}.crops.{small}.onnx"} <= specs.keys():
             _compare_smaller(folder, name, small, tolerance, specs[script], findings)
 
@@ -467,9 +474,9 @@ def _compare_smaller(
     """The network of an int8 or fp16 pair against its crop graph, which the golden images judge."""
     file, crops = f"{name}.{small}.onnx", f"{name}.crops.{small}.onnx"
     with _noting(file, findings):
-        logits = reduced.outputs(folder / file, _images(spec, "network")) / spec.temperature
+        logits = quantization.outputs(folder / file, _images(spec, "network")) / spec.temperature
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        expected = reduced.outputs(folder / crops, _images(spec, "crops"))
+        expected = quantization.outputs(folder / crops, _images(spec, "crops"))
         _compare(file, crops, powers / powers.sum(axis=1, keepdims=True), expected, tolerance, findings)
 
 
@@ -477,9 +484,9 @@ def _compare_golden(folder: Path, name: str, spec: ModelSpec, findings: list[str
     """Each file that could serve against the archive's golden images."""
     seen, found = _read_json(folder / MANIFEST)["golden_difference"], Golden(folder)
     crops = np.stack([read(body, spec.size, spec.resize) for body in found.bodies])
-    for file, classify in golden.servable(folder, name).items():
+    for file, classify in golden_images.servable(folder, name).items():
         with _noting(file, findings):
-            tolerance = golden.tolerance(file, float(seen.get(file, 0)))
+            tolerance = golden_images.tolerance(file, float(seen.get(file, 0)))
             _compare(file, GOLDEN, classify(crops), found.expected, tolerance, findings)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from model.classifier import Classifier
-from model.files import atomic_write
-from model.spec import ModelSpec
+from model.serving_graphs import Classifier
+from predictor.files import atomic_write
+from predictor.spec import ModelSpec
 
 SPEC_FILE = "spec.json"
 

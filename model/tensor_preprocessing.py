@@ -14,7 +14,8 @@ from torch import Tensor
 def resize_crop(images: Tensor, size: int, resize: int) -> Tensor:
     """The centred square of `round(min(H, W) * size / resize)` px, resized to `size`×`size`.
 
-    Equal to `model.images.crop`, which uses Pillow. Scriptable, and exportable with dynamic N, H and W.
+    Equal to `predictor.pillow_preprocessing.crop`, which uses Pillow. Scriptable, and exportable with dynamic N, H
+    and W.
 
     Args:
         images: uint8 (N, H, W, 3), RGB.

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from handler.golden import FILE as GOLDEN
-from model.files import write_text
-from model.spec import ModelSpec
+from predictor.files import write_text
+from predictor.golden_check import FILE as GOLDEN
+from predictor.spec import ModelSpec
 
 CARD = "MODEL_CARD.md"
 LISTED = 50  # labels and classes named one by one before the rest is counted

@@ -29,13 +29,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from export import clock, images, programs
-from export import onnx as onnx_files
-from model.classifier import Classifier
-from model.files import atomic_write
-from model.images import ImageError, read
-from model.preprocessing import normalise
-from model.spec import ModelSpec
+from export.graphs import exported_program
+from export.graphs import onnx as onnx_files
+from export.proof import clock, images
+from model.serving_graphs import Classifier
+from model.tensor_preprocessing import normalise
+from predictor.files import atomic_write
+from predictor.pillow_preprocessing import ImageError, read
+from predictor.spec import ModelSpec
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when ONNX Runtime is imported, which the functions do
 
@@ -169,7 +170,7 @@ def make_fp16(classifier: Classifier, spec: ModelSpec, folder: Path, name: str) 
     Raises:
         RuntimeError: the network cannot be expressed so.
     """
-    models = onnx_files.build(programs.trace(Classifier(_Half(classifier.network), spec).eval()))
+    models = onnx_files.build(exported_program.trace(Classifier(_Half(classifier.network), spec).eval()))
     onnx_files.write(models["network"], spec, folder / f"{name}.fp16.onnx")
     onnx_files.write(models["crops"], spec, folder / f"{name}.crops.fp16.onnx")
 

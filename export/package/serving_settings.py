@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from export import clock
-from handler.backends import FILES, load
-from model.files import write_text
-from model.spec import ModelSpec
+from export.proof import clock
+from predictor.backends import FILES, load
+from predictor.files import write_text
+from predictor.spec import ModelSpec
 
-CONFIG = Path(__file__).resolve().parent.parent / "handler" / "model-config.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "handler" / "model-config.yaml"
 CONFIG_FILE = "model-config.yaml"
 BATCHES = (1, 8)  # images: a worker with little to do, and with much
 ROUNDS, SECONDS = 15, 2.0  # of each backend and batch size; whichever is reached first, but at least 3 rounds
@@ -31,7 +31,7 @@ LARGEST_BATCH = 32  # images
 class BackendRow:
     """How fast one backend answers on this machine."""
 
-    backend: str  # one of handler.backends.FILES
+    backend: str  # one of predictor.backends.FILES
     milliseconds: dict[str, float]  # for an image, by the batch size; medians
     chosen: bool
 

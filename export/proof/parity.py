@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from export import onnx, programs, torchscript
-from export.images import Named
-from export.programs import GRAPHS
-from export.runtimes import INSTALLED, RUNTIMES, Batch, Crashed, Missing
-from model.classifier import Classifier
-from model.files import write_text
-from model.images import crop
-from model.preprocessing import normalise, resize_crop
-from model.spec import ModelSpec
+from export.graphs import exported_program, onnx, torchscript
+from export.graphs.exported_program import GRAPHS
+from export.proof.images import Named
+from export.proof.runtimes import INSTALLED, RUNTIMES, Batch, Crashed, Missing
+from model.serving_graphs import Classifier
+from model.tensor_preprocessing import normalise, resize_crop
+from predictor.files import write_text
+from predictor.pillow_preprocessing import crop
+from predictor.spec import ModelSpec
 
 LOGIT_TOLERANCE = 1e-4  # times the largest reference logit: a purely relative one is flaky near zero
 CROP_TOLERANCE = 1e-4  # probability, from the same pixels
@@ -200,7 +200,7 @@ def _verdict(row: Row) -> str:
 def _check_specs(folder: Path, name: str, spec: ModelSpec) -> None:
     found = {f"{name}.pt": torchscript.load(folder / f"{name}.pt")[1]}
     for middle in GRAPHS.values():
-        found[f"{name}{middle}.pt2"] = programs.load(folder / f"{name}{middle}.pt2")[1]
+        found[f"{name}{middle}.pt2"] = exported_program.load(folder / f"{name}{middle}.pt2")[1]
         found[f"{name}{middle}.onnx"] = onnx.read_spec(folder / f"{name}{middle}.onnx")
     for file, own in found.items():
         if own != spec:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from model.preprocessing import normalise, resize_crop
-from model.spec import ModelSpec
+from model.tensor_preprocessing import normalise, resize_crop
+from predictor.spec import ModelSpec
 
 
 class Classifier(nn.Module):

@@ -7,29 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from export.backend import CONFIG_FILE
-from export.card import CARD
-from handler.backends import FILES
-from handler.golden import FILE as GOLDEN
+from export.package.model_card import CARD
+from export.package.serving_settings import CONFIG_FILE
+from predictor.backends import FILES
+from predictor.golden_check import FILE as GOLDEN
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 HANDLER = PROJECT / "handler"
-BESIDE_HANDLER = (
-    *("backends.py", "bodies.py", "decoder_process.py", "explanations.py", "golden.py", "measures.py"),
-    *("worker.py", "sitecustomize.py"),
-)
 FROM_EXPORT = ("index_to_name.json", GOLDEN, CARD)
 ENTRY = "classifier_handler.py"
+STAGED = "archive"  # the folder that torch-model-archiver takes whole
+TOP_LEVEL = (ENTRY, "sitecustomize.py")  # of handler/: TorchServe and Python look for these beside the model
 CODE = {  # the archive's programs, and where they come from
-    ENTRY: HANDLER / ENTRY,
-    **{file: HANDLER / file for file in BESIDE_HANDLER},
-    "images.py": PROJECT / "model" / "images.py",
+    **{file: HANDLER / file for file in TOP_LEVEL},
+    **{
+        path.relative_to(PROJECT).as_posix(): path
+        for folder in (HANDLER, PROJECT / "predictor")
+        for path in sorted(folder.glob("*.py"))
+        if path.name not in TOP_LEVEL
+    },
 }
 MANIFEST = "MAR-INF/MANIFEST.json"
 
@@ -58,10 +61,9 @@ def command(run: Path, folder: Path, name: str, version: str, backend: str, expo
 
     Args:
         folder: that of the exported files.
-        backend: one of handler.backends.FILES; the one in the folder's model-config.yaml.
+        backend: one of predictor.backends.FILES; the one in the folder's model-config.yaml.
     """
-    extra = [path for file, path in CODE.items() if file != ENTRY]
-    extra += [run / "spec.json", *(folder / file for file in FROM_EXPORT)]
+    extra = [folder / STAGED]
     if backend != "torchscript":
         extra.append(folder / FILES[backend].format(name))
     return [
@@ -77,6 +79,25 @@ def command(run: Path, folder: Path, name: str, version: str, backend: str, expo
     ]
 
 
+def stage(run: Path, folder: Path) -> None:
+    """Writes folder/archive: what the archiver takes whole, as it lies in the archive."""
+    stage_code(folder / STAGED)
+    for source in (run / "spec.json", *(folder / file for file in FROM_EXPORT)):
+        _copy(source, folder / STAGED / source.name)
+
+
+def stage_code(target: Path) -> None:
+    """Writes the archive's programs, but for its entry, into `target`."""
+    for member, source in CODE.items():
+        if member != ENTRY:
+            _copy(source, target / member)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
 def build(run: Path, folder: Path, name: str, version: str, backend: str) -> Path:
     """Writes NAME.mar into the folder of the exported files, whole or not at all.
 
@@ -86,6 +107,7 @@ def build(run: Path, folder: Path, name: str, version: str, backend: str) -> Pat
         RuntimeError: the archiver failed; the message is its own.
     """
     target = folder / f"{name}.mar"
+    stage(run, folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".archive-") as temporary:
         line = command(run, folder, name, version, backend, Path(temporary))
         line[0] = str(Path(sys.executable).with_name(line[0]))

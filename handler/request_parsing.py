@@ -22,7 +22,8 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
-from images import ImageError
+
+from predictor.pillow_preprocessing import ImageError
 
 # What a client's mistake is answered with, over REST as over gRPC.
 STATUSES = {

@@ -29,7 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from images import MAX_PIXELS, NO_MEMORY, ImageError, read
+
+from predictor.pillow_preprocessing import MAX_PIXELS, NO_MEMORY, ImageError, read
 
 BATCH_SECONDS = 1.5  # that the images of a batch may wait for the child, all together
 SECONDS = 1.0  # of the processor, for one image
@@ -132,17 +133,19 @@ class DecoderProcess:
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair()
         here = Path(__file__).resolve()
-        code = f"import sys; sys.path[:] = sys.argv[2:]; import {here.stem} as child; child.main(int(sys.argv[1]))"
+        root = here.parents[1]
+        module = f"{here.parent.name}.{here.stem}"
+        code = f"import sys; sys.path[:] = sys.argv[2:]; import {module} as child; child.main(int(sys.argv[1]))"
         self._is_ready = False
         with theirs:
             self._child = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", code, str(theirs.fileno()), *map(str, (here.parent, *sys.path))],
+                [sys.executable, "-I", "-S", "-c", code, str(theirs.fileno()), *map(str, (root, *sys.path))],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # TorchServe parses what workers write there
                 stderr=subprocess.DEVNULL,  # libtiff can be made to write half a gigabyte
                 pass_fds=[theirs.fileno()],
                 env={**{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}, **_SETTINGS},
-                cwd=here.parent,
+                cwd=root,
             )
         self._end = weakref.finalize(self, _end, self._socket, self._child)
 

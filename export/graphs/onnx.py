@@ -12,9 +12,9 @@ from typing import Any
 import onnx
 import torch
 
-from export.programs import GRAPHS, PARTS, Program
-from model.files import atomic_write
-from model.spec import ModelSpec
+from export.graphs.exported_program import GRAPHS, PARTS, Program
+from predictor.files import atomic_write
+from predictor.spec import ModelSpec
 
 OPSET = 18  # the lowest that torch's exporter writes, so the widest to load
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from model.checkpoint import load_into, load_state_dict
 from model.fastnet import FastNet
-from model.files import sha256
-from model.spec import ModelSpec
+from predictor.files import sha256
+from predictor.spec import ModelSpec
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -1,4 +1,4 @@
-"""The images that travel in the archive with their answers; handler/golden.py checks them when a worker starts.
+"""The images that travel in the archive with their answers; predictor/golden_check.py checks them when a worker starts.
 
 Whoever has the archive can look at them. They are the run's samples as the network sees them, drawn anew from their
 pixels, so that no metadata comes along (EXIF with its GPS position, names of files); or synthetic ones.
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from export import reduced
-from handler.backends import FILES, HALF_TOLERANCE, load
-from handler.golden import FILE
-from model.classifier import Classifier
-from model.files import write_text
-from model.images import crop, decode, read
-from model.spec import ModelSpec
+from export.graphs import quantization
+from model.serving_graphs import Classifier
+from predictor.backends import FILES, HALF_TOLERANCE, load
+from predictor.files import write_text
+from predictor.golden_check import FILE
+from predictor.pillow_preprocessing import crop, decode, read
+from predictor.spec import ModelSpec
 
 IMAGES = 8
 SOURCES = ("samples", "synthetic")
@@ -46,7 +46,7 @@ def write(
 
     Args:
         folder: that of the exported files.
-        backend: what the archive's CPU workers run, one of handler.backends.FILES.
+        backend: what the archive's CPU workers run, one of predictor.backends.FILES.
         source: `samples` of the run, or `synthetic` images, with none of the user's.
 
     Returns:
@@ -96,7 +96,7 @@ def servable(folder: Path, name: str) -> dict[str, Classify]:
     found = {file: load(backend, folder, name) for file, backend in files.items() if (folder / file).is_file()}
     half = f"{name}.crops.fp16.onnx"
     if (folder / half).is_file():
-        found[half] = reduced.runner(folder / half)
+        found[half] = quantization.runner(folder / half)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import yaml
 from PIL import Image
 
-from model.images import ImageError, decode
+from predictor.pillow_preprocessing import ImageError, decode
 
 PHOTOGRAPHS = 16  # cut-outs beside a run's own samples
 MANY = 1000  # test images for `--verify all`

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from model.classifier import Classifier, CropGraph
-from model.files import atomic_write
-from model.preprocessing import resize_crop
-from model.spec import ModelSpec
+from model.serving_graphs import Classifier, CropGraph
+from model.tensor_preprocessing import resize_crop
+from predictor.files import atomic_write
+from predictor.spec import ModelSpec
 
 GRAPHS = {"network": "", "crops": ".crops", "pixels": ".pixels"}  # the middle of a file's name
 PARTS = ("resize", "normalise", "softmax")  # what stands around the network in the others

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from model.files import write_text
+from predictor.files import write_text
 
 SPEC_VERSION = 1
 
@@ -33,7 +33,7 @@ class ModelSpec:
         SpecError: a field breaks its rule.
     """
 
-    arch: str  # a name from model.architectures.names()
+    arch: str  # a name from model.registry.names()
     labels: tuple[str, ...]  # one per output of the head, in the head's order; unique
     size: int  # px, side of the square that the network sees
     resize: int  # px, the image's short edge at the scale of that square; resize == size cuts no margin

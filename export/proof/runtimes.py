@@ -26,10 +26,10 @@ import numpy as np
 import onnxruntime
 import torch
 
-from export import programs, torchscript
-from export.programs import GRAPHS
+from export.graphs import exported_program, torchscript
+from export.graphs.exported_program import GRAPHS
 
-CLIENTS = Path(__file__).resolve().parent.parent / "clients"
+CLIENTS = Path(__file__).resolve().parents[2] / "clients"
 SECONDS = 900  # for a program of another language to answer all batches
 
 Batch = np.ndarray  # one of the contract's inputs: float32 (N, 3, S, S) or uint8 (N, H, W, 3)
@@ -62,7 +62,7 @@ def run_torchscript(folder: Path, name: str, graph: str, batches: list[Batch], d
 
 
 def run_exported_program(folder: Path, name: str, graph: str, batches: list[Batch]) -> Answers:
-    module, _ = programs.load(folder / f"{name}{GRAPHS[graph]}.pt2")
+    module, _ = exported_program.load(folder / f"{name}{GRAPHS[graph]}.pt2")
     return _with_torch(module, batches, torch.__version__)
 
 

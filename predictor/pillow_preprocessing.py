@@ -184,7 +184,7 @@ def crop_box(width: int, height: int, size: int, resize: int) -> tuple[int, int,
 
 
 def crop(image: Image.Image, size: int, resize: int) -> np.ndarray:
-    """The pixel rule of the spec, the reference that `model.preprocessing.resize_crop` equals bit for bit.
+    """The pixel rule of the spec, the reference that `model.tensor_preprocessing.resize_crop` equals bit for bit.
 
     Returns:
         uint8 (size, size, 3), RGB.
