@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 EXPORT = "export"
+STAGED = "archive"  # the folder in it that torch-model-archiver takes whole; an export's alone
 FAILED = "export.failed"  # the graphs of an export whose parity failed, to look at
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
@@ -62,7 +63,7 @@ def check(target: Path, names: Collection[str]) -> None:
 
     Raises:
         ValueError: `target` is a link or no folder, or holds a link, a special file, or a file of the user's that has
-            one of `names`.
+            one of `names` or lies in `archive`, whose files the archiver packs.
     """
     if target.is_symlink():
         raise ValueError(f"{target}: is a link, and an export writes through none; remove the link, then export again")
@@ -72,9 +73,9 @@ def check(target: Path, names: Collection[str]) -> None:
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
             kind = "link" if path.is_symlink() else "special file"
             raise ValueError(f"{path}: is a {kind}, and an export replaces its folder as a whole; move it away")
-    listed = written_by_export(target)
-    for name in foreign(target) if listed is not None else ():
-        if name in names:
+    is_listed = written_by_export(target) is not None
+    for name in foreign(target):
+        if name.split("/")[0] == STAGED or (is_listed and name in names):
             raise ValueError(f"{target / name}: no export wrote it, and this one may write that name; move it away")
 
 
@@ -163,8 +164,8 @@ def remove_failed(run: Path) -> None:
     if target.is_symlink() or not target.is_dir():
         return
     for name in written_by_export(target) or ():
-        path = target / PurePosixPath(name).name
-        if path.is_symlink() or path.is_file():
+        path = target / name
+        if PurePosixPath(name).name == name and (path.is_symlink() or path.is_file()):
             path.unlink()
     with contextlib.suppress(OSError):  # something of the user's is in it
         target.rmdir()

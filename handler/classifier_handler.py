@@ -17,7 +17,7 @@ with `label`, `probability` and `png` (base64). Off unless model-config.yaml say
 as much as a hundred predictions, and the predictions behind it wait.
 
 TorchServe loads this file from the archive and wants exactly one class in it. It imports nothing but installed
-packages and the files that lie beside it there. It does not inherit from TorchServe's BaseHandler, which would load
+packages and the packages that lie beside it there. It does not inherit from TorchServe's BaseHandler, which would load
 PyTorch, ONNX Runtime and OpenVINO into every worker.
 """
 
@@ -25,6 +25,7 @@ import base64
 import io
 import json
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,10 @@ from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
+
+_HERE = Path(__file__).resolve().parent
+if (_HERE / "MAR-INF").is_dir():  # in an unpacked archive, whose packages go before those of the caller's PYTHONPATH
+    sys.path.insert(0, str(_HERE))
 
 from handler import explanations, request_parsing, worker_startup
 from handler.prometheus_metrics import Measures

@@ -35,7 +35,7 @@ def test_the_export_folder_holds_what_the_contract_names(exported):
     assert {path.name for path in exported.iterdir()} == {
         "digits.pt", "digits.onnx", "digits.crops.onnx", "digits.pixels.onnx", "digits.pt2", "digits.crops.pt2",
         "digits.pixels.pt2", "digits.mar", "parity.json", "index_to_name.json", "MODEL_CARD.md", "SHA256SUMS",
-        "golden.json", "model-config.yaml", "manifest.json",
+        "golden.json", "model-config.yaml", "manifest.json", "archive",
     }  # fmt: skip
 
 

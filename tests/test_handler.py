@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def ask(unpacked):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from classifier_handler import ClassifierHandler
+        from handler.classifier_handler import ClassifierHandler
 
     handler = ClassifierHandler()
     handler.initialize(context_of(unpacked, explain=True))
@@ -96,20 +97,23 @@ def b64(body):
 
 def test_the_archive_holds_what_it_needs_and_no_more(unpacked):
     assert {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()} == {
-        "MAR-INF/MANIFEST.json", "classifier_handler.py", "images.py", "backends.py", "bodies.py",
-        "decoder_process.py", "explanations.py", "golden.py", "measures.py", "worker.py", "sitecustomize.py",
+        "MAR-INF/MANIFEST.json", "classifier_handler.py", "sitecustomize.py",
+        "handler/__init__.py", "handler/explanations.py", "handler/prometheus_metrics.py",
+        "handler/request_parsing.py", "handler/worker_startup.py",
+        "predictor/__init__.py", "predictor/backends.py", "predictor/decoder_process.py", "predictor/files.py",
+        "predictor/golden_check.py", "predictor/pillow_preprocessing.py", "predictor/spec.py",
         "digits.pt", "digits.crops.onnx", "spec.json", "index_to_name.json", "golden.json", "MODEL_CARD.md",
         "model-config.yaml",
     }  # fmt: skip
 
 
-def test_the_archive_stands_alone(unpacked, sample, label):
-    """Unpacked into an empty folder, in a process whose path holds nothing of this repository."""
+def first_label(unpacked, sample, *options, **environment):
+    """What an unpacked archive answers in a process of its own, which imports nothing of this repository."""
     (unpacked.parent / "seven.png").write_bytes(sample)
     code = f"""
 import json, sys, warnings
 warnings.simplefilter("ignore")
-sys.path.insert(0, {str(unpacked)!r})
+sys.path.append({str(unpacked)!r})
 from ts.context import Context, RequestProcessor
 from ts.model_loader import TsModelLoader
 service = TsModelLoader().load("digits", {str(unpacked)!r}, "classifier_handler.py", None, 1)
@@ -117,13 +121,27 @@ context = service.context
 context.request_processor = [RequestProcessor({{}})]
 body, = service._entry_point([{{"body": open({str(unpacked.parent / "seven.png")!r}, "rb").read()}}], context)
 assert not {{"model", "training", "export"}} & set(sys.modules)
+for name in ("handler", "predictor"):
+    assert sys.modules[name].__file__ == {str(unpacked)!r} + f"/{{name}}/__init__.py", sys.modules[name]
 print(next(iter(json.loads(body))))
 """
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=unpacked.parent, capture_output=True, text=True, check=False
-    )
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    line = [sys.executable, *options, "-c", code]
+    done = subprocess.run(line, cwd=unpacked.parent, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == label
+    return done.stdout.splitlines()[-1]
+
+
+def test_the_archive_stands_alone(unpacked, sample, label):
+    assert first_label(unpacked, sample, "-I") == label
+
+
+def test_packages_of_the_archives_names_in_the_callers_path_are_not_run(unpacked, sample, label, tmp_path):
+    """TorchServe puts the archive's folder behind the caller's PYTHONPATH."""
+    for name in ("handler", "predictor"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('a trojan was run')")
+    assert first_label(unpacked, sample, PYTHONPATH=str(tmp_path)) == label
 
 
 def test_an_answer_is_the_stock_shape_best_first(ask, sample, label):
@@ -338,7 +356,7 @@ def test_more_images_in_a_request_than_a_chunk_holds(ask, sample, label):
 @pytest.fixture(scope="module")
 def threaded(unpacked):
     """A handler that decodes in threads, as GPU workers do, and runs ONNX Runtime."""
-    from classifier_handler import ClassifierHandler
+    from handler.classifier_handler import ClassifierHandler
 
     handler = ClassifierHandler()
     handler.initialize(context_of(unpacked, backend="onnx", decode_threads=3))
@@ -492,8 +510,9 @@ def test_white_space_in_base64_takes_no_memory_of_its_own(ask):
 
 
 def test_explanations_are_off_unless_they_are_switched_on(unpacked, sample):
-    from classifier_handler import ClassifierHandler
     from ts.context import RequestProcessor
+
+    from handler.classifier_handler import ClassifierHandler
 
     handler, context = ClassifierHandler(), context_of(unpacked)
     handler.initialize(context)
@@ -505,7 +524,7 @@ def test_explanations_are_off_unless_they_are_switched_on(unpacked, sample):
 
 def test_the_network_gets_batches_of_the_configured_size_and_stops_when_time_is_up(ask, sample, monkeypatch):
     """Of a clock that each batch moves by 9 s: the third begins within FORWARD_SECONDS, the fourth does not."""
-    import classifier_handler
+    from handler import classifier_handler
 
     now, sizes = [0.0], []
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
@@ -619,8 +638,9 @@ def test_the_pixels_are_those_of_the_spec(ask, monkeypatch):
 
 
 def test_topk_is_a_setting_and_never_more_than_the_labels(unpacked, sample):
-    from classifier_handler import ClassifierHandler
     from ts.context import RequestProcessor
+
+    from handler.classifier_handler import ClassifierHandler
 
     for topk, expected in ((1, 1), (3, 3), (99, 10)):
         handler, context = ClassifierHandler(), context_of(unpacked, topk=topk)
@@ -637,7 +657,7 @@ def test_topk_is_a_setting_and_never_more_than_the_labels(unpacked, sample):
     ],
 )
 def test_a_setting_out_of_its_rule_is_named(unpacked, settings):
-    from classifier_handler import ClassifierHandler
+    from handler.classifier_handler import ClassifierHandler
 
     with pytest.raises(ValueError, match=rf"model-config.yaml: '{next(iter(settings))}'"):
         ClassifierHandler().initialize(context_of(unpacked, **settings))
@@ -646,8 +666,9 @@ def test_a_setting_out_of_its_rule_is_named(unpacked, settings):
 @pytest.mark.parametrize("is_wrong", [False, True])
 def test_the_golden_difference_over_its_tolerance_is_told_right_or_wrong(exported, tmp_path, caplog, is_wrong):
     """An archive that answers wrongly does not serve, so the alert has nothing but what is told before."""
-    from classifier_handler import ClassifierHandler
     from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+
+    from handler.classifier_handler import ClassifierHandler
 
     with zipfile.ZipFile(exported / "digits.mar") as archive:
         archive.extractall(tmp_path)
@@ -662,7 +683,7 @@ def test_the_golden_difference_over_its_tolerance_is_told_right_or_wrong(exporte
     caplog.set_level(logging.INFO, "ts.metrics")
     with pytest.raises(ValueError, match="golden image") if is_wrong else contextlib.nullcontext():
         handler.initialize(context)
-    handler.prometheus_metrics._metrics = None  # ends its thread
+    handler.measures._metrics = None  # ends its thread
     told = [float(found[1]) for found in re.finditer(r"golden_difference_ratio.\w+:([^|]+)", caplog.text)]
     assert len(told) == 1
     assert (told[0] > 1) == is_wrong
@@ -671,8 +692,9 @@ def test_the_golden_difference_over_its_tolerance_is_told_right_or_wrong(exporte
 def test_without_this_project_s_metrics_the_handler_starts_and_says_so_once(unpacked, caplog):
     """TorchServe's own metrics.yaml lists none of ours."""
     import ts
-    from classifier_handler import ClassifierHandler
     from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+
+    from handler.classifier_handler import ClassifierHandler
 
     cache = MetricsCacheYamlImpl(str(Path(ts.__file__).parent / "configs" / "metrics.yaml"))
     cache.initialize_cache()
@@ -684,7 +706,7 @@ def test_without_this_project_s_metrics_the_handler_starts_and_says_so_once(unpa
 
 
 def test_labels_that_disagree_are_refused(exported, tmp_path):
-    from classifier_handler import ClassifierHandler
+    from handler.classifier_handler import ClassifierHandler
 
     replace_in_archive(exported / "digits.mar", tmp_path / "x.mar", {"index_to_name.json": '{"0": "zero"}'})
     with zipfile.ZipFile(tmp_path / "x.mar") as archive:

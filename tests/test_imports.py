@@ -1,22 +1,28 @@
-"""The arrows: train.py → training → model ← export; the handler imports nothing of this repository."""
+"""The arrows: train.py → training → model → predictor ← handler; predictor imports nothing of this repository."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import PROJECT
 
-OURS = {"model", "training", "export", "handler", "clients", "deploy", "benchmarks", "train", "serve", "demo", "tests"}
+OURS = {
+    *("predictor", "handler", "model", "dataset", "training", "audit", "export", "clients", "deploy", "benchmarks"),
+    *("train", "serve", "demo", "tests"),
+}
 
 ALLOWED = {
-    "model": {"model"},
-    "training": {"training", "model"},
-    "export": {"export", "model", "training", "handler"},  # of these two little: see below
-    "handler": set(),
+    "predictor": {"predictor"},
+    "handler": {"handler", "predictor"},
+    "model": {"model", "predictor"},
+    "training": {"training", "model", "predictor"},
+    "export": {"export", "model", "training", "predictor"},  # of training little: see below
     "clients": set(),
     "deploy": {"deploy", "serve"},
-    "train.py": {"training", "model"},
+    "train.py": {"training", "model", "predictor"},
     "serve.py": set(),
 }
 
@@ -43,20 +49,19 @@ def test_the_arrows_go_one_way(place):
         assert imported(file) & OURS <= ALLOWED[place], file
 
 
-def test_export_asks_the_handler_for_its_backends_and_a_file_name_and_nothing_else():
-    for path in (PROJECT / "export").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("handler"):
-                assert node.module in ("predictor.backends", "predictor.golden_check"), path
-
-
-def test_what_travels_in_the_archive_needs_installed_packages_only():
-    assert imported(PROJECT / "model" / "images.py") & OURS == set()
-    assert "torch" not in imported(PROJECT / "model" / "images.py")
+def test_the_process_that_decodes_loads_nothing_heavy():
+    """It starts beside every worker, and again whenever an image has ended it."""
+    code = "import sys, predictor.decoder_process; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert not loaded & {"torch", "onnxruntime", "ts", "yaml", "tqdm", "handler", "model"}
+    assert {name for name in done.stdout.split() if name.startswith("predictor")} == {
+        "predictor", "predictor.decoder_process", "predictor.pillow_preprocessing",
+    }  # fmt: skip
 
 
 def test_export_asks_training_for_its_data_and_nothing_else():
-    for path in (PROJECT / "export").glob("*.py"):
+    for path in (PROJECT / "export").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("training"):
                 assert node.module == "training.data", path

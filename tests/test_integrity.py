@@ -42,6 +42,7 @@ def finished(run, exported, folder):
     shutil.copytree(exported, folder / "export", ignore=shutil.ignore_patterns(SUMS, SIGNATURE))
     shutil.copy(run / "model.pt", folder)
     write_card(run, "digits", folder / "export")
+    shutil.copy(folder / "export" / "MODEL_CARD.md", folder / "export" / "archive")
     write_sums(folder / "export")
     return folder / "export"
 
@@ -117,6 +118,8 @@ def forge(folder):
 def put(folder, name, content):
     """A file of the folder, and in its archive where it is packed."""
     (folder / name).write_bytes(content)
+    if (folder / "archive" / name).is_file():
+        (folder / "archive" / name).write_bytes(content)
     with zipfile.ZipFile(folder / "digits.mar") as packed:
         members = {info: packed.read(info) for info in packed.infolist()}
     with zipfile.ZipFile(folder / "digits.mar", "w") as packed:
@@ -155,10 +158,12 @@ def test_a_name_that_sha256sum_would_have_to_escape_is_refused(folder, name):
 
 def test_a_flipped_bit_anywhere_in_any_file_is_found_and_the_file_named(whole, sums_only):
     choose = random.Random(0)
-    files = [path for path in sorted(whole.iterdir()) if path.is_file()]
+    files = [path for path in sorted(whole.rglob("*")) if path.is_file()]
     assert {SUMS, "digits.mar", "digits.pt", "parity.json", *GRAPHS, *PROGRAMS} <= {path.name for path in files}
+    assert {"archive/predictor/spec.py", "archive/spec.json"} <= {path.relative_to(whole).as_posix() for path in files}
     for path in files:
-        size = path.stat().st_size
+        if not (size := path.stat().st_size):  # an __init__.py
+            continue
         for place in (0, 1, size // 2, size - 2, size - 1, *(choose.randrange(size) for _ in range(5))):
             bit = choose.randrange(8)
             with flipped(path, place, bit):
@@ -358,7 +363,8 @@ def test_the_proof_and_the_labels_must_fit(folder):
     row["passed"] = False
     change(folder / "parity.json", rows=report["rows"])
     write_sums(folder)
-    labels, proof, archive = check(folder)
+    labels, proof, staged, archive = check(folder)
+    assert staged == "archive/index_to_name.json: is not the index_to_name.json of the export; export again"
     assert labels.startswith("index_to_name.json: names other labels than the spec in digits.pt")
     assert proof == f"parity.json: not passed by {row['graph']} in {row['runtime']}; export again"
     assert archive.startswith("digits.mar: 'index_to_name.json' inside is not the index_to_name.json beside it")
@@ -393,7 +399,7 @@ def test_an_archive_with_a_damaged_member_is_found(folder):
     ("files", "without", "words"),
     [
         ({"index_to_name.json": "{}"}, (), "'index_to_name.json' inside is not the index_to_name.json beside it"),
-        ({}, ("images.py",), "'images.py' is inside 0 times"),
+        ({}, ("predictor/spec.py",), "'predictor/spec.py' is inside 0 times"),
         ({}, ("classifier_handler.py",), "'classifier_handler.py' is inside 0 times"),
         ({}, ("model-config.yaml",), "'model-config.yaml' is inside 0 times"),
         ({}, ("spec.json",), "cannot be read (0 specs are inside, not one)"),
@@ -437,7 +443,7 @@ def test_a_signature_holds_for_these_files_and_this_key_only(folder, keys, capsy
     assert "Nothing was run" in capsys.readouterr().out
     (finding,) = verify_signature(folder, theirs)
     assert finding.startswith(f"{SIGNATURE}: does not hold")
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size):
         with flipped(path, path.stat().st_size // 2, 2):
             (finding,) = verify_signature(folder, public)
             assert finding.startswith(f"{SIGNATURE}: does not hold")
@@ -528,7 +534,7 @@ def a_link(members):
 
 
 def twice(members):
-    return [(zipfile.ZipInfo("bodies.py"), b"import os")]
+    return [(zipfile.ZipInfo("handler/request_parsing.py"), b"import os")]
 
 
 def seen_by_a_stream_only(folder):
@@ -595,12 +601,22 @@ def another_model(folder):
     shutil.copy(folder / "digits.pt", folder / "cats.pt")
 
 
+def staged(name, text):
+    """In the folder that the archiver's line packs again."""
+    return lambda folder: (folder / "archive" / name).write_text(text)
+
+
 # name: (alteration, whether it is found without a key; with one, all are)
 ALTERATIONS = {
     "trojaned handler": (appended("classifier_handler.py"), True),
-    "trojaned parser of requests": (appended("bodies.py"), True),
-    "trojaned decoder": (appended("images.py"), True),
+    "trojaned parser of requests": (appended("handler/request_parsing.py"), True),
+    "trojaned decoder": (appended("predictor/pillow_preprocessing.py"), True),
     "trojaned sitecustomize": (appended("sitecustomize.py"), True),
+    "trojaned handler, staged": (staged("handler/request_parsing.py", "import os"), True),
+    "trojaned package, staged": (staged("predictor/__init__.py", "import os"), True),
+    "module that shadows yaml, staged": (staged("yaml.py", "import os"), True),
+    "golden.json of no images, staged": (staged("golden.json", '{"images": []}'), True),
+    "spec of anything, staged": (staged("spec.json", "{}"), True),
     "module that shadows yaml": (altered(lambda members: [("yaml.py", b"import os")]), True),
     "member outside": (altered(lambda members: [("../evil.py", b"import os")]), True),
     "member at an absolute path": (altered(lambda members: [("/tmp/evil.py", b"import os")]), True),
@@ -666,19 +682,21 @@ def test_one_who_does_not_know_of_the_manifest_is_found_by_it(folder):
 def test_a_handler_of_another_checkout_is_said_to_be_one_and_passes_with_a_signature(
     folder, keys, tmp_path, monkeypatch
 ):
-    newer = tmp_path / "bodies.py"
+    name = "handler/request_parsing.py"
+    newer = tmp_path / name
+    newer.parent.mkdir()
     newer.write_text("# of a newer checkout")
     monkeypatch.setattr(checksums.archive, "PROJECT", tmp_path)
-    monkeypatch.setattr(checksums.archive, "CODE", checksums.archive.CODE | {"bodies.py": newer})
-    others = {name: tmp_path / name for name in checksums.archive.CODE if name != "bodies.py"}
-    for name, path in others.items():
-        shutil.copy(checksums.archive.CODE[name], path)
-    monkeypatch.setattr(checksums.archive, "CODE", others | {"bodies.py": newer})
-    (finding,) = check(folder)
-    assert finding == (
-        "digits.mar: 'bodies.py' inside differs from this checkout's bodies.py; export again, or, if another checkout "
-        "made it, check it there or by its signature (--public-key FILE)"
-    )
+    others = {member: tmp_path / member for member in checksums.archive.CODE if member != name}
+    for member, path in others.items():
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(checksums.archive.CODE[member], path)
+    monkeypatch.setattr(checksums.archive, "CODE", others | {name: newer})
+    assert check(folder) == [
+        f"{what} differs from this checkout's {name}; export again, or, if another checkout made it, check it there or "
+        "by its signature (--public-key FILE)"
+        for what in (f"archive/{name}:", f"digits.mar: '{name}' inside")
+    ]
     sign(folder, keys[0][0])
     assert run_check(folder, keys[0][1]) == 0
 

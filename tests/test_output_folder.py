@@ -147,6 +147,26 @@ def test_a_file_of_the_users_that_an_export_may_write_is_not_replaced(run):
     output_folder.check(run / "export", output_folder.all_files("digits"))
 
 
+@pytest.mark.parametrize("name", ["archive", "archive/notes.txt"])
+def test_a_file_of_the_users_where_the_archives_files_lie_is_not_replaced(run, name):
+    for left in ("SHA256SUMS", name):  # and if nothing tells what was written
+        (run / "export" / "SHA256SUMS").unlink(missing_ok=left == name)
+        (run / "export" / name).parent.mkdir(exist_ok=True)
+        (run / "export" / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"{name}: no export wrote it, and this one may write that name"):
+            output_folder.check(run / "export", set())
+
+
+def test_the_archives_files_of_the_earlier_export_go_with_it(run):
+    (run / "export" / "archive" / "handler").mkdir(parents=True)
+    (run / "export" / "archive" / "handler" / "old.py").write_text("old")
+    written = {"files": ["archive/handler/old.py", "digits.pt"]}
+    (run / "export" / "manifest.json").write_text(json.dumps(written))
+    output_folder.check(run / "export", {"digits.pt"})
+    assert set(export(run, "cats.pt")) == {"cats.pt", "digits.crops.onnx", "digits.mar", "parity.json", "notes.txt",
+                                           "digits-1.0.mar"}  # fmt: skip
+
+
 def test_what_killed_exports_left_goes_at_the_next_one_and_what_looks_like_it_stays(run, tmp_path):
     (run / ".export-abcd_123" / "deep").mkdir(parents=True)  # of before there was a swap
     (run / ".export-new-abcd_123").mkdir()

@@ -315,8 +315,9 @@ def test_no_source_runs_what_it_reads():
 
 @pytest.mark.filterwarnings("ignore")  # of TorchServe's own modules
 def test_the_limit_of_pixels_is_the_models_and_the_operator_may_lift_it(exported, tmp_path):
-    from classifier_handler import ClassifierHandler
     from ts.context import RequestProcessor
+
+    from handler.classifier_handler import ClassifierHandler
 
     with zipfile.ZipFile(exported / "digits.mar") as archive:
         archive.extractall(tmp_path)

@@ -243,16 +243,16 @@ class Model:
         import yaml  # Ray needs it too
 
         sys.path.insert(0, str(folder))
-        self.reader = importlib.import_module("images")
+        self.reader = importlib.import_module("predictor.pillow_preprocessing")
         model = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
         settings = yaml.safe_load((folder / "model-config.yaml").read_text())
         spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
         self.labels, self.size, self.resize = spec["labels"], spec["size"], spec["resize"]
         self.topk, self.max_pixels = settings["topk"], settings["max_pixels"]
-        self.probabilities = importlib.import_module("backends").load(
+        self.probabilities = importlib.import_module("predictor.backends").load(
             settings["backend"], folder, Path(model["serializedFile"]).stem, threads=settings["threads"], gpu=gpu
         )
-        golden = importlib.import_module("golden").Golden(folder)
+        golden = importlib.import_module("predictor.golden_check").Golden(folder)
         golden.check(lambda files: self.probabilities(np.stack([self.read(file) for file in files])), _device(gpu))
 
     def read(self, body: bytes) -> np.ndarray:
@@ -384,7 +384,8 @@ def _alone(out: Path) -> Iterator[None]:
 def _unpack(archive: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as files:
-            needed = {"MAR-INF/MANIFEST.json", "spec.json", "golden.json", "images.py", "backends.py", "golden.py"}
+            code = {f"predictor/{name}.py" for name in ("pillow_preprocessing", "backends", "golden_check")}
+            needed = {"MAR-INF/MANIFEST.json", "spec.json", "golden.json"} | code
             if lacking := needed - set(files.namelist()):
                 raise JobError(f"{archive}: has no {min(lacking)}; name an archive that `python -m export` has made")
             files.extractall(folder)

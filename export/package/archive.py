@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from export.output_folder import STAGED
 from export.package.model_card import CARD
 from export.package.serving_settings import CONFIG_FILE
 from predictor.backends import FILES
@@ -23,7 +24,6 @@ PROJECT = Path(__file__).resolve().parents[2]
 HANDLER = PROJECT / "handler"
 FROM_EXPORT = ("index_to_name.json", GOLDEN, CARD)
 ENTRY = "classifier_handler.py"
-STAGED = "archive"  # the folder that torch-model-archiver takes whole
 TOP_LEVEL = (ENTRY, "sitecustomize.py")  # of handler/: TorchServe and Python look for these beside the model
 CODE = {  # the archive's programs, and where they come from
     **{file: HANDLER / file for file in TOP_LEVEL},
@@ -34,13 +34,14 @@ CODE = {  # the archive's programs, and where they come from
         if path.name not in TOP_LEVEL
     },
 }
+IN_STAGE = (*(member for member in CODE if member != ENTRY), "spec.json", *FROM_EXPORT)  # the files of STAGED
 MANIFEST = "MAR-INF/MANIFEST.json"
 
 
 def members(name: str, backend: str) -> set[str]:
     """The names of all files in an archive."""
     served = {f"{name}.pt", FILES[backend].format(name)}
-    return {MANIFEST, *CODE, "spec.json", *FROM_EXPORT, CONFIG_FILE, *served}
+    return {MANIFEST, ENTRY, *IN_STAGE, CONFIG_FILE, *served}
 
 
 def hashes(archive: Path) -> dict[str, str]:

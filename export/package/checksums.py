@@ -26,7 +26,7 @@ import numpy as np
 from export import output_folder
 from export.graphs import onnx, quantization
 from export.graphs.exported_program import GRAPHS
-from export.output_folder import MANIFEST, SIGNATURE, SUMS
+from export.output_folder import MANIFEST, SIGNATURE, STAGED, SUMS
 from export.package import archive, golden_images, serving_settings
 from export.package.model_card import CARD
 from export.proof.runtimes import Runtime, run_exported_program, run_onnxruntime, run_torchscript
@@ -79,7 +79,7 @@ def write_manifest(folder: Path, name: str, version: str, seen: Mapping[str, flo
     content = {
         "name": name,
         "version": version,
-        "files": sorted({path.name for path in folder.iterdir()} | {MANIFEST, SUMS}),
+        "files": sorted({*_files(folder), MANIFEST, SUMS}),
         "archive": archive.hashes(packed) if packed.is_file() else {},
         "golden_difference": dict(seen or {}),
     }
@@ -242,7 +242,9 @@ def _check_contents(folder: Path, whole: Mapping[str, str], trusted: bool, findi
         for name in names
         for end in (".pt", *(f"{m}.{kind}" for m in GRAPHS.values() for kind in ("onnx", "pt2")), ".mar")
     ]
-    for file in (*needed, "index_to_name.json", "parity.json", GOLDEN, serving_settings.CONFIG_FILE, MANIFEST):
+    staged = [f"{STAGED}/{member}" for member in archive.IN_STAGE]
+    common = ("index_to_name.json", "parity.json", GOLDEN, serving_settings.CONFIG_FILE, MANIFEST)
+    for file in (*needed, *common, *staged):
         if not (folder / file).exists() and not any(finding.startswith(f"{file}: ") for finding in findings):
             findings.append(f"{file}: missing; {ANEW}")
     if not names and not findings:
@@ -257,6 +259,8 @@ def _check_contents(folder: Path, whole: Mapping[str, str], trusted: bool, findi
         _check_golden(folder, names, specs, findings)
     if serving_settings.CONFIG_FILE in whole and not trusted:
         _check_config(folder, findings)
+    if MANIFEST in whole:
+        _check_staged(folder, whole, trusted, findings)
     for name in names:
         if {f"{name}.mar", serving_settings.CONFIG_FILE, MANIFEST} <= whole.keys():
             _check_archive(folder, name, whole, trusted, findings)
@@ -353,6 +357,24 @@ def _check_config(folder: Path, findings: list[str]) -> None:
         ]
         if len({re.sub(r"(?m)^(backend|batchSize): \S+", r"\1:", text) for text in texts}) > 1:
             findings.append(_differs(f"{serving_settings.CONFIG_FILE}:", "handler/model-config.yaml"))
+
+
+def _check_staged(folder: Path, whole: Mapping[str, str], trusted: bool, findings: list[str]) -> None:
+    """The files that the archiver's line packs again: those of the archive, and no other."""
+    with _noting(MANIFEST, findings):
+        packed = _read_json(folder / MANIFEST)["archive"]
+        for file, digest in whole.items():
+            top, _, member = file.partition("/")
+            if top != STAGED:
+                continue
+            if member not in archive.IN_STAGE:
+                findings.append(f"{file}: is nothing that an export packs; remove it")
+            elif member in whole and digest != whole[member]:
+                findings.append(f"{file}: is not the {member} of the export; export again")
+            elif digest != packed.get(member):
+                findings.append(f"{file}: is not the one that was packed ({MANIFEST}); export again")
+            if not trusted and member in archive.CODE and digest != sha256(archive.CODE[member]):
+                findings.append(_differs(f"{file}:", archive.CODE[member].relative_to(archive.PROJECT).as_posix()))
 
 
 def _check_archive(folder: Path, name: str, whole: Mapping[str, str], trusted: bool, findings: list[str]) -> None:
