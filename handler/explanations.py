@@ -1,4 +1,4 @@
-"""Which pixels spoke for the best label: integrated gradients (Sundararajan, Taly and Yan 2017, arXiv:1703.01365).
+"""Attribution maps of the top label: integrated gradients (Sundararajan, Taly and Yan 2017, arXiv:1703.01365).
 
 The gradient of the label's logit by the pixels, averaged over the way from a grey image (the training data's mean) to
 the image, times the distance. The sums of what is for and against the label add up to the difference of the logits at
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from predictor.pillow_preprocessing import ImageError
+from handler import errors
 
 STEPS = 32  # points on the way
 AT_ONCE = 4  # of them in one pass, so that the clock is looked at between
@@ -34,12 +34,12 @@ class Explainer:
         self._path, self._device, self._threads = path, "cpu" if gpu is None else f"cuda:{gpu}", threads
         self._module: Any = None
 
-    def attributions(self, crop: np.ndarray, place: int, until: float) -> np.ndarray:
+    def attributions(self, crop: np.ndarray, index: int, until: float) -> np.ndarray:
         """Integrated gradients of one logit by one crop.
 
         Args:
             crop: uint8 (S, S, 3), RGB.
-            place: of the label.
+            index: of the label.
             until: `time.monotonic()` at which to stop.
 
         Returns:
@@ -57,10 +57,10 @@ class Explainer:
         points = (torch.arange(STEPS, device=planes.device, dtype=planes.dtype) + 0.5) / STEPS  # middles of the steps
         for some in points.split(AT_ONCE):
             if time.monotonic() > until:
-                raise ImageError("no_time", f"explanations of a batch have {SECONDS:g} s; ask for fewer at once")
+                raise errors.no_time_to_explain(SECONDS)
             inputs = (planes * some.view(-1, 1, 1, 1)).requires_grad_()
             logits = module.network(inputs)
-            gradient += torch.autograd.grad(logits[:, place].sum(), inputs)[0].sum(dim=0, keepdim=True)
+            gradient += torch.autograd.grad(logits[:, index].sum(), inputs)[0].sum(dim=0, keepdim=True)
         return (gradient / STEPS * planes)[0].sum(dim=0).cpu().numpy()
 
     def _load(self) -> Any:
@@ -88,7 +88,7 @@ def overlay(crop: np.ndarray, attributions: np.ndarray) -> bytes:
     strength = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
     strength = np.clip(strength / max(np.percentile(np.abs(strength), STRONG), 1e-12), -1, 1)
     grey = Image.fromarray(crop).convert("L").resize((side, side), Image.Resampling.BICUBIC)
-    colour = np.where(strength[..., None] > 0, np.float32(FOR), np.float32(AGAINST))
+    colour = np.where(strength[..., None] > 0, np.array(FOR, np.float32), np.array(AGAINST, np.float32))
     alpha = 0.7 * np.abs(strength)[..., None]
     pixels = np.asarray(grey, dtype=np.float32)[..., None] * (1 - alpha) + colour * alpha
     file = io.BytesIO()

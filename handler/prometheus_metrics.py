@@ -43,7 +43,7 @@ class Measures:
         """
         self._metrics, self._of_all = metrics, (model, version)
         self._counts: defaultdict[str, Counter[Labels]] = defaultdict(Counter)
-        self._places: defaultdict[tuple[str, Labels], Counter[int]] = defaultdict(Counter)  # of BUCKETS
+        self._buckets: defaultdict[tuple[str, Labels], Counter[int]] = defaultdict(Counter)  # of BUCKETS
         self._lock = threading.Lock()
         if metrics is not None:
             threading.Thread(target=self._report_for_ever, daemon=True, name="measures").start()
@@ -55,10 +55,10 @@ class Measures:
             self._counts["classifier_predictions_total"].update({(label,): 0 for label in labels})
             self._counts["classifier_batches_total"][()] += 0
             for name in (CONFIDENCE, BATCH_SIZE):
-                self._places[name, ()][0] += 0
+                self._buckets[name, ()][0] += 0
             for stage in stages:
                 self._counts["classifier_stage_seconds_total"][stage,] += 0
-                self._places[STAGE, (stage,)][0] += 0
+                self._buckets[STAGE, (stage,)][0] += 0
 
     def add(self, outcomes: Sequence[str], best: Sequence[tuple[str, float]], seconds: Mapping[str, float]) -> None:
         """Counts a batch.
@@ -70,17 +70,17 @@ class Measures:
         """
         bounds = BUCKETS[CONFIDENCE]
         with self._lock:
-            counts, places = self._counts, self._places
+            counts, buckets = self._counts, self._buckets
             counts["classifier_images_total"]["ok",] += len(best)
             if len(best) < len(outcomes):
                 counts["classifier_images_total"].update([(outcome,) for outcome in outcomes if outcome != "ok"])
             counts["classifier_predictions_total"].update([(label,) for label, _ in best])
             counts["classifier_batches_total"][()] += 1
-            places[CONFIDENCE, ()].update([bisect_left(bounds, probability) for _, probability in best])
-            places[BATCH_SIZE, ()][bisect_left(BUCKETS[BATCH_SIZE], len(outcomes))] += 1
+            buckets[CONFIDENCE, ()].update([bisect_left(bounds, probability) for _, probability in best])
+            buckets[BATCH_SIZE, ()][bisect_left(BUCKETS[BATCH_SIZE], len(outcomes))] += 1
             for stage, spent in seconds.items():
                 counts["classifier_stage_seconds_total"][stage,] += spent  # type: ignore[assignment]
-                places[STAGE, (stage,)][bisect_left(BUCKETS[STAGE], spent)] += 1
+                buckets[STAGE, (stage,)][bisect_left(BUCKETS[STAGE], spent)] += 1
 
     def gauge(self, name: str, value: float) -> None:
         """Told at once."""
@@ -93,15 +93,15 @@ class Measures:
     def report(self) -> None:
         """Tells what has come since the last report."""
         with self._lock:
-            counts, places = self._counts, self._places
-            self._counts, self._places = defaultdict(Counter), defaultdict(Counter)
+            counts, buckets = self._counts, self._buckets
+            self._counts, self._buckets = defaultdict(Counter), defaultdict(Counter)
         for name, of_name in counts.items():
             for labels, value in of_name.items():
                 self._tell(name, "counter", value, labels)
-        for (name, labels), of_bucket in places.items():
+        for (name, labels), of_bucket in buckets.items():
             total = 0
-            for place, bound in enumerate(BUCKETS[name]):
-                total += of_bucket[place]
+            for index, bound in enumerate(BUCKETS[name]):
+                total += of_bucket[index]
                 self._tell(name, "counter", total, (*labels, "+Inf" if bound == math.inf else f"{bound:g}"))
 
     def _report_for_ever(self) -> None:

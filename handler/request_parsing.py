@@ -23,36 +23,18 @@ from typing import Any
 
 import numpy as np
 
+from handler import errors
+from handler.errors import SHAPES, TooMany
 from predictor.pillow_preprocessing import ImageError
-
-# What a client's mistake is answered with, over REST as over gRPC.
-STATUSES = {
-    "empty": (400, "Bad Request"),
-    "bad_json": (400, "Bad Request"),
-    "bad_base64": (400, "Bad Request"),
-    "explanations_off": (403, "Forbidden"),
-    "too_many_pixels": (413, "Payload Too Large"),
-    "too_many_images": (413, "Payload Too Large"),
-    "not_an_image": (415, "Unsupported Media Type"),
-    "unsupported_kind": (415, "Unsupported Media Type"),
-    "truncated": (422, "Unprocessable Entity"),
-    "too_slow": (422, "Unprocessable Entity"),
-    "no_time": (503, "Service Unavailable"),  # the server's fault, and asking again may help
-}
 
 ImageInput = bytes | np.ndarray | ImageError
 Answer = dict[str, Any]
 
 MAX_NAME = 1000  # characters of an id or a field's name, which the answer repeats
-PARTS = 40  # values of JSON, beside a tensor's numbers, for each image that a request may hold: the shapes need five
-SHAPES = 'send {"b64": "…"} or {"instances": [{"b64": "…"}, …]}, with base64 as text'
+VALUES = 40  # values of JSON, beside a tensor's numbers, for each image that a request may hold: the shapes need five
 
 _NUMBERS = re.compile(rb'("data"\s*:\s*)(\[[\[\]0-9eE+\-.,\s]*\])')  # a tensor: flat or nested numbers
 _BRACKETS = bytes.maketrans(b"[]", b"  ")
-
-
-class TooMany(Exception):
-    """More images in a request than are accepted."""
 
 
 def parse(request: Mapping[str, Any], json_fields: Container[str], most: int) -> tuple[str, dict[str, ImageInput]]:
@@ -67,7 +49,7 @@ def parse(request: Mapping[str, Any], json_fields: Container[str], most: int) ->
         most: images of one request.
     """
     if any(len(name) > MAX_NAME for name in request):
-        return "one", {"": _too_long("a field's name")}
+        return "one", {"": errors.too_long("a field's name", MAX_NAME)}
     try:
         if len(request) > 1:
             _check_count(len(request), most)
@@ -79,12 +61,11 @@ def parse(request: Mapping[str, Any], json_fields: Container[str], most: int) ->
             return _of_value(value, numbers, most)
         return "one", {"": _image(b"")}
     except TooMany as error:
-        way_out = "send several requests, or have the operator raise `max_images` in model-config.yaml"
-        return "one", {"": ImageError("too_many_images", f"{error}; {way_out}")}
+        return "one", {"": errors.too_many_images(error)}
 
 
 def _value(body: Any, is_json: bool, most: int) -> tuple[Any, bytes]:
-    """What a body holds: an image's bytes, the value of JSON, or a ImageError; and the numbers of a tensor in it.
+    """What a body holds: an image's bytes, the value of JSON, or an ImageError; and the numbers of a tensor in it.
 
     Raises:
         TooMany.
@@ -97,14 +78,14 @@ def _value(body: Any, is_json: bool, most: int) -> tuple[Any, bytes]:
     if found := _NUMBERS.search(body):
         numbers = found[2]
         body = b"".join((body[: found.start(2)], b"[]", body[found.end(2) :]))
-    if body.count(b"[") > PARTS * most:
-        return ImageError("bad_json", f"the body holds {body.count(b'['):,} lists; {SHAPES}"), b""
-    if max(body.count(b"{"), body.count(b","), body.count(b'"') // 2) > PARTS * most:
+    if body.count(b"[") > VALUES * most:
+        return errors.bad_json(f"the body holds {body.count(b'['):,} lists; {SHAPES}"), b""
+    if max(body.count(b"{"), body.count(b","), body.count(b'"') // 2) > VALUES * most:
         raise TooMany(f"the body holds more values of JSON than {most} images need, and no more are accepted")
     try:
         return json.loads(body), numbers
     except (ValueError, RecursionError) as error:
-        return ImageError("bad_json", f"the body is not JSON ({error})"), b""
+        return errors.bad_json(f"the body is not JSON ({error})"), b""
 
 
 def _scalar(body: bytes) -> Any:
@@ -129,34 +110,25 @@ def _check_count(count: int, most: int) -> None:
         raise TooMany(f"{count:,} images in a request, and at most {most} are accepted")
 
 
-def _too_long(what: str) -> ImageError:
-    hint = "; was JSON sent as a form? Name it: Content-Type: application/json" if what.startswith("a field") else ""
-    return ImageError("bad_json", f"{what} has more than {MAX_NAME:,} characters{hint}")
-
-
 def answer(
     shape: str, outcomes: Mapping[str, Answer | ImageError], model: str, version: str
 ) -> tuple[Answer, str | None]:
     """The body of an answer as a value for JSON, and what failed it: None if any image was good.
 
-    An image's error stands in the place of its answer. KServe v2 has no place for that: there one fails them all.
+    An image's error stands where its prediction would. KServe v2 has no room for that: there one fails them all.
     """
     if shape == "one" and isinstance(outcome := outcomes[""], dict):  # nearly all
         return outcome, None
-    errors = [outcome for outcome in outcomes.values() if isinstance(outcome, ImageError)]
+    refused = [outcome for outcome in outcomes.values() if isinstance(outcome, ImageError)]
     is_v2 = shape.startswith("inputs:")
-    if errors and (is_v2 or len(errors) == len(outcomes)):
-        body = as_error(errors[0])
-        return ({**body, "error": body["message"]} if is_v2 else body), errors[0].cause
+    if refused and (is_v2 or len(refused) == len(outcomes)):
+        body = errors.as_body(refused[0])
+        return ({**body, "error": body["message"]} if is_v2 else body), refused[0].cause
     if is_v2:
         request_id = shape.removeprefix("inputs:")
         return {"model_name": model, "model_version": version, "id": request_id, "outputs": _outputs(outcomes)}, None
-    values = {name: as_error(it) if isinstance(it, ImageError) else it for name, it in outcomes.items()}
+    values = {name: errors.as_body(it) if isinstance(it, ImageError) else it for name, it in outcomes.items()}
     return ({"predictions": list(values.values())} if shape == "instances" else values), None
-
-
-def as_error(error: ImageError) -> Answer:
-    return {"code": STATUSES[error.cause][0], "type": error.cause, "message": str(error)}
 
 
 def _image(value: Any) -> ImageInput:
@@ -166,7 +138,7 @@ def _image(value: Any) -> ImageInput:
     if isinstance(value, (bytes, ImageError)):
         return value
     if not isinstance(value, dict) or not isinstance(value.get("b64"), str):
-        return ImageError("bad_json", SHAPES)
+        return errors.bad_json()
     return _from_base64(value["b64"])
 
 
@@ -174,12 +146,12 @@ def _from_base64(text: str) -> ImageInput:
     try:
         return base64.b64decode(text.encode("ascii").translate(None, string.whitespace.encode()), validate=True)
     except (binascii.Error, ValueError) as error:
-        return ImageError("bad_base64", f"'b64' is not base64 ({error}); send it without a data: prefix")
+        return errors.bad_base64(error)
 
 
 def _several(shape: str, images: list[ImageInput], field: str) -> tuple[str, dict[str, ImageInput]]:
     if not images:
-        return "one", {"": ImageError("empty", f"'{field}' is empty; send at least one image")}
+        return "one", {"": errors.empty_list(field)}
     return shape, {str(i): image for i, image in enumerate(images)}
 
 
@@ -187,16 +159,13 @@ def _inputs(value: Answer, numbers: bytes, most: int) -> tuple[str, dict[str, Im
     """KServe v2 (the Open Inference Protocol): one input, BYTES [N] as base64 or UINT8 [N, H, W, 3], RGB.
 
     Args:
-        numbers: the `data` of UINT8, as text; in `value` its place is empty.
+        numbers: the `data` of UINT8, as text; in `value` they are left out.
     """
     request_id = str(value.get("id", ""))
     if len(request_id) > MAX_NAME:
-        return "inputs:", {"": _too_long("'id'")}
+        return "inputs:", {"": errors.too_long("'id'", MAX_NAME)}
     shape = f"inputs:{request_id}"
-    wrong = ImageError(
-        "bad_json",
-        "'inputs' must be one of BYTES, shape [N], with base64 texts as 'data', or one of UINT8, shape [N, H, W, 3]",
-    )
+    wrong = errors.bad_json(errors.BAD_INPUTS)
     match value["inputs"]:
         case [{"datatype": "BYTES", "data": [*texts]}] if all(isinstance(text, str) for text in texts) and (
             texts or not re.search(rb"\d", numbers)

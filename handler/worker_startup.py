@@ -1,7 +1,8 @@
 """What this project changes in TorchServe's worker, so that it spends its time on images.
 
 All are about its inner loop (ts/protocol/otf_message_handler.py of 0.12, the last release), and none changes what goes
-over the wire.
+over the wire. Of another release nothing is changed, and the log says so; nor with `patch_worker: false` in
+model-config.yaml.
 """
 
 from __future__ import annotations
@@ -13,11 +14,27 @@ import sys
 from collections.abc import Callable
 from socket import socket
 
+TORCHSERVE = "0.12."  # the release that is changed
 BUFFER = 1 << 18  # bytes: a batch of small images in one read
 
 
-def tune() -> None:
-    """Called once, when the handler is initialised."""
+def tune(is_wanted: bool = True) -> None:
+    """Called once, when the handler is initialised.
+
+    Args:
+        is_wanted: the setting `patch_worker`.
+    """
+    if not is_wanted:
+        return
+    import ts
+
+    if not ts.__version__.startswith(TORCHSERVE):
+        logging.warning(
+            "TorchServe's worker is left as it is, which is slower: %s is not %sx, for which the changes were written",
+            ts.__version__,
+            TORCHSERVE,
+        )
+        return
     read_ahead()
     leave_json()
     log_less()

@@ -126,6 +126,28 @@ def begun(archive, run, tmp_path_factory) -> Path:
     return out
 
 
+def test_the_archives_own_predictor_is_run_whatever_is_checked_out(archive, sample, tmp_path):
+    """In a process whose path has another one in front, as a worker's may."""
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(tmp_path / "archive")
+    (tmp_path / "other" / "predictor").mkdir(parents=True)
+    (tmp_path / "other" / "predictor" / "__init__.py").write_text("raise SystemExit('another predictor was run')")
+    (tmp_path / "seven.png").write_bytes(sample)
+    code = f"""
+import sys
+sys.path[:0] = [{str(tmp_path / "other")!r}, {str(SCRIPT.parent)!r}]
+from pathlib import Path
+import classify
+model = classify.Model(Path({str(tmp_path / "archive")!r}), None)
+(row,) = model.rows([{str(tmp_path / "seven.png")!r}])
+assert row["label"] and not row["error"], row
+print(sys.modules["predictor"].__file__)
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "archive" / "predictor" / "__init__.py")]
+
+
 @pytest.mark.server
 def test_answers_are_the_endpoints(begun, server):
     found = rows(begun)
@@ -191,15 +213,14 @@ def test_an_archive_that_answers_its_golden_images_wrongly_is_not_used(archive, 
 def test_an_image_at_which_a_decoder_fails_in_any_way_is_a_row_and_the_part_ends(tmp_path, failure, kind):
     from predictor.pillow_preprocessing import ImageError
 
-    def read(body, *_):
+    def read(body):
         if body == b"1":
             raise failure
         return np.full((8, 8, 3), int(body), np.uint8)
 
     model = Model.__new__(Model)  # without an archive
-    model.reader = types.SimpleNamespace(read=read, ImageError=ImageError)
-    model.labels, model.size, model.resize, model.topk, model.max_pixels = ["a", "b"], 8, 8, 2, None
-    model.probabilities = lambda crops: np.stack([[0.25, 0.75]] * len(crops))
+    model.image_error = ImageError
+    model.predictor = types.SimpleNamespace(decode=read, infer=lambda crops: [{"b": 0.75, "a": 0.25} for _ in crops])
     for name in "012":
         (tmp_path / name).write_text(name)
     rows = model.rows([str(tmp_path / name) for name in "012"])

@@ -98,10 +98,11 @@ def b64(body):
 def test_the_archive_holds_what_it_needs_and_no_more(unpacked):
     assert {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()} == {
         "MAR-INF/MANIFEST.json", "classifier_handler.py", "sitecustomize.py",
-        "handler/__init__.py", "handler/explanations.py", "handler/prometheus_metrics.py",
-        "handler/request_parsing.py", "handler/worker_startup.py",
+        "handler/__init__.py", "handler/errors.py", "handler/explanations.py", "handler/prometheus_metrics.py",
+        "handler/request_parsing.py", "handler/torchserve_protocol.py", "handler/worker_startup.py",
         "predictor/__init__.py", "predictor/backends.py", "predictor/decoder_process.py", "predictor/files.py",
-        "predictor/golden_check.py", "predictor/pillow_preprocessing.py", "predictor/spec.py",
+        "predictor/golden_check.py", "predictor/image_headers.py", "predictor/pillow_preprocessing.py",
+        "predictor/predictor.py", "predictor/spec.py", "predictor/__main__.py",
         "digits.pt", "digits.crops.onnx", "spec.json", "index_to_name.json", "golden.json", "MODEL_CARD.md",
         "model-config.yaml",
     }  # fmt: skip
@@ -165,7 +166,7 @@ def test_every_kind_of_image_is_answered(ask, name):
 
 @pytest.mark.parametrize("name", BAD)
 def test_every_bad_body_gets_its_status(ask, name):
-    from handler.request_parsing import STATUSES
+    from handler.errors import STATUSES
 
     body, cause = BAD[name]
     ((status, answer, headers),) = ask({"body": body})
@@ -175,7 +176,7 @@ def test_every_bad_body_gets_its_status(ask, name):
 
 
 def test_every_cause_stands_in_the_table_and_the_table_in_the_readme():
-    from handler.request_parsing import STATUSES
+    from handler.errors import STATUSES
 
     assert {cause for _, cause in BAD.values()} <= set(STATUSES)
     readme = (PROJECT / "README.md").read_text()
@@ -284,14 +285,14 @@ def test_what_an_answer_would_repeat_is_bounded(ask, sample):
 
 
 def test_an_image_without_memory_costs_its_neighbours_nothing(ask, sample, label, monkeypatch):
-    read = ask.handler._decode.__globals__["read"]
+    read = ask.handler.predictor.decode
 
     def full(body, *arguments):
         if body == b"large":
             raise MemoryError
         return read(body, *arguments)
 
-    monkeypatch.setitem(ask.handler._decode.__globals__, "read", full)
+    monkeypatch.setattr(ask.handler.predictor, "decode", full)
     large, good = ask({"body": b"large"}, {"body": sample})
     assert (large[0], large[1]["type"]) == (413, "too_many_pixels")
     assert (good[0], next(iter(good[1]))) == (200, label)
@@ -299,13 +300,13 @@ def test_an_image_without_memory_costs_its_neighbours_nothing(ask, sample, label
 
 def test_a_refused_image_keeps_none_of_its_memory(ask, sample, monkeypatch):
     """Its error once held the decoder, and with it the pixels, until the whole batch was answered."""
-    infer, held = ask.handler._infer, []
+    infer, held = ask.handler.predictor.infer, []
 
     def look(crops):
         held.extend(one for one in gc.get_objects() if isinstance(one, Image.Image) and one.size == (900, 700))
         return infer(crops)
 
-    monkeypatch.setattr(ask.handler, "_infer", look)
+    monkeypatch.setattr(ask.handler.predictor, "infer", look)
     whole = save(gradient(900, 700), "JPEG")
     cut = {"body": whole[: len(whole) // 2]}
     *refused, good = ask(*[cut] * 3, {"body": sample})
@@ -314,15 +315,14 @@ def test_a_refused_image_keeps_none_of_its_memory(ask, sample, monkeypatch):
 
 
 def test_what_is_not_plain_is_decoded_in_another_process(ask, monkeypatch):
-    opened = ask.handler._decode.__globals__["read"].__globals__["Image"]
-    monkeypatch.setattr(opened, "open", lambda *_, **__: pytest.fail("opened in the worker"))
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened in the worker"))
     for name in ("bmp", "gif animation", "tiff lzw", "png grey 16", "jpeg cmyk"):
         ((status, answer, _),) = ask({"body": GOOD[name][0]})
         assert (status, len(answer)) == (200, 5), name
 
 
 def test_an_image_that_is_too_slow_has_its_status(ask, sample, monkeypatch):
-    from handler.request_parsing import STATUSES
+    from handler.errors import STATUSES
     from predictor.decoder_process import DecoderProcess
     from predictor.pillow_preprocessing import ImageError
 
@@ -536,7 +536,7 @@ def test_the_network_gets_batches_of_the_configured_size_and_stops_when_time_is_
         now[0] += 9
         return [{"7": 1.0} for _ in crops]
 
-    monkeypatch.setattr(ask.handler, "_infer", infer)
+    monkeypatch.setattr(ask.handler.predictor, "infer", infer)
     ((status, answer, _),) = ask({"body": {"instances": [b64(sample)] * 18}})
     assert ask.handler.batch == 4
     assert sizes == [4, 4, 4]
@@ -610,13 +610,14 @@ def test_giants_in_a_request_of_several_do_not_keep_their_neighbours_waiting(ask
     Here by a clock on which each decoding takes a second.
     """
     names, clock = ask.handler._decode.__globals__, SimpleNamespace(now=0.0, perf_counter=time.perf_counter)
-    clock.monotonic, read = lambda: clock.now, names["read"]
+    clock.monotonic, read = lambda: clock.now, ask.handler.predictor.decode
 
     def slow(*arguments):
         clock.now += 1
         return read(*arguments)
 
-    for name, value in (("read", slow), ("time", clock), ("SEVERAL_SECONDS", 3.5)):
+    monkeypatch.setattr(ask.handler.predictor, "decode", slow)
+    for name, value in (("time", clock), ("SEVERAL_SECONDS", 3.5)):
         monkeypatch.setitem(names, name, value)
     early, giants, late = ask({"body": sample}, {"body": {"instances": [b64(sample)] * 256}}, {"body": sample})
     assert (early[0], next(iter(early[1]))) == (200, label)
@@ -631,7 +632,7 @@ def test_giants_in_a_request_of_several_do_not_keep_their_neighbours_waiting(ask
 
 def test_the_pixels_are_those_of_the_spec(ask, monkeypatch):
     seen = []
-    monkeypatch.setattr(ask.handler, "_infer", lambda crops: seen.append(crops) or [{"7": 1.0} for _ in crops])
+    monkeypatch.setattr(ask.handler.predictor, "infer", lambda crops: seen.append(crops) or [{"7": 1.0} for _ in crops])
     body = save(gradient(61, 45), "PNG")
     ask({"body": body})
     np.testing.assert_array_equal(seen[0][0], crop(decode(body), 32, 32))

@@ -8,7 +8,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from predictor import pillow_preprocessing
+from predictor import image_headers, pillow_preprocessing
 from predictor.pillow_preprocessing import MAX_PIXELS, ImageError, crop, decode, is_plain, read
 from tests.hostile_images import IMAGES, exif_of_rationals, jpeg_of_markers, png, png_header, png_pixels, tiff
 from tests.kinds import BAD, GOOD, gradient, save
@@ -198,7 +198,7 @@ def test_the_search_for_scans_looks_at_each_byte_once():
     body = jpeg_of_markers()
     assert is_plain(body)
     assert decode(body).size == (64, 48)
-    assert pillow_preprocessing._MARKER.search(b"\xff" * 4_000_000 + b"\0") is None
+    assert image_headers._MARKER.search(b"\xff" * 4_000_000 + b"\0") is None
 
 
 def test_plain_are_the_files_of_cameras_and_encoders_and_nothing_odd():

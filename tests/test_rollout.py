@@ -34,7 +34,7 @@ pytestmark = pytest.mark.server
 
 # The time-out is what a drain waits for; the handler answers late what asks for it.
 SETTINGS = "backend: onnx\nbatchSize: 8\nmaxBatchDelay: 1\nresponseTimeout: 2\n"
-BEGIN = "        started = time.perf_counter()\n"
+BEGIN = "        started, latest = time.perf_counter(), time.monotonic() + FORWARD_SECONDS\n"
 SLOW = '        if context.get_request_header(0, "x-slow"):\n            time.sleep(1.0)\n'
 
 
@@ -62,7 +62,7 @@ class Site:
         crops = np.stack([crop(decode(body), spec["size"], spec["resize"]) for body in bodies])
         golden["probabilities"] = session.run(None, {"images": crops})[0].tolist()
         files["golden.json"] = json.dumps(golden).encode()
-        files["spec.json"] = json.dumps(spec | {"weights_sha256": f"{version:0>64}"}).encode()
+        files["spec.json"] = json.dumps(spec | {"weights_sha256": f"{version.replace('.', ''):0>64}"}).encode()
         manifest = json.loads(files["MAR-INF/MANIFEST.json"])
         manifest["model"]["modelVersion"] = version
         files["MAR-INF/MANIFEST.json"] = json.dumps(manifest).encode()
@@ -72,8 +72,8 @@ class Site:
         self.golden[version] = golden
         return pack(files, self.folder / f"digits-{version}-new.mar")
 
-    def handler(self, old: str, new: str) -> str:
-        text = self.files["classifier_handler.py"].decode()
+    def program(self, old: str, new: str, name: str = "classifier_handler.py") -> str:
+        text = self.files[name].decode()
         assert old in text
         return text.replace(old, new, 1)
 
@@ -230,15 +230,21 @@ def test_an_archive_that_its_handler_refuses_is_rolled_back(site):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "reason"),
+    ("program", "old", "new", "reason"),
     [
-        ("labels[place]: value for", "labels[place]: value / 2 for", r"golden image 0: a probability is 0\.\d+ off"),
-        ('"x-model-version": self.version', '"x-model-version": "0.5"', "answered by version 0.5"),
+        (
+            *("predictor/predictor", "labels[index]: value for", "labels[index]: value / 2 for"),
+            r"golden image 0: a probability is 0\.\d+ off",
+        ),
+        (
+            *("classifier_handler", '"x-model-version": self.version', '"x-model-version": "0.5"'),
+            "answered by version 0.5",
+        ),
     ],
 )
-def test_an_archive_that_passes_its_own_check_and_answers_otherwise_is_rolled_back(site, old, new, reason):
+def test_an_archive_that_passes_its_own_check_and_answers_otherwise_is_rolled_back(site, program, old, new, reason):
     before = site.state
-    path = site.archive(classifier_handler_py=site.handler(old, new))
+    path = site.archive(**{f"{program}_py": site.program(old, new, f"{program}.py")})
     with pytest.raises(Failed, match=reason):
         site.roll(path)
     assert site.state == before
@@ -253,7 +259,7 @@ def test_an_archive_that_passes_its_own_check_and_answers_otherwise_is_rolled_ba
 )
 def test_a_version_that_begins_to_fail_after_the_switch_is_rolled_back(site, tmp_path, how, reason):
     before, flag = site.state, tmp_path / "fail"
-    broken = site.handler(BEGIN, f"        if os.path.exists({str(flag)!r}):\n            {how}\n{BEGIN}")
+    broken = site.program(BEGIN, f"        if os.path.exists({str(flag)!r}):\n            {how}\n{BEGIN}")
     path = site.archive(classifier_handler_py=broken)
     with pytest.raises(Failed, match=reason):
         site.roll(path, watch=120, say=lambda line: flag.touch() if "is the default" in line else None)

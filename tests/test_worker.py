@@ -6,16 +6,22 @@ import importlib
 import io
 import json
 import logging
+import os
+import shutil
 import socket
 import struct
+import subprocess
+import sys
 import threading
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from handler import worker_startup
+from tests.conftest import PROJECT
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -138,6 +144,84 @@ def test_warnings_and_metrics_are_still_said(caplog):
         root.setLevel(levels[0])
         metrics.setLevel(levels[1])
     assert [record.message for record in caplog.records] == ["something is wrong", "[METRICS]PredictionTime.ms:1"]
+
+
+def left_alone(protocol, caplog, *arguments):
+    """Whether `tune` changes nothing, and what it says."""
+    before, level = dict(vars(protocol)), logging.getLogger().level
+    try:
+        worker_startup.tune(*arguments)
+        changed = {name for name, value in vars(protocol).items() if before.get(name) is not value}
+        said = [record.message for record in caplog.records]
+        return not changed and "TS_DECODE_INPUT_REQUEST" not in os.environ, said
+    finally:
+        logging.getLogger().setLevel(level)
+        logging.getLogger("ts.metrics").setLevel(logging.NOTSET)
+
+
+def test_the_worker_of_another_release_is_left_as_it_is_and_the_log_says_so(protocol, caplog, monkeypatch):
+    monkeypatch.setattr("os.environ", {})
+    assert left_alone(protocol, caplog) == (False, [])  # of the installed one, for which it was written
+    monkeypatch.setattr("os.environ", {})
+    importlib.reload(protocol)
+    monkeypatch.setattr("ts.__version__", "0.13.0")
+    is_left, (warning,) = left_alone(protocol, caplog)
+    assert is_left
+    assert "0.13.0 is not 0.12.x" in warning
+
+
+def test_the_operator_can_switch_the_changes_off(protocol, caplog, monkeypatch):
+    monkeypatch.setattr("os.environ", {})
+    assert left_alone(protocol, caplog, False) == (True, [])
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A function that starts Python as TorchServe starts a worker, with an archive's settings; whether torch waits."""
+    shutil.copy(PROJECT / "handler" / "sitecustomize.py", tmp_path)
+
+    def start(settings, version=None):
+        (tmp_path / "model-config.yaml").write_text(settings)
+        if version:
+            (tmp_path / "ts").mkdir()
+            (tmp_path / "ts" / "__init__.py").touch()
+            (tmp_path / "ts" / "version.txt").write_text(version)
+        code = "import sys; print(any(getattr(one, '__name__', '') == 'LazyTorch' for one in sys.meta_path))"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONPATH": str(tmp_path)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip() == "True", done.stderr
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        *(("", True), ("patch_worker: true\n", True), ("# patch_worker: false\n", True)),
+        *(("topk: 5\npatch_worker: false  # see there\n", False), ("patch_worker: off\n", False)),
+    ],
+)
+def test_torch_waits_for_its_first_use_unless_a_setting_says_otherwise(started, settings, expected):
+    assert started(settings) == (expected, "")
+    assert (yaml.safe_load(settings) or {}).get("patch_worker", True) == expected
+
+
+def test_with_another_torchserve_torch_is_loaded_as_ever_and_the_log_says_so(started):
+    waits, said = started("", version="0.13.0\n")
+    assert not waits
+    assert "TorchServe 0.13.0 is not 0.12.x" in said
+    assert said.count("\n") == 1
+
+
+def test_both_files_are_written_for_the_same_release():
+    source = (PROJECT / "handler" / "sitecustomize.py").read_text()
+    assert f'TORCHSERVE = "{worker_startup.TORCHSERVE}"' in source
 
 
 def test_json_bodies_arrive_as_values_and_are_left_as_bytes_for_our_handler(protocol, monkeypatch):

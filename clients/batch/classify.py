@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -233,45 +232,34 @@ class Worker:
 
 
 class Model:
-    """The archive's own code and settings: what the handler makes of an image, without TorchServe."""
+    """The archive's own predictor and settings: what the handler makes of an image, without TorchServe."""
 
     def __init__(self, folder: Path, gpu: int | None) -> None:
         """
         Raises:
             ValueError: the golden images are answered wrongly on this machine.
         """
-        import yaml  # Ray needs it too
+        sys.path.insert(0, str(folder))  # the archive's programs, whatever is installed or checked out on this machine
+        from predictor.pillow_preprocessing import ImageError
+        from predictor.predictor import Predictor
 
-        sys.path.insert(0, str(folder))
-        self.reader = importlib.import_module("predictor.pillow_preprocessing")
-        model = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
-        settings = yaml.safe_load((folder / "model-config.yaml").read_text())
-        spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
-        self.labels, self.size, self.resize = spec["labels"], spec["size"], spec["resize"]
-        self.topk, self.max_pixels = settings["topk"], settings["max_pixels"]
-        self.probabilities = importlib.import_module("predictor.backends").load(
-            settings["backend"], folder, Path(model["serializedFile"]).stem, threads=settings["threads"], gpu=gpu
-        )
-        golden = importlib.import_module("predictor.golden_check").Golden(folder)
-        golden.check(lambda files: self.probabilities(np.stack([self.read(file) for file in files])), _device(gpu))
-
-    def read(self, body: bytes) -> np.ndarray:
-        """A file's bytes to its crop, uint8 (S, S, 3)."""
-        return self.reader.read(body, self.size, self.resize, self.max_pixels)
+        self.image_error = ImageError
+        self.predictor = Predictor.open(folder, gpu=gpu)
+        self.predictor.check_golden()
 
     def rows(self, paths: list[str]) -> list[Row]:
         """A row for each image."""
         outcomes = [self._crop(path) for path in paths]
         good = [outcome for outcome in outcomes if isinstance(outcome, np.ndarray)]
-        answers = iter(self._answers(np.stack(good)) if good else [])
+        predictions = iter(self.predictor.infer(np.stack(good)) if good else [])
         rows = []
         for path, outcome in zip(paths, outcomes, strict=True):
             row: Row = dict.fromkeys(("path", "label", "probability", "answer", "error", "message"))
             row["path"] = os.fsencode(path).decode("utf-8", "backslashreplace")  # names may be any bytes
             if isinstance(outcome, np.ndarray):
-                answer = next(answers)
-                row["label"], row["probability"] = next(iter(answer.items()))
-                row["answer"] = json.dumps(answer, ensure_ascii=False)
+                prediction = next(predictions)
+                row["label"], row["probability"] = next(iter(prediction.items()))
+                row["answer"] = json.dumps(prediction, ensure_ascii=False)
             else:
                 row["error"], row["message"] = outcome
             rows.append(row)
@@ -286,29 +274,15 @@ class Model:
                 body = file.read(MAX_BYTES + 1)
             if len(body) > MAX_BYTES:
                 return "too_many_bytes", f"the file has more than {MAX_BYTES:,} bytes"
-            return self.read(body)
+            return self.predictor.decode(body)
         except OSError as error:
             return "unreadable", f"the file cannot be read ({error.strerror or error})"
-        except self.reader.ImageError as error:
+        except self.image_error as error:
             return error.cause, str(error)
         except MemoryError:
             return "too_large", "the image needs more memory than there is"
         except Exception as error:  # of a decoder: if it ended the part, no start of this command could ever finish it
             return "unreadable", f"the image cannot be read ({type(error).__name__}: {error})"
-
-    def _answers(self, crops: np.ndarray) -> list[dict[str, float]]:
-        """uint8 (N, S, S, 3) to the best labels of each and their probabilities, as the handler gives them."""
-        probabilities = self.probabilities(crops)  # float32 (N, C)
-        places = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.topk]
-        values = np.take_along_axis(probabilities, places, axis=1).tolist()
-        return [
-            {self.labels[place]: value for place, value in zip(of_one, its, strict=True)}
-            for of_one, its in zip(places.tolist(), values, strict=True)
-        ]
-
-
-def _device(gpu: int | None) -> str:
-    return "cpu" if gpu is None else "gpu"
 
 
 # Files.
@@ -384,8 +358,13 @@ def _alone(out: Path) -> Iterator[None]:
 def _unpack(archive: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as files:
-            code = {f"predictor/{name}.py" for name in ("pillow_preprocessing", "backends", "golden_check")}
-            needed = {"MAR-INF/MANIFEST.json", "spec.json", "golden.json"} | code
+            needed = {
+                "MAR-INF/MANIFEST.json",
+                "model-config.yaml",
+                "spec.json",
+                "golden.json",
+                "predictor/predictor.py",
+            }
             if lacking := needed - set(files.namelist()):
                 raise JobError(f"{archive}: has no {min(lacking)}; name an archive that `python -m export` has made")
             files.extractall(folder)
