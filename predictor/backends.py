@@ -227,7 +227,7 @@ class _Recorded:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         if len(images) not in self._graphs:
             return self._classify(images)
-        graph, place, probabilities = self._graphs[len(images)]
-        place.copy_(images)
+        graph, buffer, probabilities = self._graphs[len(images)]
+        buffer.copy_(images)
         graph.replay()
         return probabilities

@@ -1,8 +1,8 @@
 """Decodes what is not plainly harmless in a process of its own, which may be killed.
 
-A worker decodes plain files itself (`images.is_plain`). All else, among it files of a kilobyte that make libtiff or
-Pillow work for minutes or take gigabytes, goes to a child process that stays alive beside the worker, has limits of its
-own, and is replaced when it has died of an image. It ends when its worker does: its socket then does.
+A worker decodes plain files itself (`image_headers.is_plain`). All else, among it files of a kilobyte that make
+libtiff or Pillow work for minutes or take gigabytes, goes to a child process that stays alive beside the worker, has
+limits of its own, and is replaced when it has died of an image. It ends when its worker does: its socket then does.
 
 Over that socket, numbers little-endian, with the child as little trusted as the image that it reads:
 
@@ -80,11 +80,11 @@ class DecoderProcess:
         self._left = BATCH_SECONDS * _scale(self._max_pixels)
 
     def read(self, body: bytes, size: int, resize: int) -> np.ndarray:
-        """`images.read` in the child.
+        """`pillow_preprocessing.read` in the child.
 
         Raises:
-            ImageError: as `images.read`; `too_slow`: it takes the processor more than SECONDS; `no_time`: there is
-                none left in this batch, so the machine is busy or a neighbour was expensive.
+            ImageError: as `pillow_preprocessing.read`; `too_slow`: it takes the processor more than SECONDS;
+                `no_time`: there is none left in this batch: the machine is busy, or a neighbour was expensive.
         """
         with self._lock:
             started = time.monotonic()

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 FILE = "golden.json"
-NOT_A_NUMBER = 1e6  # the ratio where a probability is NaN, which TorchServe's metrics cannot hold
+RATIO_OF_NAN = 1e6  # the ratio where a probability is NaN, which TorchServe's metrics cannot hold
 
 
 class Golden:
@@ -53,7 +53,7 @@ class Golden:
         difference, tolerance = float(differences[worst]), self.tolerance[device]
         if difference <= tolerance:
             return difference / tolerance, ""
-        return difference / tolerance if math.isfinite(difference) else NOT_A_NUMBER, (
+        return difference / tolerance if math.isfinite(difference) else RATIO_OF_NAN, (
             f"golden image {self.names[worst]}: a probability is {difference:.2g} off, and {tolerance:g} is allowed; "
             "this archive answers wrongly on this machine: export again, with another --backend if it was int8"
         )

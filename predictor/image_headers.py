@@ -58,8 +58,8 @@ _FOREIGN_STARTS = (
 class ImageError(ValueError):
     """Bytes that are not an image we can use.
 
-    `cause` is one of: empty, not_an_image, unsupported_kind, truncated, too_many_pixels; and in a handler bad_json,
-    bad_base64, too_many_images, too_slow, no_time.
+    `cause` is one of: empty, not_an_image, unsupported_kind, truncated, too_many_pixels; in a worker too_slow, no_time
+    and the other types of handler/errors.py; of files on a disk unreadable, too_many_bytes.
     """
 
     def __init__(self, cause: str, message: str) -> None:
@@ -199,11 +199,11 @@ def _check_tiff(body: bytes, max_pixels: int | None) -> None:
 def counts(body: bytes) -> tuple[int, int]:
     """Scans of a JPEG file, and EXIF segments before the first; what lies in other segments or behind its end, such as
     a film, does not count."""
-    scans, exif, place = 0, 0, 2
-    while (marker := _MARKER.search(body, place)) and (kind := marker[1]) != b"\xd9":  # the end
+    scans, exif, offset = 0, 0, 2
+    while (marker := _MARKER.search(body, offset)) and (kind := marker[1]) != b"\xd9":  # the end
         scans += kind == b"\xda"
         exif += kind == b"\xe1" and not scans
-        place = marker.end() + int.from_bytes(body[marker.end() : marker.end() + 2], "big")
+        offset = marker.end() + int.from_bytes(body[marker.end() : marker.end() + 2], "big")
     return scans, exif
 
 
@@ -213,24 +213,24 @@ def _plain_jpeg(body: bytes) -> int:
     Raises:
         struct.error: the body ends within a header.
     """
-    place, frames = 2, []
+    offset, frames = 2, []
     for _ in range(PLAIN_PARTS):
-        start, kind, length = struct.unpack_from(">BBH", body, place)
+        start, kind, length = struct.unpack_from(">BBH", body, offset)
         if start != 0xFF or length < 2:
             return 0
         if kind == 0xDA:
             break
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xCC):  # a frame; those are tables
-            frames.append((kind, *struct.unpack_from(">BHHB", body, place + 4)))
+            frames.append((kind, *struct.unpack_from(">BHHB", body, offset + 4)))
         elif not (kind in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= kind <= 0xEF):
             return 0
-        place += 2 + length
+        offset += 2 + length
     else:
         return 0
     if len(frames) != 1:
         return 0
     ((kind, bits, height, width, colours),) = frames
-    (scanned,) = struct.unpack_from(">B", body, place + 4)  # colours in the first scan
+    (scanned,) = struct.unpack_from(">B", body, offset + 4)  # colours in the first scan
     if kind not in (0xC0, 0xC1, 0xC2) or bits != 8 or colours not in (1, 3):
         return 0
     if kind != 0xC2 and scanned == colours:  # the decoder stops after this scan
@@ -244,10 +244,10 @@ def _plain_png(body: bytes) -> int:
     if body[12:16] != b"IHDR":
         return 0
     width, height, bits, _, _, _, interlaced = struct.unpack_from(">IIBBBBB", body, 16)
-    place, pixel_chunks, others, metadata = 8, 0, 0, 0
+    offset, pixel_chunks, others, metadata = 8, 0, 0, 0
     while pixel_chunks <= PLAIN_IDAT and others <= PLAIN_PARTS and metadata <= PLAIN_METADATA:
-        length, kind = struct.unpack_from(">I4s", body, place)
-        place += 12 + length
+        length, kind = struct.unpack_from(">I4s", body, offset)
+        offset += 12 + length
         if kind == b"IDAT":
             pixel_chunks += 1
             continue
@@ -260,21 +260,21 @@ def _plain_png(body: bytes) -> int:
 
 
 def _plain_webp(body: bytes) -> int:
-    place, others, metadata, canvas = 12, 0, 0, 0
+    offset, others, metadata, canvas = 12, 0, 0, 0
     while others <= PLAIN_PARTS and metadata <= PLAIN_METADATA:
-        kind, length = struct.unpack_from("<4sI", body, place)
+        kind, length = struct.unpack_from("<4sI", body, offset)
         if kind in (b"VP8 ", b"VP8L"):
             lossless = kind == b"VP8L"
-            (bits,) = struct.unpack_from("<I", body, place + (9 if lossless else 14))  # sides of 14 bits
+            (bits,) = struct.unpack_from("<I", body, offset + (9 if lossless else 14))  # sides of 14 bits
             width, height = bits & 0x3FFF, bits >> (14 if lossless else 16) & 0x3FFF
             return HELD_OFTEN * max(canvas, (width + lossless) * (height + lossless))
         if kind == b"VP8X":
-            flags, *sides = struct.unpack_from("<B3x3s3s", body, place + 8)
+            flags, *sides = struct.unpack_from("<B3x3s3s", body, offset + 8)
             if flags & 2:  # an animation
                 return 0
             width, height = (1 + int.from_bytes(side, "little") for side in sides)
             canvas = width * height
         elif kind != b"ALPH":
             metadata += length
-        others, place = others + 1, place + 8 + length + length % 2
+        others, offset = others + 1, offset + 8 + length + length % 2
     return 0

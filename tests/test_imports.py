@@ -60,6 +60,13 @@ def test_the_process_that_decodes_loads_nothing_heavy():
     }  # fmt: skip
 
 
+def test_the_spec_needs_the_standard_library_alone():
+    code = "import sys; before = set(sys.modules); import predictor.spec; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert loaded - set(sys.stdlib_module_names) == {"predictor"}
+
+
 def test_export_asks_training_for_its_data_and_nothing_else():
     for path in (PROJECT / "export").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
