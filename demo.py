@@ -63,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def demo(options: argparse.Namespace, folder: Path) -> int:
     # Here and not above: torchvision makes a folder in the temporary one as soon as it is imported.
+    from dataset.loading import read_split
     from export.__main__ import export_run, name_of
     from train import train
     from training.config import TrainConfig
-    from training.data import read_split
 
     started = time.perf_counter()
     config = TrainConfig(data=options.data, arch=options.arch, epochs=options.epochs, out=str(options.out))

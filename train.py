@@ -33,26 +33,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataset import splits
+from dataset.image_store import Data
+from dataset.loading import load
+from dataset.sample_images import save_samples
+from dataset.sources import BUILT_IN
 from model import checkpoint, registry
 from model.fastnet import FastNet
 from model.registry import Pretrained
 from model.tensor_preprocessing import normalise
 from predictor.files import sha256, write_text
 from predictor.spec import ModelSpec
-from training import data as training_data
-from training import distributed, run_folder, splits
+from training import distributed, run_folder
 from training.augmentation import shrunk
 from training.calibration import fit_temperature
 from training.config import RECIPES, TrainConfig, add_options, make_config
-from training.data import Data
 from training.evaluation import SPLITS, evaluate, evaluate_run
 from training.loop import fit
 from training.memory import keep_freed
 from training.metrics import calibrated_score, one_label_for_all
 from training.optimizer import default_lr
+from training.progress import reading_bar
 from training.report import write_report
 from training.resume import RESUMABLE, resumed_config
-from training.sources import BUILT_IN
 from training.trainer import Diverged, OutOfMemory, Trainer
 
 WHITENED_BY = 5000  # images of up to 32 px; fewer of larger ones
@@ -232,7 +235,7 @@ def train_into(out: Path, config: TrainConfig, resume: bool) -> dict[str, Any]:
         spec = make_spec(config, data, mean, std, temperature, metrics["test"], sha256(out / "model.pt"))
         spec.save(out / "spec.json")
         write_text(out / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-        training_data.save_samples(data.samples, out / "samples")
+        save_samples(data.samples, out / "samples", say=print)
         write_report(out / "report", spec, metrics, out / "history.csv", data, test / temperature)
         summarise(out, metrics)
     return metrics
@@ -275,7 +278,7 @@ def read_weights(config: TrainConfig) -> Pretrained | None:
 
 
 def read_data(config: TrainConfig, known: dict[str, str] | None = None) -> Data:
-    """The images, decoded; see training.data.load. A size that the network cannot take is found before."""
+    """The images, decoded; see dataset.loading.load. A size that the network cannot take is found before."""
     size = config.size or 0
     network = registry.build(config.arch, 2, size)
     if config.low_res and not registry.takes(network, 2, shrunk(size)):
@@ -283,8 +286,9 @@ def read_data(config: TrainConfig, known: dict[str, str] | None = None) -> Data:
             f"--low-res {config.low_res}: {config.arch} of {size} px cannot take {shrunk(size)} px; pass --low-res 0"
         )
     out = Path(config.out).absolute()
-    with distributed.first_alone() if config.data in BUILT_IN else nullcontext():  # it may be downloaded
-        return training_data.load(
+    alone = distributed.first_alone() if config.data in BUILT_IN else nullcontext()  # it may be downloaded
+    with alone, reading_bar() as progress:
+        return load(
             config.data,
             size=size,
             resize=config.resize or 0,
@@ -295,8 +299,10 @@ def read_data(config: TrainConfig, known: dict[str, str] | None = None) -> Data:
             workers=config.workers,
             download_dir=config.download_dir,
             scratch=next(folder for folder in (out, *out.parents) if folder.is_dir()),
-            progress=sys.stderr.isatty(),
+            processes=distributed.local_world(),
             known=known,
+            say=print,
+            progress=progress,
         )
 
 

@@ -33,10 +33,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.machine import describe, keep
+from dataset.image_store import Data, Split
+from dataset.loading import load
 from model import registry
 from model.fastnet import FastNet, ShiftNorm
 from train import pick_device, train
-from training import data as training_data
 from training.config import make_config
 from training.evaluation import evaluate
 from training.memory import keep_freed
@@ -47,7 +48,7 @@ MEAN, STD = registry.IMAGENET_MEAN, registry.IMAGENET_STD
 class OneByOne(Dataset[tuple[Tensor, int]]):
     """Images as PIL images, augmented when they are asked for."""
 
-    def __init__(self, split: training_data.Split) -> None:
+    def __init__(self, split: Split) -> None:
         self.images = [Image.fromarray(crop.numpy()) for crop in split.crops(slice(None))]
         self.targets = split.targets.tolist()
         self.transform = transforms.Compose(
@@ -66,7 +67,7 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
         return self.transform(self.images[place]), self.targets[place]
 
 
-def classic(data: training_data.Data | None, seed: int, epochs: int, device: torch.device) -> tuple[float, float]:
+def classic(data: Data | None, seed: int, epochs: int, device: torch.device) -> tuple[float, float]:
     """Test accuracy and seconds of the classic recipe."""
     assert data
     torch.manual_seed(seed)
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = options.only.split(",") if options.only else [*runs] if options.ablate else ["classic", *RUNS]
     if unknown := sorted(set(wanted) - {"classic", *runs}):
         parser.error(f"--only: nothing is called {unknown[0]!r}; there are {', '.join(('classic', *runs))}")
-    data = training_data.load(options.data, size=32, resize=32) if "classic" in wanted else None
+    data = load(options.data, size=32, resize=32) if "classic" in wanted else None
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in wanted}
     machine = describe("torch", "torchvision", "pillow")
     for seed in range(options.rounds):

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.machine import describe, keep
 from benchmarks.training import medians, run
-from training.data import read_split
+from dataset.loading import read_split
 
 ARCH = "fastnet_small"
 IMAGES = 100  # of each of the two classes

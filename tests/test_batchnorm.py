@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from dataset.loading import load
 from model import registry
 from model.tensor_preprocessing import normalise
 from training import batchnorm
-from training import data as training_data
 from training.batchnorm import estimate_statistics, slow_norms
 from training.config import TrainConfig
 from training.metrics import one_label_for_all, score
@@ -20,7 +20,7 @@ SCALE = torch.full((3,), 0.5), torch.full((3,), 0.25)
 
 @pytest.fixture(scope="module")
 def digits():
-    return training_data.load("digits", size=32, resize=32)
+    return load("digits", size=32, resize=32)
 
 
 class Slow(nn.Module):

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from benchmarks import resume as kills
+from dataset.loading import load
 from model import checkpoint, registry
 from tests.folders import make_folder
 from tests.test_distributed import torchrun
 from train import main
-from training import data as training_data
 from training import features as features_module
 from training import loop
 from training.config import TrainConfig
@@ -25,7 +25,7 @@ SCALE = torch.full((3,), 0.5), torch.full((3,), 0.25)
 
 @pytest.fixture(scope="module")
 def digits():
-    return training_data.load("digits", size=32, resize=32, val_fraction=0.5)
+    return load("digits", size=32, resize=32, val_fraction=0.5)
 
 
 def make(data, arch="fastnet_small", **options):

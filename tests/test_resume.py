@@ -8,11 +8,11 @@ import yaml
 from torch import nn
 
 from benchmarks import resume as kills
+from dataset.loading import load
 from model import checkpoint
 from tests.conftest import Clock
 from tests.folders import make_folder
 from train import main, train
-from training import data as training_data
 from training.config import TrainConfig, make_config
 from training.resume import resumed_config
 from training.trainer import Trainer
@@ -73,7 +73,7 @@ class Restless(nn.Module):
 
 @pytest.fixture(scope="module")
 def digits():
-    return training_data.load("digits", size=32, resize=32)
+    return load("digits", size=32, resize=32)
 
 
 def make_trainer(data, **options):

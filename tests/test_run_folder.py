@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
+from export.__main__ import serve_command
 from model import checkpoint
 from predictor import files
 from tests.conftest import PROJECT
@@ -33,7 +35,7 @@ def no_reading(monkeypatch):
     def reads(*_, **__):
         raise AssertionError("the data was read first")
 
-    monkeypatch.setattr("train.training_data.load", reads)
+    monkeypatch.setattr("train.load", reads)
 
 
 def refused(arguments, words, capsys):
@@ -49,7 +51,7 @@ def test_a_run_is_not_overwritten_unless_one_says_so(tmp_path, capsys, monkeypat
     out.mkdir()
     (out / name).write_text("work")
     with monkeypatch.context() as patch:
-        patch.setattr("train.training_data.load", lambda *_, **__: pytest.fail("the data was read first"))
+        patch.setattr("train.load", lambda *_, **__: pytest.fail("the data was read first"))
         words = f"holds a run already ({name}); go on with it (--resume '{out}'), choose another folder, or pass --over"
         refused([*DIGITS, "--out", out], words, capsys)
     assert (out / name).read_text() == "work"
@@ -229,7 +231,7 @@ def test_ctrl_c_while_reading_is_one_line(tmp_path, capsys, monkeypatch):
         assert threading.current_thread() is threading.main_thread()
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("train.training_data.load", reads)
+    monkeypatch.setattr("train.load", reads)
     assert main([*DIGITS, "--out", str(tmp_path / "runs" / "run")]) == 130
     assert capsys.readouterr().err == "train.py: interrupted\n"
     assert list(tmp_path.iterdir()) == []
@@ -305,3 +307,37 @@ def test_on_a_terminal_a_bar_has_the_speed_and_the_time_left(tmp_path, capsys, m
 def test_the_export_command_can_be_pasted(tmp_path, monkeypatch, out, command):
     monkeypatch.chdir(tmp_path)
     assert export_command(run_folder.Path(out)) == command.replace("runs/猫", "'runs/猫'")
+
+
+@pytest.mark.parametrize("name", ["samples", "report"])
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_run_does_not_write_through_links(tmp_path, capsys, name, kind):
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    run.mkdir()
+    mine.mkdir()
+    (mine / "photo.png").write_bytes(b"mine")
+    (mine / "index.html").write_bytes(b"mine")
+    if kind == "link":
+        (run / name).symlink_to(mine)
+    else:
+        (run / name).write_bytes(b"mine")
+    assert main(["--data", "digits", "--epochs", "1", "--out", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert f"{run / name}: is a {kind}" in error
+    assert error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in mine.iterdir()} == {"photo.png": b"mine", "index.html": b"mine"}
+    assert [path.name for path in run.iterdir()] == [name]  # found before anything was read
+
+
+@pytest.mark.parametrize(
+    ("folder", "export", "serve"),
+    [
+        ("runs/digits", "python -m export runs/digits", "make serve RUN=runs/digits"),
+        ("my runs/a", "python -m export 'my runs/a'", "python serve.py 'my runs/a'"),
+        ("runs/my pets", "python -m export 'runs/my pets' --name my-pets", "python serve.py 'runs/my pets'"),
+        ("runs/$(ls)é", "python -m export 'runs/$(ls)é' --name ls-", "python serve.py 'runs/$(ls)é'"),
+    ],
+)
+def test_the_next_command_can_be_pasted(folder, export, serve):
+    assert export_command(Path(folder)) == export
+    assert serve_command(Path(folder)) == serve

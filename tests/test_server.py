@@ -16,11 +16,11 @@ from PIL import Image
 
 from benchmarks.probes import workers_of
 from clients.python.classify import ClassifierError, Client
+from dataset.loading import read_split
 from serve import WARM_UP, Ports, serving
 from tests.conftest import PROJECT, label_of, replace_in_archive
 from tests.grpc_call import predict, stream, stream_both_ways
 from tests.kinds import BAD, GOOD, gradient, save
-from training.data import read_split
 
 pytestmark = pytest.mark.server
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from dataset.image_store import on_device
+from dataset.loading import load
+from dataset.splits import SPLITS
 from model import checkpoint, registry
 from predictor.files import sha256
 from train import main
-from training import data as training_data
 from training import trainer as trainer_module
 from training.amp import amp_dtype
 from training.config import TrainConfig
@@ -22,7 +24,7 @@ from training.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def digits():
-    return training_data.load("digits", size=32, resize=32)
+    return load("digits", size=32, resize=32)
 
 
 def make(data, **options):
@@ -78,10 +80,15 @@ def test_a_step_is_that_of_the_mean_loss(digits):
     assert share(weights(trainer.network), weights(network), start) < 1e-3
 
 
-def test_images_too_many_for_the_gpu_stay_where_they_are(digits, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (digits.train.pixels.nbytes * 4 - 4, 0))
-    assert training_data.on_device(digits, torch.device("cuda")) is digits
-    assert training_data.on_device(digits, torch.device("cpu")) is digits
+def test_images_too_many_for_the_gpu_stay_where_they_are(digits):
+    enough = digits.train.pixels.nbytes * 4
+    assert on_device(digits, torch.device("cuda"), enough - 4) is digits
+    meta = torch.device("meta")  # has no memory of its own, and is on every machine
+    assert all(getattr(on_device(digits, meta, enough), name).pixels.is_meta for name in SPLITS)
+
+
+def test_on_a_cpu_the_images_stay_where_they_are(digits):
+    assert make(digits).data is digits
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -1,1 +1,1 @@
-"""How a model learns: data, augmentation, schedule, loop, metrics, report."""
+"""How a model learns: augmentation, schedule, loop, metrics, report."""

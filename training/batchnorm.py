@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dataset.image_store import Split
 from model.tensor_preprocessing import normalise
-from training.data import Split
 
 USUAL_MOMENTUM = 0.1  # PyTorch's default: such averages follow within tens of steps, and are left alone
 IMAGES = 1024  # of the training split, the same ones each time

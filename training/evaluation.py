@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dataset import splits
+from dataset.decoding import decode_all, name_unreadable
+from dataset.image_store import Split, allocate
+from dataset.sources import DataError, Entry, Source, open_source
 from model import load_run
 from model.tensor_preprocessing import normalise
-from training import distributed, splits
+from training import distributed
 from training.config import TrainConfig, read_config
-from training.data import Split, allocate, decode_all
 from training.metrics import calibrated_score
-from training.sources import DataError, Entry, Source, open_source, shown
+from training.progress import reading_bar
 
 SPLITS = ("unseen", *splits.SPLITS, "all")
 OPTIONS = (
@@ -142,13 +145,13 @@ def read_images(
             f"{source.name}: the run does not know {', '.join(map(repr, strange))}; its classes are {', '.join(labels)}"
         )
     rows = {place: row for row, place in enumerate(wanted)}
-    pixels = allocate(len(wanted), size, None)
-    bad = decode_all(source, rows, pixels, size, resize, workers=config.workers, progress=sys.stderr.isatty())
-    for place, reason in sorted(bad.items()):
-        name = shown(source.entries[place].name)
+    pixels = allocate(len(wanted), size, None, processes=distributed.local_world(), say=print)
+    with reading_bar() as progress:
+        bad = decode_all(source, rows, pixels, size, resize, workers=config.workers, progress=progress)
+    for line in name_unreadable(source.entries, bad):
         if not config.skip_bad:
-            raise DataError(f"{name}: {reason} ({len(bad)} such images); mend them or pass --skip-bad")
-        print(f"left out {name}: {reason}")
+            raise DataError(f"{line} ({len(bad)} such images); mend them or pass --skip-bad")
+        print(f"left out {line}")
     kept = [place for place in wanted if place not in bad]
     if not kept:
         raise DataError(f"{source.name}: no images to score in this split; pass --split {' or '.join(SPLITS)}")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dataset.image_store import Data, free_memory
 from model.registry import head_name
 from model.tensor_preprocessing import normalise
 from training import distributed
 from training.augmentation import Draws
-from training.data import Data, free_memory
 from training.evaluation import evaluate
 
 
@@ -75,7 +75,8 @@ def _obstacle(network: nn.Module, data: Data, scale: tuple[Tensor, Tensor], view
     ):
         return "the network goes on after its last layer"
     needed = 4 * seen.shape[1] * (views * len(data.train) + len(data.val))
-    (free,) = distributed.from_first(free_memory())  # one answer for all processes, which compute the features together
+    # One answer for all processes, which compute the features together.
+    (free,) = distributed.from_first(free_memory(distributed.local_world()))
     if needed > free / 2:
         return f"they would take {needed / 1e9:.1f} GB, over half of the free memory"
     return ""

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dataset.image_store import Data, Split
 from predictor.files import atomic_write, write_text
 from predictor.spec import ModelSpec
-from training.data import Data, Split
 
 MOST_NAMED_CLASSES = 40  # more rows and columns than this are shown without labels
 MISTAKES = 24

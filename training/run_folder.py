@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dataset import splits
+from dataset.sources import BUILT_IN
 from predictor.files import remove_leftovers
-from training import splits
-from training.sources import BUILT_IN
 
 try:
     import fcntl

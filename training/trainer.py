@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from dataset.image_store import Data, on_device
 from model import checkpoint, registry
 from model.checkpoint import CheckpointError, load_into
 from model.registry import train_mode
@@ -24,7 +25,6 @@ from training.amp import amp_dtype
 from training.augmentation import Draws, Mix, draw_mix, flip_and_shift, jitter, shrink
 from training.batchnorm import estimate_statistics, slow_norms
 from training.config import TrainConfig
-from training.data import Data, on_device
 from training.ema import Ema
 from training.evaluation import evaluate
 from training.features import Features, compute_features
@@ -75,7 +75,8 @@ class Trainer:
         """
         self.network, self.config, self.scale = network, config, scale
         self.device = scale[0].device
-        self.data = on_device(data, self.device)
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+        self.data = on_device(data, self.device, free)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0, "loss": 0.0}
         self._batch = config.batch_size or 64

@@ -10,6 +10,8 @@ from typing import TypeVar
 import yaml
 from PIL import Image
 
+from dataset.loading import read_split
+from export.progress import say
 from predictor.pillow_preprocessing import ImageError, decode
 
 PHOTOGRAPHS = 16  # cut-outs beside a run's own samples
@@ -82,8 +84,6 @@ def read(run: Path, split: str, data: str | None = None) -> Iterator[tuple[str, 
     Raises:
         ValueError: config.yaml or the data is not there; the message says what to pass.
     """
-    from training.data import read_split  # the one thing of training that export asks for
-
     try:
         config = yaml.safe_load((run / "config.yaml").read_text())
         place, folder = data or config["data"], config["download_dir"]
@@ -92,7 +92,7 @@ def read(run: Path, split: str, data: str | None = None) -> Iterator[tuple[str, 
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{run / 'config.yaml'}: cannot be read ({error}); re-run train.py") from None
     try:
-        yield from read_split(place, split, folder, run=run, **cuts, seed=seed)
+        yield from read_split(place, split, folder, run=run, **cuts, seed=seed, say=say)
     except ValueError as error:
         raise ValueError(f"{error}; pass --data with its place") from None
 

@@ -17,8 +17,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from dataset.sources import DataError, Entry
 from predictor.files import atomic_write
-from training.sources import DataError, Entry
 
 FILE = "splits.json.gz"  # in the run folder
 SPLITS = ("train", "val", "test")
@@ -61,8 +61,8 @@ def cut_splits(
             return split
         if entry.split in ("val", "test"):
             return entry.split
-        place = position(seed, entry.label, entry.key)
-        return "test" if place < test else "val" if place >= 1 - val else "train"
+        drawn = position(seed, entry.label, entry.key)
+        return "test" if drawn < test else "val" if drawn >= 1 - val else "train"
 
     return [split_of(entry) for entry in entries]
 

@@ -1,4 +1,4 @@
-"""Where labelled images come from: bundled and downloaded data sets, folders, and archives read in place.
+"""Where labelled images come from: bundled and downloaded data sets, folders, and archives read in where.
 
 A source lists its images first (`entries`) and reads them afterwards, once, in its own order (`read`), so that a
 compressed archive is never unpacked to disk.
@@ -25,7 +25,7 @@ from PIL import Image
 
 from predictor.pillow_preprocessing import SUFFIXES
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 KEPT_BYTES = 128 << 20  # of a .tar's images, which are kept while it is read
 MAX_FILE_BYTES = 256 << 20  # of one image file: what is larger is a mistake, or a bomb
@@ -46,7 +46,7 @@ ImageInput = bytes | Image.Image | Unreadable
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on. The message names the place, the rule and the way out."""
+    """Data that cannot be trained on. The message names the data, the rule and the way out."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Source(Protocol):
     flips: bool  # whether a mirrored image keeps its label
 
     def read(self) -> Iterator[tuple[int, ImageInput]]:
-        """Every image once, as its place in `entries` and its file's bytes, its pixels, or why it has none."""
+        """Every image once, as its index in `entries` and its file's bytes, its pixels, or why it has none."""
 
 
 def open_source(data: str, download_dir: str = "data") -> Source:
@@ -225,18 +225,18 @@ class TarSource:
         self.entries, self.labels = _layout(str(path), files, folders, may_be_wrapped=True)
 
     def read(self) -> Iterator[tuple[int, ImageInput]]:
-        wanted: dict[str, list[int]] = defaultdict(list)  # places of the images whose bytes a member holds
+        wanted: dict[str, list[int]] = defaultdict(list)  # indices of the images whose bytes a member holds
         for i, entry in enumerate(self.entries):
             wanted[self._linked.get(entry.name, entry.name)].append(i)
         if wanted.keys() <= self._kept.keys():
-            yield from ((i, self._kept[name]) for name, places in wanted.items() for i in places)
+            yield from ((i, self._kept[name]) for name, indices in wanted.items() for i in indices)
             return
         for member, body in self._members(lambda one: one.name in wanted):
             if member.isreg():
                 image = body if member.size <= MAX_FILE_BYTES else Unreadable(TOO_LARGE)
                 yield from ((i, image) for i in wanted.pop(member.name, []))
         missing = Unreadable("a hard link to what the archive does not hold")
-        yield from ((i, missing) for places in wanted.values() for i in places)
+        yield from ((i, missing) for indices in wanted.values() for i in indices)
 
     def _members(self, wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
         """Files, hard links and folders, one after the other, with the bytes of those files that are wanted; symbolic
@@ -285,7 +285,7 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
     """
 
     def stop(error: OSError) -> None:
-        folder = shown(str(error.filename))
+        folder = printable(str(error.filename))
         raise DataError(f"{folder}: the folder cannot be listed ({error.strerror}); make it readable, or move it out")
 
     files, folders, seen = [], [], set()
@@ -303,7 +303,7 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
 
 
 def _layout(
-    place: str, files: list[str], folders: list[str], may_be_wrapped: bool = False
+    where: str, files: list[str], folders: list[str], may_be_wrapped: bool = False
 ) -> tuple[list[Entry], list[str]]:
     """Splits and classes from paths.
 
@@ -313,59 +313,59 @@ def _layout(
     """
     images = [name for name in files if _is_image(name)]
     if not images:
-        raise DataError(f"{place}: no images found; the layout is CLASS/*.jpg or {{train,val,test}}/CLASS/*.jpg")
+        raise DataError(f"{where}: no images found; the layout is CLASS/*.jpg or {{train,val,test}}/CLASS/*.jpg")
     parts = {name: _parts(name) for name in images}
     skip = _wrapping(parts.values()) if may_be_wrapped else 0
-    split_depth = _split_depth(place, list(parts.values()), skip)
+    split_depth = _split_depth(where, list(parts.values()), skip)
     entries, outside, classes = [], [], set[str]()
     for name, path in parts.items():
         if len(path) < skip + split_depth + 2:
             outside.append(name)
             continue
-        split = SPLITS[path[skip].lower()] if split_depth else ""
+        split = SPLIT_FOLDERS[path[skip].lower()] if split_depth else ""
         classes.add(path[skip + split_depth])
         key, label = (unicodedata.normalize("NFC", text) for text in ("/".join(path[skip:]), path[skip + split_depth]))
         entries.append(Entry(name, label, split, key))
     if outside:
-        example = shown(outside[0])
-        raise DataError(f"{place}: {len(outside)} images lie in no class folder, such as {example}; move them")
+        example = printable(outside[0])
+        raise DataError(f"{where}: {len(outside)} images lie in no class folder, such as {example}; move them")
     depth = skip + split_depth + 1
     classes |= {p[-1] for p in map(_parts, folders) if len(p) == depth and not _is_hidden(p)}
     labels = sorted({entry.label for entry in entries if entry.split in ("", "train")})
-    _check_classes(place, labels, classes)
+    _check_classes(where, labels, classes)
     entries.sort(key=lambda entry: entry.key)  # not as they happen to be listed
     return entries, labels
 
 
-def _check_classes(place: str, labels: list[str], spelled: set[str]) -> None:
+def _check_classes(where: str, labels: list[str], spelled: set[str]) -> None:
     """`labels`: of the training images, in NFC; `spelled`: the names of all class folders, as they are."""
     spellings: dict[str, str] = {}
     for name in sorted(spelled):
         if not name.isprintable() or not name.strip():
-            raise DataError(f"{place}: class {name!r} holds what cannot be printed; rename its folder")
+            raise DataError(f"{where}: class {name!r} holds what cannot be printed; rename its folder")
         plain = " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").replace("-", " ").split())
         if other := spellings.get(plain):
             same = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
             codes = f" ({other!a} and {name!a})" if same else ""  # NFC and NFD look the same
-            raise DataError(f"{place}: '{other}' and '{name}' are two spellings of a class{codes}; rename one")
+            raise DataError(f"{where}: '{other}' and '{name}' are two spellings of a class{codes}; rename one")
         spellings[plain] = name
     if without := sorted({unicodedata.normalize("NFC", name) for name in spelled} - set(labels)):
-        raise DataError(f"{place}: class '{without[0]}' has no training images; add some or remove its folder")
+        raise DataError(f"{where}: class '{without[0]}' has no training images; add some or remove its folder")
     if len(labels) < 2:
-        raise DataError(f"{place}: one class only ('{labels[0]}'); a classifier needs at least 2 class folders")
+        raise DataError(f"{where}: one class only ('{labels[0]}'); a classifier needs at least 2 class folders")
 
 
-def _split_depth(place: str, paths: list[tuple[str, ...]], skip: int) -> int:
+def _split_depth(where: str, paths: list[tuple[str, ...]], skip: int) -> int:
     """1 where the first folders are splits, else 0: a folder `train` that holds images itself is a class."""
     tops = {path[skip].lower() for path in paths if len(path) > skip + 1}
     flat = {path[skip].lower() for path in paths if len(path) == skip + 2}
-    splits = tops & SPLITS.keys() - flat
+    splits = tops & SPLIT_FOLDERS.keys() - flat
     if not splits:
         return 0
     if "train" not in splits:
-        raise DataError(f"{place}: has {sorted(splits)[0]}/ but no train/; add train/CLASS/*.jpg")
-    if others := sorted(tops - SPLITS.keys()):
-        raise DataError(f"{place}: has {others[0]}/ beside train/; only train/, val/ and test/ may stand there")
+        raise DataError(f"{where}: has {sorted(splits)[0]}/ but no train/; add train/CLASS/*.jpg")
+    if others := sorted(tops - SPLIT_FOLDERS.keys()):
+        raise DataError(f"{where}: has {others[0]}/ beside train/; only train/, val/ and test/ may stand there")
     return 1
 
 
@@ -373,13 +373,13 @@ def _wrapping(paths: Iterable[tuple[str, ...]]) -> int:
     """How many folders an archive is wrapped in, as `cifar10/` in `cifar10/train/cat/1.jpg`."""
     paths, depth = list(paths), 0
     while all(len(path) >= depth + 3 for path in paths) and len({path[depth] for path in paths}) == 1:
-        if paths[0][depth].lower() in SPLITS:
+        if paths[0][depth].lower() in SPLIT_FOLDERS:
             break
         depth += 1
     return depth
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name as it can be printed anywhere: escapes for what is not UTF-8, ends a line or steers a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 
+from dataset import splits
+from dataset.loading import load, read_split
+from dataset.sources import DataError, Entry, open_source
+from dataset.splits import check_splits, cut_splits
 from export.proof import images
 from tests.folders import COLOURS, as_tar, as_zip, image, make_folder
 from train import main
-from training import splits
-from training.data import load, read_split
-from training.sources import DataError, Entry, open_source
-from training.splits import check_splits, cut_splits
 
 
 def flat(labels="ab", count=50):

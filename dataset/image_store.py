@@ -1,0 +1,163 @@
+"""Decoded images and where they lie: in memory, in a temporary file that streams, or on a GPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from dataset.sources import DataError
+
+READERS = 8  # threads that read rows of a file
+logger = logging.getLogger(__name__)
+
+
+class FilePixels:
+    """uint8 (N, S, S, 3) in a file without a name, which ends with the program. Rows are read when they are asked for.
+
+    They are read, and not mapped into memory: what is mapped counts as the program's own memory until it is needed for
+    something else, and a container's limit does not wait for that.
+    """
+
+    def __init__(self, count: int, size: int, folder: Path | None) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._row_bytes, self.shape = size * size * 3, (count, size, size, 3)
+        self._file.truncate(count * self._row_bytes)
+        self._readers = ThreadPoolExecutor(READERS)
+        self._ahead = ThreadPoolExecutor(1)
+        self._coming: tuple[Tensor, Future[Tensor]] | None = None
+
+    def __setitem__(self, row: int, crop: Tensor) -> None:
+        written = os.pwrite(self._file.fileno(), crop.contiguous().numpy().data, row * self._row_bytes)
+        if written != self._row_bytes:
+            raise OSError("no space is left for the temporary file of the images")
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        coming, self._coming = self._coming, None
+        if coming and torch.equal(coming[0], rows):
+            return coming[1].result()
+        return self._read(rows)
+
+    def read_ahead(self, rows: Tensor) -> None:
+        """Begins to read what is likely to be asked for next."""
+        self._coming = rows, self._ahead.submit(self._read, rows)
+
+    def _read(self, rows: Tensor) -> Tensor:
+        images = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
+        views = images.numpy()
+
+        def read(i: int, row: int) -> None:
+            if os.preadv(self._file.fileno(), [views[i].data], row * self._row_bytes) != self._row_bytes:
+                raise OSError("the temporary file of the images is cut short; is the disk full?")
+
+        list(self._readers.map(read, range(len(rows)), rows.tolist()))
+        return images
+
+
+@dataclass(frozen=True)
+class Split:
+    """N labelled images, as rows of a tensor that the splits share.
+
+    pixels: uint8 (all, S, S, 3), RGB; rows: int64 (N,), indices into it; targets: int64 (N,), indices of labels.
+    """
+
+    pixels: Tensor | FilePixels
+    rows: Tensor
+    targets: Tensor
+    names: list[str]  # as Entry.key
+
+    def crops(self, chosen: Tensor | slice) -> Tensor:
+        """uint8 (n, S, S, 3) of the chosen images."""
+        return self.pixels[self.rows[chosen]]
+
+    def read_ahead(self, chosen: Tensor) -> None:
+        """Says that these are wanted next: where images stream from a file, they are read meanwhile."""
+        if isinstance(self.pixels, FilePixels):
+            self.pixels.read_ahead(self.rows[chosen])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a data set, decoded, by split."""
+
+    name: str
+    labels: list[str]
+    flips: bool  # whether a mirrored image keeps its label
+    train: Split
+    val: Split
+    test: Split
+    samples: dict[str, bytes]  # file name to image file, of the val split
+    skipped: list[str]  # unreadable files that were left out, with the reason
+
+
+def allocate(
+    count: int, size: int, scratch: Path | None, *, processes: int = 1, say: Callable[[str], None] = logger.warning
+) -> Tensor | FilePixels:
+    """uint8 (count, size, size, 3): in memory, or in a file where that would take over half of it.
+
+    Args:
+        scratch: folder for that file; without it the system's own for temporary files.
+        processes: how many on this machine allocate as much.
+        say: is told where the images stream from a file.
+
+    Raises:
+        DataError: the disk has no room for that file.
+    """
+    needed, free = count * size * size * 3, free_memory(processes)
+    if needed <= free // 2:
+        return torch.empty((count, size, size, 3), dtype=torch.uint8)
+    where = scratch or tempfile.gettempdir()
+    space = shutil.disk_usage(where).free
+    if needed > space:
+        raise DataError(
+            f"the images take {needed / 1e9:.1f} GB, over half of the free memory ({free / 1e9:.1f} GB), and {where} "
+            f"has room for {space / 1e9:.1f} GB; choose another disk ({'--out' if scratch else 'TMPDIR'}), or a "
+            "smaller --size"
+        )
+    say(
+        f"the images take {needed / 1e9:.1f} GB, over half of the free memory ({free / 1e9:.1f} GB): "
+        f"they stream from a temporary file in {where}"
+    )
+    return FilePixels(count, size, scratch)
+
+
+def free_memory(processes: int = 1) -> int:
+    """Bytes: the machine's, or the container's where that has a limit of its own; of several processes one's share.
+
+    Args:
+        processes: how many on this machine share its memory.
+    """
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no cgroups of version 2, or no limit ("max")
+        return free // processes
+    return min(free, limit - used) // processes
+
+
+def on_device(data: Data, device: torch.device, free: int) -> Data:
+    """`data` with its images on the device, so that no batch is copied there, if a quarter of its memory holds them.
+
+    Args:
+        free: bytes of the device's memory.
+    """
+    pixels = data.train.pixels
+    if isinstance(pixels, FilePixels) or pixels.nbytes > free // 4:
+        return data
+    copied = pixels.to(device)
+    train, val, test = (replace(split, pixels=copied) for split in (data.train, data.val, data.test))
+    return replace(data, train=train, val=val, test=test)

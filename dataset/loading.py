@@ -1,0 +1,132 @@
+"""All of it together: labelled images, decoded once, cut into train, val and test; or one split's files as they are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dataset import splits
+from dataset.decoding import as_file, decode_all, name_unreadable, unreadable_images
+from dataset.image_store import Data, FilePixels, Split, allocate
+from dataset.sample_images import choose_samples, name_samples
+from dataset.sources import DataError, ImageInput, Source, open_source, printable
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    data: str,
+    *,
+    size: int,
+    resize: int,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    split_seed: int = 0,
+    known: Mapping[str, str] | None = None,
+    skip_bad: bool = False,
+    download_dir: str = "data",
+    scratch: Path | None = None,
+    workers: int | None = None,
+    processes: int = 1,
+    say: Callable[[str], None] = logger.warning,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Data:
+    """Reads and decodes every image. The pixels of the test split are only looked at by the final evaluation.
+
+    Args:
+        known: of a run that goes on: the splits that its images have, by name.
+        skip_bad: leave images out that cannot be read.
+        scratch: folder for a temporary file, used where the images would fill the memory.
+        workers: threads that decode; by default one for each core.
+        processes: how many on this machine hold the images at once.
+        say: is told what the user should know, a line at a time: classes without a val or test image, images that
+            stream from a file.
+        progress: told how many images are done, of how many.
+
+    Raises:
+        DataError: as `open_source`; an image cannot be read (unless `skip_bad`); as `splits.check_splits`.
+    """
+    source = open_source(data, download_dir)
+    assigned = splits.cut_splits(source.entries, val_fraction, test_fraction, split_seed, known)
+    for warning in splits.check_splits(source.name, source.entries, assigned):
+        say(warning)
+    sampled = choose_samples(source.entries, assigned)
+    crops = allocate(len(assigned), size, scratch, processes=processes, say=say)
+    files: dict[int, bytes] = {}
+
+    def keep_sample(index: int, image: ImageInput) -> None:
+        if index in sampled:
+            files[index] = as_file(image)
+
+    rows = {index: index for index in range(len(assigned))}
+    unreadable = decode_all(
+        source, rows, crops, size, resize, workers=workers, progress=progress, on_decoded=keep_sample
+    )
+    skipped = name_unreadable(source.entries, unreadable)
+    if skipped and not skip_bad:
+        raise unreadable_images(data, skipped, len(assigned))
+    parts = _by_split(source, assigned, crops, unreadable)
+    samples = name_samples(source.entries, files)
+    return Data(source.name, source.labels, source.flips, **parts, samples=samples, skipped=skipped)
+
+
+def _by_split(
+    source: Source, assigned: Sequence[str], crops: Tensor | FilePixels, unreadable: Mapping[int, str]
+) -> dict[str, Split]:
+    """The readable images of each split.
+
+    Raises:
+        DataError: a split has none, or a class none to train on.
+    """
+    index_of = {label: i for i, label in enumerate(source.labels)}
+    parts = {}
+    for split in splits.SPLITS:
+        rows = [row for row, own in enumerate(assigned) if own == split and row not in unreadable]
+        targets = torch.tensor([index_of[source.entries[row].label] for row in rows], dtype=torch.int64)
+        parts[split] = Split(crops, torch.tensor(rows), targets, [source.entries[row].key for row in rows])
+        if not rows:
+            raise DataError(f"{source.name}: no readable image is left in {split}; see the list of unreadable files")
+    if empty := sorted(set(source.labels) - {source.labels[i] for i in parts["train"].targets.tolist()}):
+        raise DataError(f"{source.name}: class '{empty[0]}' has no readable training image; add some")
+    return parts
+
+
+def read_split(
+    data: str,
+    split: str,
+    download_dir: str = "data",
+    *,
+    run: Path | None = None,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    seed: int = 0,
+    say: Callable[[str], None] = logger.warning,
+) -> Iterator[tuple[str, str, bytes]]:
+    """The image files of one split as they are, with name and label: what a client would send.
+
+    Args:
+        run: a run folder. Its record of what it was trained on goes before the cut.
+        say: is told how many images are left out of "test" for the sake of that record, or that there is none.
+    """
+    source = open_source(data, download_dir)
+    known = splits.read(run) if run else None
+    assigned = splits.cut_splits(source.entries, val_fraction, test_fraction, seed, known)
+    if run and split == "test" and (line := _left_out(run, source, known)):
+        say(line)
+    for index, image in source.read():
+        if assigned[index] == split:
+            entry = source.entries[index]
+            yield printable(entry.name), entry.label, as_file(image)
+
+
+def _left_out(run: Path, source: Source, known: Mapping[str, str] | None) -> str:
+    """What a user should know of a test split's relation to the run, in a line; or nothing."""
+    if known is None:
+        return f"{splits.no_record(run)}; the test split is cut anew and may hold images that it was trained on"
+    if left_out := splits.learned(splits.overlap(source.entries, known)):
+        return f"{source.name}: left out by name: {left_out}"
+    return ""
