@@ -61,23 +61,11 @@ def decode_all(
             crops[rows[index]] = torch.from_numpy(square.copy())
             on_decoded(index, image)
 
-    threads, done = workers or os.cpu_count() or 1, 0
-    waiting = deque[tuple[int, Future[None]]]()
-    with ThreadPoolExecutor(threads) as pool:
-
-        def finish_one() -> None:
-            nonlocal done
-            count, future = waiting.popleft()
-            future.result()
-            done += count
-            progress(done, len(rows))
-
-        for items in _batches(item for item in source.read() if item[0] in rows):
-            waiting.append((len(items), pool.submit(decode_some, items)))
-            if len(waiting) > 2 * threads:  # enough to do while more is read, and not all in memory
-                finish_one()
-        while waiting:
-            finish_one()
+    done = 0
+    wanted = (item for item in source.read() if item[0] in rows)
+    for count in _in_threads(decode_some, _batches(wanted), workers or os.cpu_count() or 1):
+        done += count
+        progress(done, len(rows))
     return unreadable
 
 
@@ -131,3 +119,23 @@ def _batches(items: Iterable[tuple[int, ImageInput]]) -> Iterator[list[tuple[int
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _in_threads(
+    work: Callable[[list[tuple[int, ImageInput]]], None], batches: Iterable[list[tuple[int, ImageInput]]], threads: int
+) -> Iterator[int]:
+    """The size of each batch, in order, when the work on it is done."""
+    waiting = deque[tuple[int, Future[None]]]()
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in batches:
+            waiting.append((len(batch), pool.submit(work, batch)))
+            if len(waiting) > 2 * threads:  # enough to do while more is read, and not all in memory
+                yield _finished(waiting)
+        while waiting:
+            yield _finished(waiting)
+
+
+def _finished(waiting: deque[tuple[int, Future[None]]]) -> int:
+    count, future = waiting.popleft()
+    future.result()
+    return count

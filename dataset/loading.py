@@ -69,9 +69,9 @@ def load(
     skipped = name_unreadable(source.entries, unreadable)
     if skipped and not skip_bad:
         raise unreadable_images(data, skipped, len(assigned))
-    parts = _by_split(source, assigned, crops, unreadable)
+    by_split = _by_split(source, assigned, crops, unreadable)
     samples = name_samples(source.entries, files)
-    return Data(source.name, source.labels, source.flips, **parts, samples=samples, skipped=skipped)
+    return Data(source.name, source.labels, source.flips, **by_split, samples=samples, skipped=skipped)
 
 
 def _by_split(
@@ -83,16 +83,16 @@ def _by_split(
         DataError: a split has none, or a class none to train on.
     """
     index_of = {label: i for i, label in enumerate(source.labels)}
-    parts = {}
+    found = {}
     for split in splits.SPLITS:
         rows = [row for row, own in enumerate(assigned) if own == split and row not in unreadable]
         targets = torch.tensor([index_of[source.entries[row].label] for row in rows], dtype=torch.int64)
-        parts[split] = Split(crops, torch.tensor(rows), targets, [source.entries[row].key for row in rows])
+        found[split] = Split(crops, torch.tensor(rows), targets, [source.entries[row].key for row in rows])
         if not rows:
             raise DataError(f"{source.name}: no readable image is left in {split}; see the list of unreadable files")
-    if empty := sorted(set(source.labels) - {source.labels[i] for i in parts["train"].targets.tolist()}):
+    if empty := sorted(set(source.labels) - {source.labels[i] for i in found["train"].targets.tolist()}):
         raise DataError(f"{source.name}: class '{empty[0]}' has no readable training image; add some")
-    return parts
+    return found
 
 
 def read_split(

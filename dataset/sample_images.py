@@ -80,7 +80,11 @@ def save_samples(samples: dict[str, bytes], folder: Path, say: Callable[[str], N
 
 
 def refuse_links(run: Path, names: Iterable[str]) -> None:
-    """Raises ValueError where a link or a file stands in the place of a folder that a run writes into."""
+    """Raises ValueError where a link or a file stands in the place of a folder that a run writes into.
+
+    Args:
+        names: of the folders, in the run's own.
+    """
     for path in (run / name for name in names):
         if path.is_symlink():
             raise ValueError(f"{path}: is a link, and a run writes into folders of its own only; remove it")

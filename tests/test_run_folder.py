@@ -91,11 +91,14 @@ def test_a_second_training_is_kept_out(tmp_path, capsys, no_reading):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda out: out.mkdir(parents=True) or (out / "report").write_text(""), "report is a file, where a folder"),
+        (
+            lambda out: out.mkdir(parents=True) or (out / "report").write_text(""),
+            "report: is a file where the run needs a folder",
+        ),
         (lambda out: (out / "model.pt").mkdir(parents=True), "model.pt is a folder, where a file must go"),
         (lambda out: out.parent.mkdir() or out.write_text(""), "is a file; name a folder"),
         (lambda out: out.parent.write_text(""), f"{os.sep}up is a file; name a folder"),
-        (lambda out: out.mkdir(parents=True) or (out / "samples").symlink_to(PROJECT), "samples is a link"),
+        (lambda out: out.mkdir(parents=True) or (out / "samples").symlink_to(PROJECT), "samples: is a link"),
     ],
 )
 def test_what_stands_in_the_way_is_found_before_an_image_is_read(tmp_path, capsys, no_reading, make, words):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dataset import splits
+from dataset.sample_images import refuse_links
 from dataset.sources import BUILT_IN
 from predictor.files import remove_leftovers
 
@@ -74,11 +75,7 @@ def _check_kinds(out: Path, flag: str) -> None:
     if not there.is_dir():
         which = "is" if there == out else f"{there} is"
         raise ValueError(f"{flag}: {which} a file; name a folder")
-    for name in FOLDERS:
-        if (out / name).is_symlink():
-            raise ValueError(f"{flag}: {name} is a link, and what it points to would be overwritten; remove the link")
-        if (out / name).exists() and not (out / name).is_dir():
-            raise ValueError(f"{flag}: {name} is a file, where a folder must go; move it")
+    refuse_links(out, FOLDERS)
     for name in FILES:
         if (out / name).is_dir():
             raise ValueError(f"{flag}: {name} is a folder, where a file must go; move it")
