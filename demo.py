@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def demo(options: argparse.Namespace, folder: Path) -> int:
     # Here and not above: torchvision makes a folder in the temporary one as soon as it is imported.
     from dataset.loading import read_split
-    from export.__main__ import export_run, name_of
+    from export.pipeline import export_run, name_of
     from train import train
     from training.config import TrainConfig
 
@@ -132,7 +132,7 @@ def verdict(results: list[Result], expected: float, options: argparse.Namespace,
     if accuracy < options.at_least:
         print(f"FAILED: fewer than {options.at_least:.0%} are right")
         return 1
-    from export.__main__ import serve_command  # as in `main`
+    from export.pipeline import serve_command  # as in `main`
 
     out, name = options.out, options.out.resolve().name
     print(

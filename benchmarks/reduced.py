@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.machine import describe, save
 from export.graphs import exported_program, onnx, quantization
+from export.proof import accuracy_gate, sessions
 from model import Classifier, ModelSpec, registry
 
 BATCHES = (1, 8)
@@ -37,19 +38,19 @@ def measure(arch: str, size: int, rounds: int) -> dict[str, dict[str, float]]:
         onnx.save(exported_program.trace(classifier), spec, folder, "net")
         quantization.make_int8(spec, folder / "net.onnx", crops, folder, "net")
         files = {"fp32": folder / "net.crops.onnx", "int8": folder / "net.crops.int8.onnx"}
-        return {str(batch): quantization.milliseconds(files, crops[:batch], rounds=rounds) for batch in BATCHES}
+        return {str(batch): accuracy_gate.milliseconds(files, crops[:batch], rounds=rounds) for batch in BATCHES}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--size", type=int, default=224, help="px (224)")
-    parser.add_argument("--rounds", type=int, default=quantization.ROUNDS)
+    parser.add_argument("--rounds", type=int, default=accuracy_gate.ROUNDS)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/reduced.json"))
     options = parser.parse_args(arguments)
     results = measure(options.arch, options.size, options.rounds)
-    machine = describe("onnxruntime", "onnx", "torch") | {"vnni": str(quantization.has_vnni())}
-    report = {"machine": machine, "arch": options.arch, "size": options.size, "threads": quantization.THREADS}
+    machine = describe("onnxruntime", "onnx", "torch") | {"vnni": str(accuracy_gate.has_vnni())}
+    report = {"machine": machine, "arch": options.arch, "size": options.size, "threads": sessions.THREADS}
     save(options.json, {**report, "milliseconds": results})
     print(json.dumps(machine))
     for batch, took in results.items():

@@ -42,9 +42,9 @@ from benchmarks import servers
 from benchmarks.load import TOLERANCE, Request, ask, load
 from benchmarks.machine import describe, save
 from benchmarks.servers import Running
-from export.__main__ import export_run
 from export.graphs import exported_program, onnx, quantization, torchscript
 from export.package import serving_settings
+from export.pipeline import Options, export_run
 from model import Classifier, ModelSpec, registry
 from predictor import backends
 from predictor.files import write_text
@@ -78,7 +78,7 @@ def make_small(folder: Path) -> Path:
     run = folder / SMALL
     with contextlib.redirect_stdout(io.StringIO()):
         train(TrainConfig(data="digits", arch="simplecnn", out=str(run)))
-        export_run(run, name=SMALL)
+        export_run(run, Options(name=SMALL))
     (run / "export" / "spec.json").write_text((run / "spec.json").read_text())
     return run / "export"
 

@@ -16,6 +16,11 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def one_line(error: Exception) -> str:
+    """What an error says of itself, or else its kind."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextmanager
 def step(what: str) -> Iterator[None]:
     """Says that `what` is done and how long it took; on a terminal also that it is being done."""

@@ -28,7 +28,7 @@ import train as trainer
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from clients.python.classify import Client
-from export.__main__ import export_run
+from export.pipeline import Options, export_run
 from export.proof import images, parity
 from model import Classifier, load_run
 from predictor.pillow_preprocessing import crop, decode
@@ -100,7 +100,7 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def make(folder: Path) -> None:
         shutil.copytree(run, folder / "digits", ignore=shutil.ignore_patterns("serve"))
         with contextlib.redirect_stdout(io.StringIO()):
-            rows = export_run(folder / "digits", wanted="onnx")
+            rows = export_run(folder / "digits", Options(backend="onnx"))
         assert all(row.passed for row in rows)
 
     made = made_once(tmp_path_factory, "exported", make) / "digits" / "export"

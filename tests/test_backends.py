@@ -94,6 +94,32 @@ def test_the_choice_stands_in_the_archives_settings_and_in_parity_json(exported)
     assert len(settings.splitlines()) == len(serving_settings.CONFIG.read_text().splitlines())
 
 
+def test_settings_get_other_values_and_keep_every_comment():
+    text = "# first\nb: 1  # of b\n\n'a': \"x\"   # of a: b\nlist: [b, a]\n"
+    changed = serving_settings.with_values(text, {"a": "no", "b": 32})
+    assert changed == "# first\nb: 32  # of b\n\n'a': 'no'   # of a: b\nlist: [b, a]\n"
+    assert yaml.safe_load(changed) == {"b": 32, "a": "no", "list": ["b", "a"]}
+    with pytest.raises(KeyError, match="absent"):
+        serving_settings.with_values(text, {"absent": 1})
+
+
+def test_only_what_an_export_chooses_may_differ_from_the_checkouts_settings(tmp_path):
+    path, text = tmp_path / "model-config.yaml", serving_settings.CONFIG.read_text()
+    rows = [serving_settings.BackendRow("pt2", {"1": 99.0, "8": 34}, True)]
+    serving_settings.write_config(rows, path)
+    assert path.read_text() != text
+    assert serving_settings.is_this_checkouts(path)
+    assert serving_settings.backend_of(path) == "pt2"
+    path.write_text(path.read_text().replace("topk: 5", "topk: 6"))
+    assert not serving_settings.is_this_checkouts(path)
+    for backend in ("tensorrt", "[onnx]", "1"):
+        path.write_text(
+            serving_settings.with_values(text, {"backend": "x"}).replace("backend: x", f"backend: {backend}")
+        )
+        with pytest.raises(ValueError, match=r"as backend, not one of onnx, onnx-int8, torchscript, pt2"):
+            serving_settings.backend_of(path)
+
+
 @pytest.mark.parametrize(("milliseconds", "size"), [(0.03, 32), (2.1, 32), (4.9, 8), (9.6, 4), (34, 2), (900, 1)])
 def test_a_batch_is_as_large_as_a_worker_answers_soon(milliseconds, size):
     assert (

@@ -212,6 +212,14 @@ def test_what_was_switched_on_in_training_is_named_and_the_rest_is_not(card, cop
     assert "| mixup |" not in text
 
 
+def test_the_step_schedule_is_named_with_its_numbers(card, copy):
+    config = yaml.safe_load((copy / "config.yaml").read_text()) | {"step_size": 7, "gamma": 0.25}
+    for schedule, named in (("step", True), ("cosine", False)):
+        (copy / "config.yaml").write_text(yaml.safe_dump(config | {"schedule": schedule}))
+        text = card()
+        assert ("| step\\_size | 7 |" in text) == ("| gamma | 0.25 |" in text) == named
+
+
 def test_of_many_labels_the_first_are_named_and_the_rest_counted(card, copy):
     labels = [f"class {i}" for i in range(1000)]
     with_labels(copy, labels)

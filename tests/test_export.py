@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from export.__main__ import export_run, main, name_of
+from export.__main__ import main
 from export.graphs import exported_program, torchscript
 from export.graphs import onnx as onnx_files
 from export.package import archive, checksums
+from export.pipeline import export_run, name_of
 from export.proof import images, parity, runtimes
 from export.proof.runtimes import INSTALLED
 from model import Classifier, checkpoint, load_run, registry

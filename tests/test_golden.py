@@ -61,7 +61,8 @@ def made(run, exported, tmp_path):
     def write(samples, source="samples"):
         for name, body in samples.items():
             (tmp_path / "samples" / name).write_bytes(body)
-        export_golden.write(tmp_path, tmp_path, "digits", spec, Classifier(network, spec).eval(), "onnx", source)
+        golden = export_golden.answered(tmp_path, Classifier(network, spec).eval(), spec, source)
+        export_golden.write(golden, tmp_path, "digits", "onnx")
         return Golden(tmp_path)
 
     return write

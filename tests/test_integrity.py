@@ -16,19 +16,19 @@ import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from export.__main__ import export_run
 from export.package import checksums
 from export.package.checksums import (
     SIGNATURE,
     SUMS,
     check,
     run_check,
-    sign,
-    verify_signature,
     write_manifest,
     write_sums,
 )
 from export.package.model_card import write_card
+from export.package.signature import sign
+from export.package.signature import verify as verify_signature
+from export.pipeline import Options, export_run
 from tests.conftest import replace_in_archive
 from train import train
 from training.config import TrainConfig
@@ -59,7 +59,7 @@ def other(tmp_path_factory):
     run = tmp_path_factory.mktemp("other") / "digits"
     with contextlib.redirect_stdout(io.StringIO()):
         train(TrainConfig(data="digits", arch="simplecnn", out=str(run), seed=1, epochs=2))
-        export_run(run, wanted="onnx")
+        export_run(run, Options(backend="onnx"))
     return finished(run, run / "export", run / "finished")
 
 

@@ -22,6 +22,9 @@ import torch
 
 from export.graphs import onnx as onnx_files
 from export.graphs import quantization
+from export.pipeline import Export, Options
+from export.proof import accuracy_gate, split_crops
+from export.proof.accuracy_gate import Paired, Rules
 from model import Classifier, load_run
 from model.tensor_preprocessing import normalise
 
@@ -37,7 +40,7 @@ def loaded(run):
 
 @pytest.fixture(scope="module")
 def calibration(run, loaded):
-    return quantization.calibration_crops(run, loaded[0], count=128)
+    return split_crops.calibration_crops(run, loaded[0], count=128)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def made(exported, loaded, calibration, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     spec, classifier = loaded
     quantization.make_int8(spec, exported / "digits.onnx", calibration, folder, "digits")
-    quantization.make_fp16(classifier, spec, folder, "digits")
+    quantization.make_fp16(classifier.network, spec, folder, "digits")
     return folder
 
 
@@ -62,10 +65,16 @@ def folder(exported, tmp_path):
 
 @pytest.fixture
 def use_made(made, monkeypatch):
-    """`reduce_run` takes copies of the files that are made already: exporting takes seconds."""
+    """`Export.reduce` takes copies of the files that are made already: exporting takes seconds."""
 
     def copy(file):
-        return lambda *arguments: [shutil.copy(made / f, arguments[-2] / f) for f in SMALLER if file in f]
+        def make(*arguments):
+            (folder,) = (one for one in arguments if isinstance(one, Path) and one.is_dir())
+            for name in SMALLER:
+                if file in name:
+                    shutil.copy(made / name, folder / name)
+
+        return make
 
     monkeypatch.setattr(quantization, "make_int8", copy("int8"))
     monkeypatch.setattr(quantization, "make_fp16", copy("fp16"))
@@ -159,6 +168,18 @@ def test_int8_leaves_the_logits_the_normalisation_and_the_softmax_in_float(made)
     assert len(np.unique(logits)) > 256  # as many as rounded ones could be
 
 
+def test_every_precision_has_the_same_normalisation_and_softmax_around_it(made, exported):
+    def around(path):
+        graph = onnx.load(path).graph
+        values = {tensor.name: onnx.numpy_helper.to_array(tensor).tolist() for tensor in graph.initializer}
+        nodes = [node for node in graph.node if node.name.startswith("crops.")]
+        return [(node.op_type, [values.get(name, name) for name in node.input], list(node.output)) for node in nodes]
+
+    expected = around(exported / "digits.crops.onnx")
+    assert [kind for kind, *_ in expected] == ["Cast", "Mul", "Sub", "Transpose", "Div", "Softmax"]
+    assert around(made / "digits.crops.int8.onnx") == around(made / "digits.crops.fp16.onnx") == expected
+
+
 def test_int8_says_how_it_was_calibrated(made, calibration):
     for file in ("digits.int8.onnx", "digits.crops.int8.onnx"):
         properties = {entry.key: entry.value for entry in onnx.load(made / file).metadata_props}
@@ -166,13 +187,14 @@ def test_int8_says_how_it_was_calibrated(made, calibration):
         assert note.pop("versions")["onnxruntime"] == onnxruntime.__version__
         assert note == {
             "format": "QDQ", "activations": "uint8", "weights": "int8, per channel", "calibration": "MinMax",
-            "images": len(calibration), "seed": quantization.SEED,
+            "images": len(calibration), "seed": split_crops.SEED,
         }  # fmt: skip
 
 
 def test_fp16_holds_its_weights_in_half_precision(made):
-    for file in ("digits.fp16.onnx", "digits.crops.fp16.onnx"):
-        weights = [t for t in onnx.load(made / file).graph.initializer if len(t.dims) in (2, 4)]
+    for file in ("digits.fp16.onnx", "digits.crops.fp16.onnx"):  # "crops." is around the network, in float
+        tensors = onnx.load(made / file).graph.initializer
+        weights = [t for t in tensors if len(t.dims) in (2, 4) and not t.name.startswith("crops.")]
         assert len(weights) == 5
         assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.FLOAT16}
     assert (made / "digits.fp16.onnx").stat().st_size < 200_000  # 62,006 weights of 2 bytes, and the spec
@@ -188,7 +210,7 @@ def test_the_crop_graph_is_the_network_with_its_preprocessing_and_softmax_around
     if temperature != 1:
         network = onnx.load(made / "digits.int8.onnx")
         path = tmp_path / "warm.onnx"
-        onnx.save(quantization._crop_graph(network, replace(spec, temperature=temperature)), path)
+        onnx.save(onnx_files.crop_graph(network, replace(spec, temperature=temperature)), path)
     crops = torch.from_numpy(calibration[:9])
     logits = ask(made / f"digits.{precision}.onnx", normalise(crops, classifier.mean, classifier.std).numpy())
     expected = (torch.from_numpy(logits) / temperature).softmax(dim=1)
@@ -246,8 +268,8 @@ def agreement(got, expected):
 
 def test_the_same_seed_chooses_the_same_images_and_makes_the_same_file(made, run, loaded, exported, tmp_path):
     spec, _ = loaded
-    again = quantization.calibration_crops(run, spec, count=128)
-    other = quantization.calibration_crops(run, spec, count=128, seed=1)
+    again = split_crops.calibration_crops(run, spec, count=128)
+    other = split_crops.calibration_crops(run, spec, count=128, seed=1)
     assert again.shape == other.shape == (128, 32, 32, 3)
     assert not np.array_equal(again, other)
     quantization.make_int8(spec, exported / "digits.onnx", again, tmp_path, "digits")
@@ -257,42 +279,37 @@ def test_the_same_seed_chooses_the_same_images_and_makes_the_same_file(made, run
 
 def test_what_earns_it_is_kept_and_reported(run, folder, loaded, made, use_made):
     spec, classifier = loaded
-    rows = quantization.reduce_run(
-        run, folder, "digits", spec, classifier, int8=True, fp16=True, max_loss=20, min_speedup=ANY_SPEED
-    )  # without VNNI int8 may lose a point or two
+    export = Export(run, folder, "digits", spec, classifier, Options(int8=True, fp16=True))
+    rows = export.reduce(Rules(max_loss=20, min_speedup=ANY_SPEED))  # without VNNI int8 may lose a point or two
     assert [(row.precision, row.kept, row.images) for row in rows] == [("int8", True, 360), ("fp16", True, 360)]
     measured = spec.metrics["accuracy"]  # by train.py
     assert rows[0].accuracy_fp32 == pytest.approx(measured, abs=1.5 / 360)  # one near tie
-    assert (rows[0].calibration_images, rows[0].seed) == (128, quantization.SEED)
+    assert (rows[0].calibration_images, rows[0].seed) == (128, split_crops.SEED)
     assert rows[0].speedup > 0
     for file in SMALLER:
         assert (folder / file).read_bytes() == (made / file).read_bytes()
     assert not list(folder.glob(".reduced-*"))
     assert json.loads(json.dumps([asdict(row) for row in rows]))[0]["threads"] == 1
     words = ("digits.crops.int8.onnx", f"{rows[0].accuracy:.2%}", "kept")
-    assert all(word in quantization.table(rows) for word in words)
+    assert all(word in accuracy_gate.table(rows) for word in words)
 
 
 def test_what_is_not_faster_is_not_written_and_an_older_file_goes(run, folder, loaded, use_made, monkeypatch):
-    monkeypatch.setattr(quantization, "has_vnni", lambda: True)
-    monkeypatch.setattr(quantization, "milliseconds", lambda files, *_: {"fp32": 24.0, "int8": 10.0})
-    spec, classifier = loaded
-    (row,) = quantization.reduce_run(run, folder, "digits", spec, classifier, int8=True, fp16=False)
+    monkeypatch.setattr(accuracy_gate, "has_vnni", lambda: True)
+    monkeypatch.setattr(accuracy_gate, "milliseconds", lambda files, *_: {"fp32": 24.0, "int8": 10.0})
+    (row,) = Export(run, folder, "digits", *loaded, Options(int8=True)).reduce(Rules())
     assert (row.kept, row.reason, row.speedup) == (False, "×2.40 as fast as fp32, less than ×2.5", 2.4)
     assert not (folder / "digits.int8.onnx").exists()
     assert not (folder / "digits.crops.int8.onnx").exists()
     assert (folder / "digits.crops.onnx").exists()
-    assert "NOT kept: ×2.40" in quantization.table([row])
+    assert "NOT kept: ×2.40" in accuracy_gate.table([row])
 
 
 def test_what_loses_too_much_accuracy_is_not_written(run, folder, loaded, monkeypatch):
     """Calibrated on black images alone, every activation of a real one is cut off."""
     black = np.zeros((16, 32, 32, 3), np.uint8)
-    monkeypatch.setattr(quantization, "calibration_crops", lambda *_: black)
-    spec, classifier = loaded
-    (row,) = quantization.reduce_run(
-        run, folder, "digits", spec, classifier, int8=True, fp16=False, min_speedup=ANY_SPEED
-    )
+    monkeypatch.setattr(split_crops, "calibration_crops", lambda *_: black)
+    (row,) = Export(run, folder, "digits", *loaded, Options(int8=True)).reduce(Rules(min_speedup=ANY_SPEED))
     assert not row.kept
     assert row.loss_points > 0.5
     assert row.reason.startswith(f"loses {row.loss_points:.2f} points of accuracy (95% interval ")
@@ -313,7 +330,7 @@ def test_what_loses_too_much_accuracy_is_not_written(run, folder, loaded, monkey
     ],
 )
 def test_a_loss_counts_if_it_is_shown_or_if_it_is_large_and_more_than_two_images(count, lost, won, kept):
-    fault = quantization._loss(lost, won, count, quantization.MAX_LOSS)
+    fault = Paired(count, lost, won).fault(accuracy_gate.MAX_LOSS)
     assert bool(fault) != kept, fault
     assert kept or "95% interval" in fault
 
@@ -324,20 +341,20 @@ def test_a_loss_counts_if_it_is_shown_or_if_it_is_large_and_more_than_two_images
 )
 def test_the_paired_test_is_mcnemars_exact_one(lost, won, p_value):
     """Two-sided binomial tests with p = 1/2, as a statistics table gives them."""
-    assert quantization.mcnemar(lost, won) == quantization.mcnemar(won, lost) == pytest.approx(p_value, abs=1e-6)
+    assert accuracy_gate.mcnemar(lost, won) == accuracy_gate.mcnemar(won, lost) == pytest.approx(p_value, abs=1e-6)
 
 
 def test_of_many_images_the_paired_test_goes_on_where_the_exact_one_ended():
-    assert quantization.mcnemar(540, 460) == pytest.approx(quantization.mcnemar(541, 460), rel=0.1)
-    assert quantization.mcnemar(60_000, 50_000) < 1e-100
-    assert quantization.mcnemar(60_000, 60_000) == 1
+    assert accuracy_gate.mcnemar(540, 460) == pytest.approx(accuracy_gate.mcnemar(541, 460), rel=0.1)
+    assert accuracy_gate.mcnemar(60_000, 50_000) < 1e-100
+    assert accuracy_gate.mcnemar(60_000, 60_000) == 1
 
 
 def test_the_interval_is_of_the_paired_difference():
     """Agresti and Min 2005, Section 2.2: half an image is added to each of the four cells."""
-    low, high = quantization.paired_interval(20, 10, 1000)
+    low, high = accuracy_gate.paired_interval(20, 10, 1000)
     assert (low, high) == pytest.approx((-0.00088, 0.02084), abs=1e-4)
-    assert quantization.paired_interval(10, 20, 1000) == pytest.approx((-high, -low))
+    assert accuracy_gate.paired_interval(10, 20, 1000) == pytest.approx((-high, -low))
 
 
 def test_the_two_files_are_compared_image_by_image(exported, tmp_path, loaded):
@@ -346,12 +363,12 @@ def test_the_two_files_are_compared_image_by_image(exported, tmp_path, loaded):
     best = ask(exported / "digits.crops.onnx", crops).argmax(axis=1)
     for lost, kept in ((1, True), (2, True), (3, False)):
         path = lose(exported / "digits.crops.onnx", crops[:lost], tmp_path / f"{lost}.onnx")
-        (row,) = quantization.judge(
+        (row,) = accuracy_gate.judge(
             exported / "digits.crops.onnx", {"fp16": path}, [(crops[:90], best[:90]), (crops[90:], best[90:])]
         )
         assert (row.images, row.lost, row.won, row.loss_points, row.kept) == (200, lost, 0, 0.5 * lost, kept)
         assert row.interval[0] < row.loss_points < row.interval[1]
-        assert f"{row.interval[0]:+.2f} to {row.interval[1]:+.2f}" in quantization.table([row])
+        assert f"{row.interval[0]:+.2f} to {row.interval[1]:+.2f}" in accuracy_gate.table([row])
 
 
 @pytest.mark.parametrize(("keep", "kept"), [("always", True), ("never", False)])
@@ -360,7 +377,7 @@ def test_a_flag_overrules_the_judgement_either_way(exported, tmp_path, keep, kep
     crops = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), np.uint8)
     best = ask(exported / "digits.crops.onnx", crops).argmax(axis=1)
     path = lose(exported / "digits.crops.onnx", crops[:lost], tmp_path / "x.onnx")
-    (row,) = quantization.judge(exported / "digits.crops.onnx", {"fp16": path}, [(crops, best)], keep=keep)
+    (row,) = accuracy_gate.judge(exported / "digits.crops.onnx", {"fp16": path}, [(crops, best)], Rules(keep=keep))
     assert row.kept == kept
     assert row.reason.startswith(f"--keep-reduced {keep}")
     assert ("loses 9.00 points" in row.reason) == (lost == 9)
@@ -394,11 +411,11 @@ def lose(source, images, path):
 
 
 def test_speed_is_told_and_not_judged_without_vnni(exported, made, calibration, monkeypatch):
-    monkeypatch.setattr(quantization, "has_vnni", lambda: False)
+    monkeypatch.setattr(accuracy_gate, "has_vnni", lambda: False)
     targets = ask(exported / "digits.crops.onnx", calibration).argmax(axis=1)
     candidates = {"int8": made / "digits.crops.int8.onnx"}
-    (row,) = quantization.judge(
-        exported / "digits.crops.onnx", candidates, [(calibration, targets)], max_loss=5, min_speedup={"int8": 1e9}
+    (row,) = accuracy_gate.judge(
+        exported / "digits.crops.onnx", candidates, [(calibration, targets)], Rules(5, {"int8": 1e9})
     )
     assert row.kept
     assert row.speedup is not None
@@ -409,7 +426,7 @@ def test_speed_is_told_and_not_judged_without_vnni(exported, made, calibration, 
 def test_the_speed_of_fp16_is_not_measured_without_a_gpu(exported, made, calibration):
     targets = ask(exported / "digits.crops.onnx", calibration).argmax(axis=1)
     candidates = {"fp16": made / "digits.crops.fp16.onnx"}
-    (row,) = quantization.judge(exported / "digits.crops.onnx", candidates, [(calibration, targets)], max_loss=5)
+    (row,) = accuracy_gate.judge(exported / "digits.crops.onnx", candidates, [(calibration, targets)], Rules(5))
     assert (row.kept, row.speedup, row.reason) == (True, None, "speed not measured: no GPU")
 
 
@@ -417,11 +434,11 @@ def test_images_that_cannot_be_read_are_left_out(run, loaded, monkeypatch):
     spec, _ = loaded
     good = [(f"{i}.png", str(i % 10), path.read_bytes()) for i, path in enumerate(sorted((run / "samples").iterdir()))]
     items = [*good, ("bad.jpg", "3", b"no image")]
-    monkeypatch.setattr(quantization.images, "read", lambda *_: iter(items))
-    assert quantization.calibration_crops(run, spec).shape == (len(good), 32, 32, 3)
-    parts = list(quantization.labelled_crops(run, spec))
+    monkeypatch.setattr(split_crops.images, "read", lambda *_: iter(items))
+    assert split_crops.calibration_crops(run, spec).shape == (len(good), 32, 32, 3)
+    parts = list(split_crops.labelled_crops(run, spec))
     assert sum(len(targets) for _, targets in parts) == len(good)
-    assert max(len(crops) for crops, _ in parts) <= quantization.CHUNK
+    assert max(len(crops) for crops, _ in parts) <= split_crops.CHUNK
     assert [int(t) for _, targets in parts for t in targets] == [i % 10 for i in range(len(good))]
 
 
@@ -434,13 +451,13 @@ def test_images_that_cannot_be_read_are_left_out(run, loaded, monkeypatch):
     ],
 )
 def test_data_that_does_not_belong_to_the_run_is_refused(run, loaded, monkeypatch, items, words):
-    monkeypatch.setattr(quantization.images, "read", lambda *_: iter(items))
+    monkeypatch.setattr(split_crops.images, "read", lambda *_: iter(items))
     with pytest.raises(ValueError, match=words):
-        list(quantization.labelled_crops(run, loaded[0]))
+        list(split_crops.labelled_crops(run, loaded[0]))
 
 
 def test_data_that_was_moved_is_asked_for_and_nothing_is_left_behind(run, folder, loaded):
-    spec, classifier = loaded
+    export = Export(run, folder, "digits", *loaded, Options(int8=True, data="no/such"))
     with pytest.raises(ValueError, match="pass --data"), contextlib.redirect_stderr(io.StringIO()):
-        quantization.reduce_run(run, folder, "digits", spec, classifier, "no/such", int8=True, fp16=False)
+        export.reduce(Rules())
     assert not list(folder.glob(".reduced-*"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.__main__ import serve_command
+from export.pipeline import serve_command
 from model import checkpoint
 from predictor import files
 from tests.conftest import PROJECT

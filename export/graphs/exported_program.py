@@ -21,7 +21,6 @@ from predictor.files import atomic_write
 from predictor.spec import ModelSpec
 
 GRAPHS = {"network": "", "crops": ".crops", "pixels": ".pixels"}  # the middle of a file's name
-PARTS = ("resize", "normalise", "softmax")  # what stands around the network in the others
 SPEC_FILE = "spec.json"
 
 
@@ -37,26 +36,33 @@ class Program:
 
 
 def trace(classifier: Classifier) -> dict[str, Program]:
-    """The three graphs by name, and `PARTS`. The batch is open, and of images height and width too.
+    """The three graphs by name, and `resize`, which stands before the crop graph in the pixel graph.
+
+    The batch is open, and of images height and width too.
 
     Raises:
         RuntimeError: torch.export cannot express the network; the message is its own.
     """
     size, batch = classifier.size, Dim("batch")
-    planes = torch.randn(2, 3, size, size)
     crops = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
     pixels = torch.randint(0, 256, (2, size + 9, size + 14, 3), dtype=torch.uint8)
     image_dimensions = {0: batch, 1: Dim("height"), 2: Dim("width")}
-    logits = torch.randn(2, classifier.network(planes).shape[1])
-    resize = _Part(lambda images: resize_crop(images, size, classifier.resize))
+    resize = _Function(lambda images: resize_crop(images, size, classifier.resize))
     return {
         "resize": _trace(resize, pixels, image_dimensions, "images", "crops"),
-        "normalise": _trace(_Part(classifier.to_planes), crops, {0: batch}, "crops", "input"),
-        "softmax": _trace(_Part(classifier.to_probabilities), logits, {0: batch}, "logits", "probabilities"),
-        "network": _trace(classifier.network, planes, {0: batch}, "input", "logits"),
+        "network": trace_network(classifier.network, size),
         "crops": _trace(CropGraph(classifier), crops, {0: batch}, "images", "probabilities"),
         "pixels": _trace(classifier, pixels, image_dimensions, "images", "probabilities"),
     }
+
+
+def trace_network(network: nn.Module, size: int) -> Program:
+    """The network alone: normalised float32 (N, 3, size, size) to logits (N, C).
+
+    Raises:
+        RuntimeError: as `trace`.
+    """
+    return _trace(network, torch.randn(2, 3, size, size), {0: Dim("batch")}, "input", "logits")
 
 
 def save(programs: Mapping[str, Program], spec: ModelSpec, folder: Path, name: str) -> None:
@@ -78,7 +84,7 @@ def load(path: Path) -> tuple[nn.Module, ModelSpec]:
     return module, ModelSpec.from_json(extra[SPEC_FILE], source=str(path))
 
 
-class _Part(nn.Module):
+class _Function(nn.Module):
     """A function as a module, for torch.export."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:

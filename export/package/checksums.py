@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 
 from export import output_folder
-from export.graphs import onnx, quantization
+from export.graphs import onnx
 from export.graphs.exported_program import GRAPHS
-from export.output_folder import MANIFEST, SIGNATURE, STAGED, SUMS
-from export.package import archive, golden_images, serving_settings
+from export.output_folder import MANIFEST, STAGED, SUMS
+from export.package import archive, golden_images, serving_settings, signature
 from export.package.model_card import CARD
+from export.progress import one_line
+from export.proof import sessions
 from export.proof.runtimes import Runtime, run_exported_program, run_onnxruntime, run_torchscript
 from predictor.backends import FILES, HALF_TOLERANCE
 from predictor.files import sha256, write_text
@@ -44,7 +46,7 @@ ANEW = "export again or restore the file"
 
 
 def run_check(folder: Path, public_key: Path | None = None) -> int:
-    """Prints what `check` and `verify_signature` find. Returns 0 if that is nothing, 1 if something, 2 for a mistake.
+    """Prints what `check` and `signature.verify` find. Returns 0 if that is nothing, 1 if something, 2 for a mistake.
 
     Where the signature does not hold, no file is parsed: whoever changed one may have meant to harm a parser.
     """
@@ -116,59 +118,12 @@ def check(folder: Path, *, trusted: bool = False) -> list[str]:
     return findings
 
 
-def sign(folder: Path, private_key: Path) -> Path:
-    """Writes folder/model.sig over all files of the folder. Write SHA256SUMS before.
-
-    Args:
-        private_key: PEM, elliptic (prime256v1, secp384r1 or secp521r1), without a password.
-
-    Raises:
-        ValueError: the key cannot be used, or the package is missing.
-    """
-    signing, _, hashing = _model_signing()
-    target = folder / SIGNATURE
-    target.unlink(missing_ok=True)  # it would be void, and must not outlive a failure
-    try:
-        config = signing.Config().use_elliptic_key_signer(private_key=private_key)
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # AttributeError: a key of another kind
-        raise ValueError(
-            f"{private_key}: is no elliptic private key without a password ({_line(error)}); make one with "
-            "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem`"
-        ) from None
-    config.set_hashing_config(hashing).sign(folder, target)
-    return target
-
-
-def verify_signature(folder: Path, public_key: Path) -> list[str]:
-    """What is wrong with folder/model.sig: not there, of another key, or over other files. Empty if it holds.
-
-    Raises:
-        ValueError: the public key cannot be read, or the package is missing.
-    """
-    _, verifying, hashing = _model_signing()
-    try:
-        config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{public_key}: is no elliptic public key ({_line(error)}); make it with "
-            "`openssl ec -in key.pem -pubout -out key.pub`"
-        ) from None
-    if not (folder / SIGNATURE).is_file():
-        return [f"{SIGNATURE}: missing; sign the export, or get it from whoever signed it"]
-    try:
-        config.set_hashing_config(hashing).verify(folder, folder / SIGNATURE)
-    except Exception as error:  # a damaged signature raises whatever the damage leads to
-        reason = re.sub(r": Expected .*?digest_value=.*?digest_value=.*?\)\\?'", "", _line(error))  # names suffice
-        return [f"{SIGNATURE}: does not hold for these files and this key ({reason}); get them from their maker"]
-    return []
-
-
 def _check(folder: Path, public_key: Path | None) -> list[str]:
     if not ((folder / SUMS).exists() or (folder / "parity.json").exists()):
         within = folder / "export"
         way_out = f"pass {within}" if within.is_dir() else "make one with `python -m export RUN`"
         raise ValueError(f"{folder}: is no export, for it has neither {SUMS} nor parity.json; {way_out}")
-    findings = verify_signature(folder, public_key) if public_key else []
+    findings = signature.verify(folder, public_key) if public_key else []
     if not findings:
         return check(folder, trusted=public_key is not None)
     _check_sums(folder, findings)
@@ -212,7 +167,7 @@ def _read_sums(folder: Path, findings: list[str]) -> dict[str, str] | None:
     try:
         lines = (folder / SUMS).read_bytes().decode().split("\n")
     except UnicodeDecodeError as error:
-        findings.append(f"{SUMS}: is damaged ({_line(error)}); {ANEW}")
+        findings.append(f"{SUMS}: is damaged ({one_line(error)}); {ANEW}")
         return None
     listed: dict[str, str] = {}
     for number, line in enumerate(lines[:-1], start=1):
@@ -342,7 +297,7 @@ def _check_golden(folder: Path, names: list[str], specs: Mapping[str, ModelSpec]
             findings.append(f"{GOLDEN}: holds no images, or no probability of each label for each; export again")
         seen = _read_json(folder / MANIFEST)["golden_difference"]
         for name in names:
-            served = FILES[_backend(folder)].format(name)
+            served = FILES[serving_settings.backend_of(folder / serving_settings.CONFIG_FILE)].format(name)
             allowed = {"cpu": golden_images.tolerance(served, float(seen.get(served, 0))), "gpu": HALF_TOLERANCE}
             if found.tolerance != allowed:
                 findings.append(f"{GOLDEN}: allows {found.tolerance}, and an export {allowed}; export again")
@@ -351,11 +306,7 @@ def _check_golden(folder: Path, names: list[str], specs: Mapping[str, ModelSpec]
 def _check_config(folder: Path, findings: list[str]) -> None:
     """What TorchServe is told about the model, but for the two values that an export sets."""
     with _noting(serving_settings.CONFIG_FILE, findings):
-        texts = [
-            path.read_text(encoding="utf-8")
-            for path in (folder / serving_settings.CONFIG_FILE, serving_settings.CONFIG)
-        ]
-        if len({re.sub(r"(?m)^(backend|batchSize): \S+", r"\1:", text) for text in texts}) > 1:
+        if not serving_settings.is_this_checkouts(folder / serving_settings.CONFIG_FILE):
             findings.append(_differs(f"{serving_settings.CONFIG_FILE}:", "handler/model-config.yaml"))
 
 
@@ -401,7 +352,10 @@ def _check_archive(folder: Path, name: str, whole: Mapping[str, str], trusted: b
 
 def _wrong_members(folder: Path, packed: zipfile.ZipFile, name: str) -> list[str]:
     """What is wrong with the names of the members, before any of them is read."""
-    there, needed = packed.namelist(), archive.members(name, _backend(folder))
+    there, needed = (
+        packed.namelist(),
+        archive.members(name, serving_settings.backend_of(folder / serving_settings.CONFIG_FILE)),
+    )
     wrong = [f"'{one}' is inside {there.count(one)} times, not once" for one in sorted(needed) if there.count(one) != 1]
     for info in packed.infolist():
         if info.filename not in needed:
@@ -447,20 +401,6 @@ def _wrong_manifest(packed: zipfile.ZipFile, name: str, version: str) -> list[st
     return wrong + [f"its manifest names {runtime} as runtime, not python"] * (runtime != "python")
 
 
-def _backend(folder: Path) -> str:
-    """What the archive's CPU workers run, by the folder's model-config.yaml.
-
-    Raises:
-        ValueError: it names none of predictor.backends.FILES.
-    """
-    found = re.findall(r"(?m)^backend: (\S+)", (folder / serving_settings.CONFIG_FILE).read_text(encoding="utf-8"))
-    if len(found) != 1 or found[0] not in FILES:
-        raise ValueError(
-            f"{serving_settings.CONFIG_FILE} names {found or 'none'} as backend, not one of {', '.join(FILES)}"
-        )
-    return str(found[0])
-
-
 def _differs(what: str, source: str) -> str:
     return (
         f"{what} differs from this checkout's {source}; export again, or, if another checkout made it, check it there "
@@ -496,9 +436,9 @@ def _compare_smaller(
     """The network of an int8 or fp16 pair against its crop graph, which the golden images judge."""
     file, crops = f"{name}.{small}.onnx", f"{name}.crops.{small}.onnx"
     with _noting(file, findings):
-        logits = quantization.outputs(folder / file, _images(spec, "network")) / spec.temperature
+        logits = sessions.outputs(folder / file, _images(spec, "network")) / spec.temperature
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        expected = quantization.outputs(folder / crops, _images(spec, "crops"))
+        expected = sessions.outputs(folder / crops, _images(spec, "crops"))
         _compare(file, crops, powers / powers.sum(axis=1, keepdims=True), expected, tolerance, findings)
 
 
@@ -547,17 +487,7 @@ def _noting(file: str, findings: list[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        findings.append(f"{file}: cannot be read ({_line(error)}); {ANEW}")
-
-
-def _model_signing() -> tuple[Any, Any, Any]:
-    """Its modules, and what is hashed: all but the signature, .git* too, which the package would leave out."""
-    try:
-        from model_signing import hashing, signing, verifying
-    except ImportError as error:  # model-signing 1.1.1 imports pyopenssl and does not declare it
-        raise ValueError(f"signatures: {error}; pip install model-signing pyopenssl") from None
-    config: Any = hashing.Config
-    return signing, verifying, config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)
+        findings.append(f"{file}: cannot be read ({one_line(error)}); {ANEW}")
 
 
 def _text(packed: zipfile.ZipFile, name: str) -> str:
@@ -572,7 +502,3 @@ def _text(packed: zipfile.ZipFile, name: str) -> str:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

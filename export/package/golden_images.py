@@ -10,13 +10,14 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from export.graphs import quantization
+from export.proof import sessions
 from model.serving_graphs import Classifier
 from predictor.backends import FILES, HALF_TOLERANCE, load
 from predictor.files import write_text
@@ -33,43 +34,54 @@ INT8 = 0.02  # the same for int8, or twice what it departs from fp32 on these im
 Classify = Callable[[np.ndarray], np.ndarray]  # crops uint8 (N, S, S, 3) to probabilities float32 (N, C)
 
 
-def write(
-    run: Path,
-    folder: Path,
-    name: str,
-    spec: ModelSpec,
-    classifier: Classifier,
-    backend: str,
-    source: str = "samples",
-) -> dict[str, float]:
-    """Writes folder/golden.json, with the answers of eager PyTorch.
+@dataclass(frozen=True)
+class Answered:
+    """The golden images with the answers of eager PyTorch."""
 
+    source: str  # one of SOURCES
+    bodies: list[bytes]  # image files
+    labels: list[str]  # of the largest probability
+    crops: np.ndarray  # uint8 (N, S, S, 3), what the network sees of them
+    probabilities: np.ndarray  # float32 (N, C)
+
+
+def answered(run: Path, classifier: Classifier, spec: ModelSpec, source: str = "samples") -> Answered:
+    """
     Args:
-        folder: that of the exported files.
-        backend: what the archive's CPU workers run, one of predictor.backends.FILES.
         source: `samples` of the run, or `synthetic` images, with none of the user's.
-
-    Returns:
-        For each file that can serve, the largest difference of a probability from them.
-
-    Raises:
-        ValueError: the backend is not within its own tolerance of PyTorch.
     """
     bodies = [_encode(pixels, i) for i, pixels in enumerate(_SOURCES[source](run, spec))]
     crops = np.stack([read(body, spec.size, spec.resize) for body in bodies])
     with torch.inference_mode():
-        expected = classifier.classify_crops(torch.from_numpy(crops)).numpy()
-    seen = {file: float(np.abs(answer(crops) - expected).max()) for file, answer in servable(folder, name).items()}
+        probabilities = classifier.classify_crops(torch.from_numpy(crops)).numpy()
+    return Answered(source, bodies, [spec.labels[row.argmax()] for row in probabilities], crops, probabilities)
+
+
+def write(golden: Answered, folder: Path, name: str, backend: str) -> dict[str, float]:
+    """Writes folder/golden.json.
+
+    Args:
+        folder: that of the exported files.
+        backend: what the archive's CPU workers run, one of predictor.backends.FILES.
+
+    Returns:
+        For each file that can serve, the largest difference of a probability from the golden ones.
+
+    Raises:
+        ValueError: the backend is not within its own tolerance of PyTorch.
+    """
+    expected, files = golden.probabilities, servable(folder, name)
+    seen = {file: float(np.abs(classify(golden.crops) - expected).max()) for file, classify in files.items()}
     served = FILES[backend].format(name)
     if backend != "onnx-int8" and seen[served] > EXACT:
         raise ValueError(
             f"{backend} is {seen[served]:.2g} of a probability off on the golden images, {EXACT} is allowed"
         )
     content = {
-        "source": source,
+        "source": golden.source,
         "images": [
-            {"name": f"{i} ({spec.labels[row.argmax()]})", "b64": base64.b64encode(body).decode()}
-            for i, (body, row) in enumerate(zip(bodies, expected, strict=True))
+            {"name": f"{i} ({label})", "b64": base64.b64encode(body).decode()}
+            for i, (body, label) in enumerate(zip(golden.bodies, golden.labels, strict=True))
         ],
         "probabilities": [[round(value, 7) for value in row] for row in expected.tolist()],
         "tolerance": {"cpu": tolerance(served, seen[served]), "gpu": HALF_TOLERANCE},
@@ -96,7 +108,7 @@ def servable(folder: Path, name: str) -> dict[str, Classify]:
     found = {file: load(backend, folder, name) for file, backend in files.items() if (folder / file).is_file()}
     half = f"{name}.crops.fp16.onnx"
     if (folder / half).is_file():
-        found[half] = quantization.runner(folder / half)
+        found[half] = sessions.runner(folder / half)
     return found
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import yaml
 
+from export import text_table
 from export.proof import clock
 from predictor.backends import FILES, load
 from predictor.files import write_text
@@ -18,6 +20,7 @@ from predictor.spec import ModelSpec
 
 CONFIG = Path(__file__).resolve().parents[2] / "handler" / "model-config.yaml"
 CONFIG_FILE = "model-config.yaml"
+CHOSEN = ("backend", "batchSize")  # what an export sets in it
 BATCHES = (1, 8)  # images: a worker with little to do, and with much
 ROUNDS, SECONDS = 15, 2.0  # of each backend and batch size; whichever is reached first, but at least 3 rounds
 THREADS = 1  # of a worker
@@ -78,12 +81,55 @@ def batch_size(row: BackendRow) -> int:
 
 def write_config(rows: list[BackendRow], path: Path) -> None:
     """handler/model-config.yaml with the chosen backend and its batch size in it."""
-    text = CONFIG.read_text(encoding="utf-8")
     row = chosen(rows)
-    for key, value in (("backend", row.backend), ("batchSize", str(batch_size(row)))):
-        text, count = re.subn(rf"(?m)^{key}: \S+", f"{key}: {value}", text)
-        assert count == 1, f"{CONFIG}: one line must begin with `{key}:`"
-    write_text(path, text)
+    values: dict[str, str | int] = dict(zip(CHOSEN, (row.backend, batch_size(row)), strict=True))
+    write_text(path, with_values(CONFIG.read_text(encoding="utf-8"), values))
+
+
+def backend_of(path: Path) -> str:
+    """What an archive's CPU workers run, by its settings.
+
+    Raises:
+        ValueError: they name none of predictor.backends.FILES.
+        yaml.YAMLError, KeyError, TypeError: they are not as `write_config` writes them.
+    """
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))["backend"]
+    if not isinstance(found, str) or found not in FILES:
+        raise ValueError(f"{path.name} names {found!r} as backend, not one of {', '.join(FILES)}")
+    return found
+
+
+def is_this_checkouts(path: Path) -> bool:
+    """Whether settings are those of handler/model-config.yaml, but for what an export chooses.
+
+    Raises:
+        KeyError, yaml.YAMLError: as `with_values`.
+    """
+    default = CONFIG.read_text(encoding="utf-8")
+    values = {key: yaml.safe_load(default)[key] for key in CHOSEN}
+    return with_values(path.read_text(encoding="utf-8"), values) == with_values(default, values)
+
+
+def with_values(text: str, values: Mapping[str, str | int]) -> str:
+    """A YAML mapping with other values for some of its keys; its comments stay.
+
+    Raises:
+        KeyError: it lacks one of the keys.
+        yaml.YAMLError: it is no YAML.
+    """
+    loader = yaml.SafeLoader(text)
+    root = loader.get_single_node()
+    assert isinstance(root, yaml.MappingNode), "settings by name"
+    found = {key.value: value for key, value in root.value}
+    for key in sorted(values, key=lambda key: found[key].start_mark.index, reverse=True):  # so that the marks hold
+        start, end = found[key].start_mark.index, found[key].end_mark.index
+        text = text[:start] + _scalar(values[key]) + text[end:]
+    assert yaml.safe_load(text) == loader.construct_document(root) | values
+    return text
+
+
+def _scalar(value: str | int) -> str:
+    return yaml.safe_dump(value, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def table(rows: list[BackendRow]) -> str:
@@ -92,5 +138,4 @@ def table(rows: list[BackendRow]) -> str:
     for row in rows:
         numbers = (f"{row.milliseconds[str(batch)]:.3f}" for batch in BATCHES)
         lines.append((row.backend, *numbers, f"in the archive, batchSize {batch_size(row)}" * row.chosen))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return text_table.aligned(lines)

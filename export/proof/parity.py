@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from export import text_table
 from export.graphs import exported_program, onnx, torchscript
 from export.graphs.exported_program import GRAPHS
 from export.proof.images import Named
@@ -81,38 +82,20 @@ def verify(
     _check_specs(folder, name, spec)
     names = [name for name, _ in images]
     crops = torch.from_numpy(np.stack([crop(image, spec.size, spec.resize) for _, image in images]))
-    planes = normalise(crops, classifier.mean, classifier.std)
-    pixels = [np.asarray(image) for _, image in images]
-    batches = {
-        "network": list(_uneven(planes.numpy())),
-        "crops": list(_uneven(crops.numpy())),
-        "pixels": [part for same in _runs_of_equal_size(pixels) for part in _uneven(np.stack(same))],
-    }
-    with torch.inference_mode():
-        logits = torch.cat([classifier.network(part) for part in planes.split(64)])
-        reference = {
-            "network": logits,
-            "crops": torch.cat([classifier.classify_crops(part) for part in crops.split(64)]),
-            "pixels": torch.cat([classifier(torch.from_numpy(part)) for part in batches["pixels"]]),
-        }
-        resized = [resize_crop(torch.from_numpy(part), spec.size, spec.resize) for part in batches["pixels"]]
-    tolerances = {
-        "network": LOGIT_TOLERANCE * float(logits.abs().max()),
-        "crops": CROP_TOLERANCE,
-        "pixels": PIXEL_TOLERANCE,
-    }
+    cases = _cases(classifier, crops, [np.asarray(image) for _, image in images])
     rows = []
-    pairs = [(graph, runtime) for graph in GRAPHS for runtime in runtimes]
+    pairs = [(case, runtime) for case in cases.values() for runtime in runtimes]
     with tqdm(pairs, unit="graphs", leave=False, disable=None) as bar:  # on a terminal only
-        for graph, runtime in bar:
-            bar.set_description(f"comparing {graph}, {runtime}")
+        for case, runtime in bar:
+            bar.set_description(f"comparing {case.graph}, {runtime}")
             started = time.perf_counter()
-            row = _row(graph, runtime, folder, name, batches[graph], reference[graph], tolerances[graph], names)
-            say(f"{graph} in {runtime}: {_verdict(row)}, {time.perf_counter() - started:.1f} s")
+            row = _row(case, runtime, folder, name, names)
+            say(f"{case.graph} in {runtime}: {_verdict(row)}, {time.perf_counter() - started:.1f} s")
             rows.append(row)
-    served = RUNTIMES["TorchScript"](folder, name, "crops", batches["crops"])  # as the handler: Pillow first
-    got = torch.from_numpy(np.concatenate(served.outputs))
-    rows.append(compare("pixels", "Pillow + crops", served.version, reference["pixels"], got, PIXEL_TOLERANCE, names))
+    served = RUNTIMES["TorchScript"](folder, name, "crops", cases["crops"].batches)  # as the handler: Pillow first
+    got, pixels = torch.from_numpy(np.concatenate(served.outputs)), cases["pixels"]
+    rows.append(compare("pixels", "Pillow + crops", served.version, pixels.reference, got, PIXEL_TOLERANCE, names))
+    resized = [resize_crop(torch.from_numpy(part), spec.size, spec.resize) for part in pixels.batches]
     rows.append(_compare_levels(crops, torch.cat(resized), names))
     return rows
 
@@ -166,9 +149,7 @@ def write_json(
 def table(rows: list[Row]) -> str:
     """The rows as text, for the terminal."""
     head = ("graph", "runtime", "version", "images", "max |Δ|", "mean |Δ|", "tolerance", "top-1", "ms", "verdict")
-    lines = [head, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return text_table.aligned([head, *map(_cells, rows)])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -207,18 +188,41 @@ def _check_specs(folder: Path, name: str, spec: ModelSpec) -> None:
             raise ParityError(f"{folder / file}: carries another spec than the run; export again")
 
 
-def _row(
-    graph: str,
-    runtime: str,
-    folder: Path,
-    name: str,
-    batches: list[Batch],
-    reference: Tensor,
-    tolerance: float,
-    names: Sequence[str],
-) -> Row:
+@dataclass(frozen=True)
+class _Case:
+    """One graph, and what it must answer."""
+
+    graph: str
+    batches: list[Batch]
+    reference: Tensor  # (N, C), of eager PyTorch
+    tolerance: float
+
+
+@torch.inference_mode()
+def _cases(classifier: Classifier, crops: Tensor, pixels: list[np.ndarray]) -> dict[str, _Case]:
+    """The graphs by name, each on the same images.
+
+    Args:
+        crops: uint8 (N, S, S, 3).
+        pixels: the same images whole, uint8 (H, W, 3).
+    """
+    planes = normalise(crops, classifier.mean, classifier.std)
+    whole = [part for same in _runs_of_equal_size(pixels) for part in _uneven(np.stack(same))]
+    logits = torch.cat([classifier.network(part) for part in planes.split(64)])
+    from_crops = torch.cat([classifier.classify_crops(part) for part in crops.split(64)])
+    from_pixels = torch.cat([classifier(torch.from_numpy(part)) for part in whole])
+    tolerance = LOGIT_TOLERANCE * float(logits.abs().max())
+    return {
+        "network": _Case("network", list(_uneven(planes.numpy())), logits, tolerance),
+        "crops": _Case("crops", list(_uneven(crops.numpy())), from_crops, CROP_TOLERANCE),
+        "pixels": _Case("pixels", whole, from_pixels, PIXEL_TOLERANCE),
+    }
+
+
+def _row(case: _Case, runtime: str, folder: Path, name: str, names: Sequence[str]) -> Row:
+    graph = case.graph
     try:
-        answers = RUNTIMES[runtime](folder, name, graph, batches)
+        answers = RUNTIMES[runtime](folder, name, graph, case.batches)
     except Missing as error:
         return Row(graph, runtime, skipped=str(error))
     except Crashed as error:
@@ -230,7 +234,7 @@ def _row(
         return Row(graph, runtime, skipped=f"it cannot run this graph ({reason})")
     got = torch.from_numpy(np.concatenate(answers.outputs))
     milliseconds = 1000 * answers.seconds / len(names)
-    return compare(graph, runtime, answers.version, reference, got, tolerance, names, milliseconds)
+    return compare(graph, runtime, answers.version, case.reference, got, case.tolerance, names, milliseconds)
 
 
 def _compare_levels(expected: Tensor, resized: Tensor, names: Sequence[str]) -> Row:
