@@ -23,7 +23,7 @@ import requests
 
 from benchmarks.probes import KnownImages, family, probing, workers_of
 from benchmarks.serving import SMALL
-from serve import Ports, Server, serving
+from launcher import Ports, RunningServer, serving
 
 CONNECTIONS, SECONDS = 4, 10  # of the attacker; a request that is under way then is waited for
 CALM_SECONDS = 2  # of neighbours alone, before the attack
@@ -31,7 +31,7 @@ WAIT, MEMORY = 3.0, 400  # s that a neighbour may wait, MiB that the server may 
 TIMEOUT = 90.0  # s for an answer to the attacker
 LARGE = 10_000_000  # bytes of a JSON body: below TorchServe's limit of 10 MiB
 
-Send = Callable[[Server], int]  # sends the attack once; returns the status of the answer, 0 for none
+Send = Callable[[RunningServer], int]  # sends the attack once; returns the status of the answer, 0 for none
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Body:
     content_type: str = "application/octet-stream"
     path: str = f"/predictions/{SMALL}"
 
-    def __call__(self, server: Server) -> int:
+    def __call__(self, server: RunningServer) -> int:
         headers = {"Authorization": f"Bearer {server.key()}", "Content-Type": self.content_type}
         return requests.post(server.url + self.path, self.body, headers=headers, timeout=TIMEOUT).status_code
 
@@ -54,7 +54,7 @@ class Stream:
     image: bytes
     both_ways: bool = False
 
-    def __call__(self, server: Server) -> int:
+    def __call__(self, server: RunningServer) -> int:
         import grpc
 
         from tests import grpc_call
@@ -98,7 +98,7 @@ def part_attacks(archive: Path, images: KnownImages, folder: Path, options: Any)
     return found
 
 
-def cost_of(server: Server, send: Send, image: bytes) -> dict[str, Any]:
+def cost_of(server: RunningServer, send: Send, image: bytes) -> dict[str, Any]:
     """One attack on a server that answers neighbours about `image`.
 
     Returns:
@@ -140,7 +140,7 @@ def attack_line(name: str, found: Mapping[str, Any]) -> str:
     )
 
 
-def _attack(server: Server, send: Send, statuses: Counter[str]) -> None:
+def _attack(server: RunningServer, send: Send, statuses: Counter[str]) -> None:
     """CONNECTIONS threads for SECONDS; every answer's status is counted."""
     until = time.monotonic() + SECONDS
 
@@ -160,7 +160,7 @@ def _attack(server: Server, send: Send, statuses: Counter[str]) -> None:
 
 
 @contextmanager
-def _peak(server: Server) -> Iterator[list[float]]:
+def _peak(server: RunningServer) -> Iterator[list[float]]:
     """Resident MiB of all the server's processes, every 50 ms."""
     over, seen = threading.Event(), [_resident(server)]
 
@@ -177,7 +177,7 @@ def _peak(server: Server) -> Iterator[list[float]]:
         thread.join()
 
 
-def _resident(server: Server) -> float:
+def _resident(server: RunningServer) -> float:
     """The sum over the processes but for Java, whose heap grows to its own limit (`-Xmx`) whatever is sent."""
     total = 0
     for process in family(server):

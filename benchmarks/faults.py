@@ -21,7 +21,7 @@ import psutil
 from benchmarks.probes import TIMEOUT, Crowd, KnownImages, Note, client_of, probing, ready_workers, watching, workers_of
 from benchmarks.serving import SMALL
 from clients.python.classify import Client
-from serve import Ports, Server, serving, stop
+from launcher import Ports, RunningServer, serving, stop
 
 CALM = 3.0  # s without a disturbance: recovered
 PATIENCE = 75.0  # s until a fault counts as one that does not recover; a stopped worker is noticed after 30
@@ -36,7 +36,7 @@ class Scene:
     stack: ExitStack
     ports: Ports = field(default_factory=Ports.free)
     remarks: list[str] = field(default_factory=list)
-    server: Server = field(init=False)
+    server: RunningServer = field(init=False)
     workers: int = field(init=False)
 
     def start(self) -> None:

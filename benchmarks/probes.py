@@ -21,7 +21,7 @@ from benchmarks.load import TOLERANCE, Request
 from benchmarks.servers import raw
 from benchmarks.serving import SMALL, InProcess, digits
 from clients.python.classify import ClassifierError, Client, Unavailable, classify_files
-from serve import Server
+from launcher import RunningServer
 
 THREADS, TIMEOUT = 32, 60.0  # of the Python client: threads, and seconds for each answer (its default)
 PROBES, PROBE_SECONDS = 8, 0.1  # threads that try once, again and again, and their pause
@@ -88,7 +88,7 @@ class NotingClient(Client):
             self.notes.append(Note(sent, time.monotonic(), status))
 
 
-def client_of(server: Server, notes: list[Note], **options: Any) -> NotingClient:
+def client_of(server: RunningServer, notes: list[Note], **options: Any) -> NotingClient:
     client = NotingClient(server.url, SMALL, timeout=TIMEOUT, key_file=server.folder / "key_file.json", **options)
     client.notes = notes
     return client
@@ -146,7 +146,7 @@ def is_whole(verdict: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def probing(server: Server, image: bytes) -> Iterator[list[Note]]:
+def probing(server: RunningServer, image: bytes) -> Iterator[list[Note]]:
     """Single tries all the time, by the key file of `server`; gives the list that their notes go to."""
     notes: list[Note] = []
     over = threading.Event()
@@ -172,7 +172,7 @@ def probing(server: Server, image: bytes) -> Iterator[list[Note]]:
 
 
 @contextmanager
-def watching(server_of: Callable[[], Server], every: float) -> Iterator[list[dict[str, float]]]:
+def watching(server_of: Callable[[], RunningServer], every: float) -> Iterator[list[dict[str, float]]]:
     """What the server takes, every so many seconds."""
     samples: list[dict[str, float]] = []
     over = threading.Event()
@@ -190,7 +190,7 @@ def watching(server_of: Callable[[], Server], every: float) -> Iterator[list[dic
         thread.join()
 
 
-def sample(server: Server) -> dict[str, float]:
+def sample(server: RunningServer) -> dict[str, float]:
     """Sums over all its processes; `mebibytes` is PSS: what they share counts once. `logs` in MiB; `ready` workers."""
     found: Counter[str] = Counter()
     for process in family(server):
@@ -208,14 +208,14 @@ def sample(server: Server) -> dict[str, float]:
     }
 
 
-def family(server: Server) -> list[psutil.Process]:
+def family(server: RunningServer) -> list[psutil.Process]:
     with suppress(psutil.Error):
         root = psutil.Process(server.process.pid)
         return [root, *root.children(recursive=True)]
     return []
 
 
-def workers_of(server: Server) -> list[psutil.Process]:
+def workers_of(server: RunningServer) -> list[psutil.Process]:
     found = []
     for process in family(server):
         with suppress(psutil.Error):
@@ -224,7 +224,7 @@ def workers_of(server: Server) -> list[psutil.Process]:
     return found
 
 
-def ready_workers(server: Server) -> int:
+def ready_workers(server: RunningServer) -> int:
     """Those that TorchServe calls ready, and that are neither dead nor stopped, which it may not have noticed yet."""
     try:
         headers = {"Authorization": f"Bearer {server.key('management')}"}

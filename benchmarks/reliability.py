@@ -41,7 +41,7 @@ from benchmarks.machine import describe, save
 from benchmarks.probes import Crowd, KnownImages, Note, client_of, is_whole, watching
 from benchmarks.serving import SMALL, make_small
 from clients.python.classify import Client
-from serve import Ports, serving
+from launcher import Ports, serving
 
 CONNECTIONS, SHARE = 64, 0.8  # of the sustained load: connections, and its share of the peak
 WINDOWS, LAPS = 60, 10  # that it is divided into: 10 s each and a minute each, of 10 minutes

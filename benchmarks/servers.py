@@ -19,8 +19,8 @@ import psutil
 import requests
 
 from benchmarks.load import Request, ask
+from launcher import Ports, serving, stop
 from predictor.backends import FILES
-from serve import Ports, serving, stop
 
 PEERS = Path(__file__).parent / "peers"
 READY_SECONDS = 120

@@ -45,11 +45,11 @@ from benchmarks.servers import Running
 from export.__main__ import export_run
 from export.graphs import exported_program, onnx, quantization, torchscript
 from export.package import serving_settings
+from launcher import Ports, serving
 from model import Classifier, ModelSpec, registry
 from predictor import backends
 from predictor.files import write_text
 from predictor.pillow_preprocessing import crop, decode
-from serve import Ports, serving
 from train import train
 from training.config import TrainConfig
 

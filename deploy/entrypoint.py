@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.healthcheck import READY, WORK
-from serve import CONFIG, Ports, ServerError, archives_of, exit_on_signals, read_properties, serving, wait
+from launcher import CONFIG, Ports, ServerError, archives_of, exit_on_signals, serving, wait
+from launcher.properties import read_properties
 
 
 def everywhere(ports: Ports) -> dict[str, str]:

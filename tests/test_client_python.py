@@ -37,7 +37,7 @@ from clients.python.classify import (
     find_images,
     main,
 )
-from serve import Ports, serving
+from launcher import Ports, serving
 from tests.conftest import PROJECT, replace_in_archive
 
 PROGRAM = PROJECT / "clients" / "python" / "classify.py"

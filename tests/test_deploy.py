@@ -28,7 +28,7 @@ import requests
 import yaml
 
 from deploy import entrypoint, healthcheck
-from serve import Ports
+from launcher import Ports
 from tests.conftest import PROJECT, first_of_five
 from tests.test_serve import running_in
 
@@ -185,7 +185,7 @@ def test_the_pods_are_confined_and_their_parts_fit_together(pod):
         assert not container["image"].endswith(":latest")
         assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
         pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-        assert pause + 20 < pod["terminationGracePeriodSeconds"]  # serve.STOP_SECONDS after it
+        assert pause + 20 < pod["terminationGracePeriodSeconds"]  # launcher.process.STOP_SECONDS after it
     torchserve = next(container for container in pod["containers"] if container["name"] == "torchserve")
     assert "--loopback" in torchserve["args"]
     assert torchserve["startupProbe"]["exec"]["command"] == ["python", "-m", "deploy.healthcheck"]
@@ -309,7 +309,7 @@ def root(exported, tmp_path_factory):
     context = tmp_path_factory.mktemp("context")
     (context / "runs").mkdir()
     (context / "runs" / "digits").symlink_to(exported.parent)
-    for name in ("deploy", *(path.name for path in PROJECT.iterdir() if path.is_file())):
+    for name in ("deploy", "launcher", *(path.name for path in PROJECT.iterdir() if path.is_file())):
         (context / name).symlink_to(PROJECT / name)
     for name, value in stages()[-1]:
         if name != "COPY" or value.startswith("--from"):

@@ -8,7 +8,7 @@ import grpc
 import pytest
 import requests
 
-from serve import Ports, serving
+from launcher import Ports, serving
 from tests.grpc_call import predict
 
 pytestmark = pytest.mark.server

@@ -14,8 +14,8 @@ import pytest
 import requests
 import yaml
 
+from launcher import Ports, serving
 from model import ModelSpec
-from serve import Ports, serving
 from tests.conftest import PROJECT, label_of
 
 DEPLOY = PROJECT / "deploy"

@@ -26,8 +26,8 @@ from onnx import numpy_helper
 
 from deploy import rollout as command
 from deploy.rollout import Archive, Failed, Server, rollout
+from launcher import Ports, serving
 from predictor.pillow_preprocessing import crop, decode
-from serve import Ports, serving
 from tests.conftest import PROJECT
 
 pytestmark = pytest.mark.server

@@ -28,9 +28,9 @@ from cryptography.hazmat.primitives.serialization import pkcs12
 from cryptography.x509.oid import NameOID
 from PIL import Image
 
+from launcher import CONFIG, Ports, serving
 from model import load_run
 from model.checkpoint import CheckpointError, load_state_dict
-from serve import CONFIG, Ports, serving
 from tests.conftest import PROJECT, first_of_five, replace_in_archive
 from tests.kinds import gradient, save
 from tests.test_handler import context_of

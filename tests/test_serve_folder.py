@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import serve
-from serve import CONFIG, LOGGING, Ports, ServerError, read_properties, serving, write_properties
+from launcher import CONFIG, LOGGING, Ports, ServerError, serving, work_folder
+from launcher.properties import read_properties, write_properties
 from tests.conftest import PROJECT, first_of_five
 from tests.test_security import bearer, certificate, tls_config
 from tests.test_serve import running_in, wait_until_ready
@@ -58,7 +59,7 @@ def test_a_second_server_in_a_folder_is_refused_in_one_line_and_the_first_goes_o
 
 def test_serve_py_ends_with_2_where_another_server_works(run, exported, capsys):
     (run / "serve").mkdir(exist_ok=True)
-    with serve._locked(run / "serve", Ports.from_first(9000)):
+    with work_folder.locked(run / "serve", Ports.from_first(9000)):
         assert serve.main([str(run), "--port", str(first_of_five())]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"serve.py: {run}/serve: another server works there (process {os.getpid()}, port 9000)")
@@ -68,16 +69,16 @@ def test_serve_py_ends_with_2_where_another_server_works(run, exported, capsys):
 def test_a_torchserve_that_lost_serve_py_is_named_with_the_command_that_ends_it(tmp_path, monkeypatch):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    monkeypatch.setattr(serve, "KILLED_SECONDS", 0)
-    (tmp_path / serve.LOCK).write_text(f"{gone.pid} 4242 9000")
-    with (tmp_path / serve.LOCK).open() as held:
+    monkeypatch.setattr(work_folder, "KILLED_SECONDS", 0)
+    (tmp_path / work_folder.LOCK).write_text(f"{gone.pid} 4242 9000")
+    with (tmp_path / work_folder.LOCK).open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with (
             pytest.raises(ServerError, match=r"without serve\.py; end it: kill -- -4242"),
-            serve._locked(tmp_path, Ports.free()),
+            work_folder.locked(tmp_path, Ports.free()),
         ):
             pass
-    with serve._locked(tmp_path, Ports.free()):
+    with work_folder.locked(tmp_path, Ports.free()):
         pass
 
 
@@ -181,7 +182,7 @@ def test_the_console_file_does_not_grow_with_what_clients_do(odd):
 def test_the_temporary_folder_of_a_long_path_is_its_owners_whatever_the_umask(tmp_path):
     umask = os.umask(0)
     try:
-        folder = serve._temporary_folder(tmp_path / ("deep" * 20))
+        folder = work_folder.make_temporary_folder(tmp_path / ("deep" * 20))
     finally:
         os.umask(umask)
     assert not folder.is_relative_to(tmp_path)
