@@ -2,8 +2,8 @@
 
     python -m deploy.entrypoint /models
 
-Inference and metrics listen on all of the container's addresses, or with --loopback on none but loopback, for a door
-in the same pod; management stays on loopback. Keys are on, as in config.properties. Nothing is written outside --work.
+Inference and metrics listen on all of the container's addresses, or with --loopback on loopback only, for a sidecar in
+the same pod; management stays on loopback. Keys are on, as in config.properties. Nothing is written outside --work.
 """
 
 from __future__ import annotations
