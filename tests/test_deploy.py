@@ -522,7 +522,7 @@ def check_explanations_need_a_token_that_allows_them(url, predict, explain, samp
 
 @needs_root
 @pytest.mark.server
-def test_the_door_lets_in_who_has_a_token_and_only_where_clients_may_go(root, python, nginx, sample, label, tmp_path):
+def test_the_sidecar_lets_in_who_has_a_token_only_where_clients_may_go(root, python, nginx, sample, label, tmp_path):
     ports, tokens, scraper = Ports.from_first(first_of_five()), ["a" * 64, "b" * 64], "c" * 64
     explainer = "d" * 64
     may = {**dict.fromkeys(tokens, "predict"), explainer: "explain", scraper: "scrape"}
@@ -633,7 +633,7 @@ def faked(nginx, tmp_path):
 
 
 @needs_root
-def test_the_door_passes_on_no_header_that_asks_for_a_description_or_an_explanation(faked):
+def test_the_sidecar_passes_on_no_header_that_asks_for_a_description_or_an_explanation(faked):
     url, _, _ = faked
     for token in ("a" * 64, "d" * 64):
         status, body = raw(
