@@ -22,7 +22,7 @@ import psutil
 import requests
 
 from benchmarks.probes import KnownImages, family, probing, workers_of
-from benchmarks.serving import SMALL
+from benchmarks.serving.workload import SMALL
 from launcher import Ports, RunningServer, serving
 
 CONNECTIONS, SECONDS = 4, 10  # of the attacker; a request that is under way then is waited for

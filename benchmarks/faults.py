@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 
 from benchmarks.probes import TIMEOUT, Crowd, KnownImages, Note, client_of, probing, ready_workers, watching, workers_of
-from benchmarks.serving import SMALL
+from benchmarks.serving.workload import SMALL
 from clients.python.classify import Client
 from launcher import Ports, RunningServer, serving, stop
 

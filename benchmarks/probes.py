@@ -19,7 +19,8 @@ import requests
 
 from benchmarks.load import TOLERANCE, Request
 from benchmarks.servers import raw
-from benchmarks.serving import SMALL, InProcess, digits
+from benchmarks.serving.in_process import InProcess
+from benchmarks.serving.workload import SMALL, digits
 from clients.python.classify import ClassifierError, Client, Unavailable, classify_files
 from launcher import RunningServer
 

@@ -39,7 +39,7 @@ from benchmarks.faults import FAULTS, suffer
 from benchmarks.load import timed
 from benchmarks.machine import describe, save
 from benchmarks.probes import Crowd, KnownImages, Note, client_of, is_whole, watching
-from benchmarks.serving import SMALL, make_small
+from benchmarks.serving.workload import SMALL, make_small
 from clients.python.classify import Client
 from launcher import Ports, serving
 

@@ -21,7 +21,7 @@ import requests
 
 from benchmarks.faults import Scene
 from benchmarks.probes import Crowd, KnownImages, Note, client_of, is_whole, ready_workers, workers_of
-from benchmarks.serving import SMALL
+from benchmarks.serving.workload import SMALL
 from clients.python.classify import IN_FLIGHT
 from tests.conftest import replace_in_archive
 
