@@ -220,17 +220,17 @@ def recovery(
         /ping ever said so.
     """
     client = Client(scene.server.url, SMALL, key_file=scene.server.folder / "key_file.json")
-    unhealthy, is_over = False, False
-    while not is_over and time.monotonic() < at + PATIENCE:
+    unhealthy, has_recovered = False, False
+    while not has_recovered and time.monotonic() < at + PATIENCE:
         time.sleep(0.1)
         now = time.monotonic()
         unhealthy |= not client.is_healthy()
         is_calm = now - at > CALM and all(note.is_good for note in notes_of() if note.done > now - CALM)
-        is_over = is_calm and samples[-1]["ready"] >= scene.workers
+        has_recovered = is_calm and samples[-1]["ready"] >= scene.workers
     broken = [one["at"] for one in samples if one["at"] > at and one["ready"] < scene.workers]
     ready = [one["at"] for one in samples if one["at"] > max(broken, default=at)]
     return {
-        "by_itself": is_over,
+        "by_itself": has_recovered,
         "whole": (ready[0] - at if ready else None) if broken else 0.0,
         "unhealthy": unhealthy,
     }
