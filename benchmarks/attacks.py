@@ -1,7 +1,7 @@
 """The worst that one client can send: what each costs its neighbours, the workers and the machine's memory.
 
 Each attack has a fresh server, four connections at once that send it again and again, and neighbours that ask about
-good images all the while. An attack is harmless if no neighbour waits more than WAIT seconds or loses an answer, no
+good images all the while. An attack is harmless if no neighbour waits more than WAIT seconds or loses a response, no
 worker is replaced, and the server's processes together grow by at most MEMORY MiB.
 """
 
@@ -28,10 +28,10 @@ from launcher import Ports, RunningServer, serving
 CONNECTIONS, SECONDS = 4, 10  # of the attacker; a request that is under way then is waited for
 CALM_SECONDS = 2  # of neighbours alone, before the attack
 WAIT, MEMORY = 3.0, 400  # s that a neighbour may wait, MiB that the server may grow by
-TIMEOUT = 90.0  # s for an answer to the attacker
+TIMEOUT = 90.0  # s for a response to the attacker
 LARGE = 10_000_000  # bytes of a JSON body: below TorchServe's limit of 10 MiB
 
-Send = Callable[[RunningServer], int]  # sends the attack once; returns the status of the answer, 0 for none
+Send = Callable[[RunningServer], int]  # sends the attack once; returns the status of the response, 0 for none
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ def part_attacks(archive: Path, images: KnownImages, folder: Path, options: Any)
 
 
 def cost_of(server: RunningServer, send: Send, image: bytes) -> dict[str, Any]:
-    """One attack on a server that answers neighbours about `image`.
+    """One attack on a server that neighbours send `image` to.
 
     Returns:
         longest: s, the longest wait of a neighbour during the attack or after it; calm: the same before it;
-        failed: neighbours' requests that got no answer, by status; replaced: workers; mebibytes: growth at the peak;
-        statuses: the attacker's answers, by status.
+        failed: neighbours' requests that got no response, by status; replaced: workers; mebibytes: growth at the peak;
+        statuses: the attacker's responses, by status.
     """
     workers = workers_of(server)
     statuses: Counter[str] = Counter()
@@ -117,7 +117,7 @@ def cost_of(server: RunningServer, send: Send, image: bytes) -> dict[str, Any]:
     return {
         "longest": max(note.done - note.sent for note in during),
         "calm": max(note.done - note.sent for note in notes if note.done <= at),
-        "failed": dict(Counter(str(note.status or "no answer") for note in during if note.status != 200)),
+        "failed": dict(Counter(str(note.status or "no response") for note in during if note.status != 200)),
         "neighbours": len(during),
         "replaced": len(set(workers) - set(workers_of(server))),
         "mebibytes": max(memory) - before,
@@ -136,12 +136,12 @@ def attack_line(name: str, found: Mapping[str, Any]) -> str:
     return (
         f"{name:44} {'harmless' if is_harmless(found) else 'COSTLY  '} wait {found['longest']:5.2f} s, "
         f"failed: {failed} of {found['neighbours']}, {found['replaced']} workers replaced, "
-        f"{found['mebibytes']:+5.0f} MiB; answered {said}"
+        f"{found['mebibytes']:+5.0f} MiB; got {said}"
     )
 
 
 def _attack(server: RunningServer, send: Send, statuses: Counter[str]) -> None:
-    """CONNECTIONS threads for SECONDS; every answer's status is counted."""
+    """CONNECTIONS threads for SECONDS; every response's status is counted."""
     until = time.monotonic() + SECONDS
 
     def repeat() -> None:

@@ -119,8 +119,8 @@ def remove_the_unpacked_model(scene: Scene) -> None:
     shutil.rmtree(folder)
     kill_a_worker(scene)
     time.sleep(5)
-    answers = "are still answered" if ready_workers(scene.server) else "fail"
-    scene.remarks.append(f"with one worker killed requests {answers}; then the others were killed too")
+    responses = "still succeed" if ready_workers(scene.server) else "fail"
+    scene.remarks.append(f"with one worker killed requests {responses}; then the others were killed too")
     kill_all_workers(scene)
 
 
@@ -195,8 +195,8 @@ def disturbance(notes: list[Note], at: float) -> dict[str, Any]:
     """What clients felt of the fault `at`, over all requests that ended after it, a new start by us included.
 
     Returns:
-        In seconds: `silent`, the longest time without any good answer, and `calm`, from the fault to the end of the
-        last disturbed request. `failed`, requests by status; `slow`, answered but late; `hung`, never answered, so
+        In seconds: `silent`, the longest time without any good response, and `calm`, from the fault to the end of the
+        last disturbed request. `failed`, requests by status; `slow`, late; `hung`, no response, so
         that only the client's own time-out ended them: TorchServe forgets what it was putting together into a batch
         when the worker dies.
     """
@@ -204,7 +204,7 @@ def disturbance(notes: list[Note], at: float) -> dict[str, Any]:
     return {
         "silent": max((late - early for early, late in itertools.pairwise(good)), default=None),
         "calm": max((note.done - at for note in notes if not note.is_good), default=0.0),
-        "failed": dict(Counter(str(note.status or "no answer") for note in notes if note.status != 200)),
+        "failed": dict(Counter(str(note.status or "no response") for note in notes if note.status != 200)),
         "slow": sum(note.status == 200 and not note.is_good for note in notes),
         "hung": sum(note.status == 0 and note.done - note.sent > TIMEOUT - 1 for note in notes),
     }
@@ -213,7 +213,7 @@ def disturbance(notes: list[Note], at: float) -> dict[str, Any]:
 def recovery(
     scene: Scene, at: float, samples: Sequence[Mapping[str, float]], notes_of: Callable[[], list[Note]]
 ) -> dict[str, Any]:
-    """Waits until all workers are ready and requests have been answered well for a while.
+    """Waits until all workers are ready and requests have succeeded for a while.
 
     Returns:
         `by_itself`; `whole`, seconds from the fault `at` to all workers being ready (None: never); `unhealthy`, whether
@@ -237,7 +237,7 @@ def recovery(
 
 
 def series(notes: Sequence[Note], samples: Sequence[Mapping[str, float]], at: float) -> list[list[float | None]]:
-    """[second, good answers, p99 in ms, MiB] of each second; seconds from the fault `at`."""
+    """[second, good responses, p99 in ms, MiB] of each second; seconds from the fault `at`."""
     rows: list[list[float | None]] = []
     done = np.array([note.done - at for note in notes])
     took = np.array([1000 * (note.done - note.sent) for note in notes])

@@ -24,17 +24,17 @@ from benchmarks.serving.workload import SMALL, digits
 from clients.python.classify import ClassifierError, Client, Unavailable, classify_files
 from launcher import RunningServer
 
-THREADS, TIMEOUT = 32, 60.0  # of the Python client: threads, and seconds for each answer (its default)
+THREADS, TIMEOUT = 32, 60.0  # of the Python client: threads, and seconds for each response (its default)
 PROBES, PROBE_SECONDS = 8, 0.1  # threads that try once, again and again, and their pause
-SLOW = 1.0  # s: an answer that takes longer counts as disturbed
+SLOW = 1.0  # s: a response that takes longer counts as disturbed
 
 
 @dataclass(frozen=True)
 class KnownImages:
-    """JPEG files whose answers all differ, so that a wrong one is seen."""
+    """JPEG files whose predictions all differ, so that a wrong one is seen."""
 
     bodies: list[bytes]
-    answers: list[dict[str, float]]  # label to probability, all labels
+    predictions: list[dict[str, float]]  # label to probability, all labels
 
     @classmethod
     def of(cls, export: Path) -> KnownImages:
@@ -45,16 +45,17 @@ class KnownImages:
             if not kept or np.abs(rows[kept] - row).max(axis=1).min() > 4 * TOLERANCE:
                 kept.append(i)
         labels = process.spec["labels"]
-        answers = [dict(zip(labels, rows[i].tolist(), strict=True)) for i in kept]
-        return cls([bodies[i] for i in kept], answers)
+        predictions = [dict(zip(labels, rows[i].tolist(), strict=True)) for i in kept]
+        return cls([bodies[i] for i in kept], predictions)
 
-    def are_right(self, number: int, answer: Mapping[str, float]) -> bool:
-        """Whether it is the answer to the image of this number; the images repeat without end."""
-        known = self.answers[number % len(self.answers)]
-        return bool(answer) and all(abs(known.get(label, 9) - value) <= TOLERANCE for label, value in answer.items())
+    def is_correct(self, number: int, prediction: Mapping[str, float]) -> bool:
+        """Whether it is the prediction for the image of this number; the images repeat without end."""
+        known = self.predictions[number % len(self.predictions)]
+        off = (abs(known.get(label, 9) - probability) for label, probability in prediction.items())
+        return bool(prediction) and all(one <= TOLERANCE for one in off)
 
     def requests(self, count: int) -> list[Request]:
-        best = [max(answer.items(), key=lambda item: item[1]) for answer in self.answers[:count]]
+        best = [max(prediction.items(), key=lambda item: item[1]) for prediction in self.predictions[:count]]
         return [replace(raw(body), best=(one,)) for body, one in zip(self.bodies, best, strict=False)]
 
 
@@ -67,7 +68,7 @@ class Note:
 
     sent: float
     done: float
-    status: int  # 0: no answer
+    status: int  # 0: no response
 
     @property
     def is_good(self) -> bool:
@@ -103,7 +104,7 @@ class Crowd(threading.Thread):
         self._client, self._images, self._folder = client, images, folder
         self._over = threading.Event()
         self._asked = 0
-        self._answers: Counter[str] = Counter()
+        self._predictions: Counter[str] = Counter()
         self._wrong: list[str] = []
         self._gave_up = ""
         folder.mkdir()
@@ -114,8 +115,8 @@ class Crowd(threading.Thread):
         try:
             for row in classify_files(self._client, self._names(), threads=THREADS):
                 name = Path(row.image).name
-                self._answers[name] += 1
-                if not self._images.are_right(int(name), row.answer):
+                self._predictions[name] += 1
+                if not self._images.is_correct(int(name), row.answer):
                     self._wrong.append(f"{name}: {row.error or row.answer}")
         except (ClassifierError, Unavailable) as error:
             self._gave_up = str(error)
@@ -126,8 +127,8 @@ class Crowd(threading.Thread):
         self.join()
         return {
             "images": self._asked,
-            "lost": self._asked - len(self._answers),
-            "doubled": sum(count - 1 for count in self._answers.values()),
+            "lost": self._asked - len(self._predictions),
+            "doubled": sum(count - 1 for count in self._predictions.values()),
             "wrong": len(self._wrong),
             "said": self._gave_up or (self._wrong or [""])[0],
         }

@@ -1,16 +1,16 @@
-"""What our server withstands: minutes of load, far too much of it, and faults under load. Every answer is checked.
+"""What our server withstands: minutes of load, far too much of it, and faults under load. Every response is checked.
 
     python -m benchmarks.reliability
     python -m benchmarks.reliability --only sustained --minutes 0.5
 
-sustained   80% of the peak for --minutes. wrk sends the requests at fixed times, whatever the answers take, and writes
-            down every answer (benchmarks/load.lua); whether the rate was held is part of the result. A request that had
-            to wait for its connection counts from when it was due.
-start       from starting TorchServe to the first answer.
+sustained   80% of the peak for --minutes. wrk sends the requests at fixed times, whatever the responses take, and
+            records every response (benchmarks/load.lua); whether the rate was held is part of the result. A request
+            that had to wait for its connection counts from when it was due.
+start       from starting TorchServe to the first response.
 burst       400 connections, each asking again at once: far more than the queue holds. Then the same with the Python
             client (clients/python) beside it.
-faults      each on a fresh server, asked by the Python client about images whose answers differ, each under a name of
-            its own: none may be lost, answered twice or wrongly. Probes that try once only tell how long a fault is
+faults      each on a fresh server, sent images with different predictions by the Python client, each under a name of
+            its own: none may be lost, returned twice or wrong. Probes that try once only tell how long a fault is
             felt. Where nothing recovers by itself the server is started anew, as a supervisor would.
 attacks     the worst requests that are known (benchmarks/attacks.py), four connections at once, with good neighbours.
 
@@ -58,11 +58,11 @@ def part_sustained(archive: Path, images: KnownImages, folder: Path, options: ar
         peak = timed(url, key, wanted, CONNECTIONS, 10)[0].requests_per_second
         rate = SHARE * peak
         with watching(lambda: server, seconds / WINDOWS) as samples:
-            result, answers = timed(url, key, wanted, CONNECTIONS, seconds + 2, rate)
-    started = answers["due"].min()
-    answers = answers[answers["due"] < started + seconds]  # the last window is whole
-    windows = windows_of(answers, started, seconds / WINDOWS)
-    laps = windows_of(answers, started, seconds / LAPS)
+            result, responses = timed(url, key, wanted, CONNECTIONS, seconds + 2, rate)
+    started = responses["due"].min()
+    responses = responses[responses["due"] < started + seconds]  # the last window is whole
+    windows = windows_of(responses, started, seconds / WINDOWS)
+    laps = windows_of(responses, started, seconds / LAPS)
     samples = [{**one, "at": one["at"] - started} for one in samples if one["at"] - started < seconds]
     of_lap = [
         [one["mebibytes"] for one in samples if lap <= LAPS * one["at"] / seconds < lap + 1] for lap in range(LAPS)
@@ -71,9 +71,9 @@ def part_sustained(archive: Path, images: KnownImages, folder: Path, options: ar
         "peak": peak,
         "rate": rate,
         "seconds": seconds,
-        "answers": len(answers),
+        "responses": len(responses),
         "least_rate": min(window["rate"] for window in windows),
-        "late_p99_ms": 1000 * float(np.percentile(answers["sent"] - answers["due"], 99)),
+        "late_p99_ms": 1000 * float(np.percentile(responses["sent"] - responses["due"], 99)),
         "wrong": result.wrong,
         "failed": result.failed,
         "said": result.said,
@@ -85,16 +85,16 @@ def part_sustained(archive: Path, images: KnownImages, folder: Path, options: ar
     }
 
 
-def windows_of(answers: np.ndarray, started: float, seconds: float) -> list[dict[str, float]]:
+def windows_of(responses: np.ndarray, started: float, seconds: float) -> list[dict[str, float]]:
     """By when requests were sent; milliseconds from when they were due or sent, whichever came first."""
-    took = 1000 * (answers["done"] - np.minimum(answers["due"], answers["sent"]))
-    number = ((answers["sent"] - started) / seconds).astype(int)
+    took = 1000 * (responses["done"] - np.minimum(responses["due"], responses["sent"]))
+    number = ((responses["sent"] - started) / seconds).astype(int)
     found = []
-    for one in range(round((answers["due"].max() - started) / seconds)):
+    for one in range(round((responses["due"].max() - started) / seconds)):
         inside = number == one
         p50, p99 = np.percentile(took[inside], [50, 99])
-        right = int(answers["right"][inside].sum())
-        found.append({"at": one * seconds, "rate": right / seconds, "p50_ms": float(p50), "p99_ms": float(p99)})
+        correct = int(responses["correct"][inside].sum())
+        found.append({"at": one * seconds, "rate": correct / seconds, "p50_ms": float(p50), "p99_ms": float(p99)})
     return found
 
 
@@ -124,7 +124,7 @@ def part_burst(archive: Path, images: KnownImages, folder: Path, options: argpar
         finally:
             verdict = crowd.verdict()
     took = 1000 * (burst["done"] - burst["sent"])
-    refused, good = burst["status"] == 503, burst["right"] == 1
+    refused, good = burst["status"] == 503, burst["correct"] == 1
     p50, p99 = np.percentile(took[refused], [50, 99]) if refused.any() else (0.0, 0.0)
     over = burst["done"].max()
     return {
@@ -132,22 +132,22 @@ def part_burst(archive: Path, images: KnownImages, folder: Path, options: argpar
         "before": before,
         "good": float(good.sum() / BURST_SECONDS),
         "good_p99_ms": float(np.percentile(took[good], 99)),
-        "answers": len(burst),
+        "responses": len(burst),
         "refused_share": float(refused.mean()),
         "refused_p50_ms": float(p50),
         "refused_p99_ms": float(p99),
         "others": int((~refused & ~good).sum()) + result.failed,
-        "full_speed_seconds": full_speed(after["done"][after["right"] == 1] - over, before),
+        "full_speed_seconds": full_speed(after["done"][after["correct"] == 1] - over, before),
         "client": {**verdict, "refused": sum(note.status == 503 for note in notes)},
         "series": [
             *speeds(burst["done"][good] - burst["done"].min() - BURST_SECONDS),
-            *speeds(after["done"][after["right"] == 1] - over),
+            *speeds(after["done"][after["correct"] == 1] - over),
         ],
     }
 
 
 def speeds(times: np.ndarray) -> list[list[float]]:
-    """[second, good answers a second] for each tenth of a second."""
+    """[second, good responses a second] for each tenth of a second."""
     tenths, counts = np.unique(np.floor(10 * times), return_counts=True)
     return [[float(tenth) / 10, 10.0 * int(count)] for tenth, count in zip(tenths, counts, strict=True)]
 

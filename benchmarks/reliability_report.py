@@ -50,7 +50,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"burst: {found['connections']} connections; "
-            f"{found['refused_share']:.1%} of {found['answers']} responses are 503, "
+            f"{found['refused_share']:.1%} of {found['responses']} responses are 503, "
             f"p50 {found['refused_p50_ms']:.1f} ms, p99 {found['refused_p99_ms']:.1f} ms; "
             f"{found['good']:.0f} good/s (before: {found['before']:.0f}/s), p99 {found['good_p99_ms']:.0f} ms; "
             f"{found['others']} others; full speed after {found['full_speed_seconds']:.1f} s",
@@ -76,7 +76,7 @@ def sustained_lines(found: Mapping[str, Any]) -> list[str]:
     lines = [
         "",
         f"sustained: {found['seconds']} s at {found['rate']:.0f}/s, "
-        f"{found['rate'] / found['peak']:.0%} of {found['peak']:.0f}/s; {found['answers']} responses, "
+        f"{found['rate'] / found['peak']:.0%} of {found['peak']:.0f}/s; {found['responses']} responses, "
         f"{found['wrong']} wrong {found['said'][:100]}, {found['failed']} failed; "
         f"slowest window {found['least_rate']:.0f}/s",
         f"  second lap: p50 {first['p50_ms']:.2f} ms, p99 {first['p99_ms']:.2f} ms; "

@@ -34,7 +34,7 @@ class ServerUnderTest:
     url: str
     key: str
     body: Callable[[bytes], Request]  # of one image file, as this server wants it
-    ready_seconds: float  # from the start of the process to the first answer
+    ready_seconds: float  # from the start of the process to the first response
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -146,7 +146,7 @@ def _peer(
                 break
             except requests.RequestException as error:
                 if process.poll() is not None or time.perf_counter() - started > READY_SECONDS:
-                    raise RuntimeError(f"{' '.join(line)}: no answer ({error}); see {folder / 'log'}") from None
+                    raise RuntimeError(f"{' '.join(line)}: no response ({error}); see {folder / 'log'}") from None
                 time.sleep(0.05)
         seconds = time.perf_counter() - started
         yield from _resting(process, url, "", lambda body: multipart({field: body}), seconds)

@@ -16,7 +16,7 @@ import requests
 from benchmarks.load import TOLERANCE, Request, ask, load
 from benchmarks.servers import ServerUnderTest
 
-DRAINING = 1.0  # seconds after an answer, in which the other worker too ends its batch
+DRAINING = 1.0  # seconds after a response, in which the other worker too ends its batch
 WAKING = 1.0  # seconds of load before each that counts: BentoML learns from the clock how long to wait for a batch
 
 Starts = dict[str, Callable[[], contextlib.AbstractContextManager[ServerUnderTest]]]
