@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import PROJECT
 
 OURS = {"model", "training", "export", "handler", "clients", "deploy", "benchmarks", "train", "serve", "demo", "tests"}
+OURS |= {"launcher"}
 
 ALLOWED = {
     "model": {"model"},
@@ -15,9 +16,10 @@ ALLOWED = {
     "export": {"export", "model", "training", "handler"},  # of these two little: see below
     "handler": set(),
     "clients": set(),
-    "deploy": {"deploy", "serve"},
+    "deploy": {"deploy", "launcher", "predictor"},
+    "launcher": {"launcher"},
     "train.py": {"training", "model"},
-    "serve.py": set(),
+    "serve.py": {"launcher"},
 }
 
 
