@@ -5,7 +5,7 @@
 
 Reads config.properties (or --config) and log4j2.xml. Its keys (key_file.json) and logs lie in RUN/serve, where one
 server at a time may run. `--port P` takes P for inference, P+1 for management, P+2 for metrics, P+3 and P+4 for gRPC;
-without it the ports are those of config.properties. `--console` shows TorchServe's own log lines on the terminal.
+without it the ports are those of config.properties. `--console` shows TorchServe's own lines on the terminal, too.
 
 Ends with 0 when it is stopped (Ctrl-C, SIGTERM, or the terminal is closed), 2 if it cannot start, and 1 if TorchServe
 ends by itself. If it is killed (SIGKILL), TorchServe and its workers end too.
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="run folder that `python -m export` has exported")
     parser.add_argument("--port", type=int, help="first of five ports (default: those of config.properties)")
     parser.add_argument("--config", type=Path, default=CONFIG, help="another config.properties, e.g. with TLS")
-    parser.add_argument("--console", action="store_true", help="show TorchServe's own log lines too")
+    parser.add_argument("--console", action="store_true", help="show TorchServe's own lines too")
     options = parser.parse_args(arguments)
     if not options.config.is_file():
         print(f"serve.py: --config {options.config}: no such file", file=sys.stderr)

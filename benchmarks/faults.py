@@ -38,9 +38,13 @@ class Scene:
     remarks: list[str] = field(default_factory=list)
     server: RunningServer = field(init=False)
     workers: int = field(init=False)
+    _serving: ExitStack = field(default_factory=ExitStack)
 
     def start(self) -> None:
-        self.server = self.stack.enter_context(serving([self.archive], self.folder / "server", ports=self.ports))
+        """Starts the server, or another one in the folder of the one that has ended."""
+        self._serving.close()
+        self._serving = self.stack.enter_context(ExitStack())
+        self.server = self._serving.enter_context(serving([self.archive], self.folder / "server", ports=self.ports))
         self.workers = len(workers_of(self.server))
 
     def wait_until_whole(self, seconds: float) -> float | None:

@@ -73,7 +73,7 @@ def last_words(server: RunningServer) -> str:
     """What the logs say last, since this start: errors before anything else, and the worker's own words first."""
     said = {name: _logged(server, name).strip().splitlines() for name in ("model_log.log", "ts_log.log", "console.log")}
     said["console.log"] = [line for line in said["console.log"] if line not in JAVAS_LAST_WORDS]
-    for pattern in (r"\b\w*(Error|Exception)\b", r"\b(ERROR|FATAL)\b", ""):
+    for pattern in (r"^(?!Caused by: ).*\b\w*(Error|Exception)\b", r"\b(ERROR|FATAL)\b", ""):
         for name, lines in said.items():
             if found := [line for line in lines if re.search(pattern, line)]:
                 return f"{found[-1][-500:]} (see {server.folder / 'logs' / name})"

@@ -16,6 +16,8 @@ from contextlib import suppress
 import psutil
 import pytest
 import requests
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.serialization import pkcs12
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -270,11 +272,11 @@ def test_a_file_that_the_configuration_names_and_that_is_not_there_is_named(expo
 def test_why_java_or_torchserve_does_not_start_is_said(exported, tmp_path):
     said = refusal(exported, tmp_path / "server", settings={"vmargs": "-XX:Nonsense"})
     assert "Unrecognized VM option 'Nonsense'" in said
-    (tmp_path / "store.p12").write_bytes(b"no store")
-    config = tls_config(tmp_path, "keystore=store.p12\nkeystore_pass=x\n")
-    said = refusal(exported, tmp_path / "server", config=config)
-    assert "Exception" in said
-    assert "keystore" in said.lower() or "DerInput" in said or "toDerInputStream" in said
+    key, made = certificate("localhost", tmp_path)
+    secret = serialization.BestAvailableEncryption(b"right")
+    (tmp_path / "store.p12").write_bytes(pkcs12.serialize_key_and_certificates(b"x", key, made, None, secret))
+    config = tls_config(tmp_path, "keystore=store.p12\nkeystore_pass=wrong\nkeystore_type=PKCS12\n")
+    assert "keystore password was incorrect" in refusal(exported, tmp_path / "server", config=config)
     assert not running_in(tmp_path)
 
 
