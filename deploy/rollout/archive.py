@@ -79,7 +79,7 @@ class Archive:
     def mismatch(self, i: int, response: requests.Response) -> str:
         """How the response to golden image i differs from what the export predicted; empty if it does not."""
         if response.status_code != 200:
-            return f"golden image {i} got {response.status_code}: {message_of(response)}"
+            return f"golden image {i} got {message_of(response)}"
         got = response.headers.get("x-model-version"), response.headers.get("x-model-weights-sha256")
         if got != (self.version, self.spec.weights_sha256):
             return f"golden image {i} was predicted by version {got[0]}, weights {str(got[1])[:12]}"
