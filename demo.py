@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clients.python.classify import Client
-from serve import Ports, ServerError, serving
+from launcher import Ports, ServerError, serving
 
 SHOWN = 20  # rows of the table; all images are classified
 

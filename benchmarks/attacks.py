@@ -1,7 +1,7 @@
 """The worst that one client can send: what each costs its neighbours, the workers and the machine's memory.
 
 Each attack has a fresh server, four connections at once that send it again and again, and neighbours that ask about
-good images all the while. An attack is harmless if no neighbour waits more than WAIT seconds or loses an answer, no
+good images all the while. An attack is harmless if no neighbour waits more than WAIT seconds or loses a response, no
 worker is replaced, and the server's processes together grow by at most MEMORY MiB.
 """
 
@@ -22,16 +22,16 @@ import psutil
 import requests
 
 from benchmarks.probes import KnownImages, family, probing, workers_of
-from benchmarks.serving import SMALL
-from serve import Ports, Server, serving
+from benchmarks.serving.workload import SMALL
+from launcher import Ports, RunningServer, serving
 
 CONNECTIONS, SECONDS = 4, 10  # of the attacker; a request that is under way then is waited for
 CALM_SECONDS = 2  # of neighbours alone, before the attack
 WAIT, MEMORY = 3.0, 400  # s that a neighbour may wait, MiB that the server may grow by
-TIMEOUT = 90.0  # s for an answer to the attacker
+TIMEOUT = 90.0  # s for a response to the attacker
 LARGE = 10_000_000  # bytes of a JSON body: below TorchServe's limit of 10 MiB
 
-Send = Callable[[Server], int]  # sends the attack once; returns the status of the answer, 0 for none
+Send = Callable[[RunningServer], int]  # sends the attack once; returns the status of the response, 0 for none
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Body:
     content_type: str = "application/octet-stream"
     path: str = f"/predictions/{SMALL}"
 
-    def __call__(self, server: Server) -> int:
+    def __call__(self, server: RunningServer) -> int:
         headers = {"Authorization": f"Bearer {server.key()}", "Content-Type": self.content_type}
         return requests.post(server.url + self.path, self.body, headers=headers, timeout=TIMEOUT).status_code
 
@@ -54,7 +54,7 @@ class Stream:
     image: bytes
     both_ways: bool = False
 
-    def __call__(self, server: Server) -> int:
+    def __call__(self, server: RunningServer) -> int:
         import grpc
 
         from tests import grpc_call
@@ -98,13 +98,13 @@ def part_attacks(archive: Path, images: KnownImages, folder: Path, options: Any)
     return found
 
 
-def cost_of(server: Server, send: Send, image: bytes) -> dict[str, Any]:
-    """One attack on a server that answers neighbours about `image`.
+def cost_of(server: RunningServer, send: Send, image: bytes) -> dict[str, Any]:
+    """One attack on a server that neighbours send `image` to.
 
     Returns:
         longest: s, the longest wait of a neighbour during the attack or after it; calm: the same before it;
-        failed: neighbours' requests that got no answer, by status; replaced: workers; mebibytes: growth at the peak;
-        statuses: the attacker's answers, by status.
+        failed: neighbours' requests that got no response, by status; replaced: workers; mebibytes: growth at the peak;
+        statuses: the attacker's responses, by status.
     """
     workers = workers_of(server)
     statuses: Counter[str] = Counter()
@@ -117,7 +117,7 @@ def cost_of(server: Server, send: Send, image: bytes) -> dict[str, Any]:
     return {
         "longest": max(note.done - note.sent for note in during),
         "calm": max(note.done - note.sent for note in notes if note.done <= at),
-        "failed": dict(Counter(str(note.status or "no answer") for note in during if note.status != 200)),
+        "failed": dict(Counter(str(note.status or "no response") for note in during if note.status != 200)),
         "neighbours": len(during),
         "replaced": len(set(workers) - set(workers_of(server))),
         "mebibytes": max(memory) - before,
@@ -136,12 +136,12 @@ def attack_line(name: str, found: Mapping[str, Any]) -> str:
     return (
         f"{name:44} {'harmless' if is_harmless(found) else 'COSTLY  '} wait {found['longest']:5.2f} s, "
         f"failed: {failed} of {found['neighbours']}, {found['replaced']} workers replaced, "
-        f"{found['mebibytes']:+5.0f} MiB; answered {said}"
+        f"{found['mebibytes']:+5.0f} MiB; got {said}"
     )
 
 
-def _attack(server: Server, send: Send, statuses: Counter[str]) -> None:
-    """CONNECTIONS threads for SECONDS; every answer's status is counted."""
+def _attack(server: RunningServer, send: Send, statuses: Counter[str]) -> None:
+    """CONNECTIONS threads for SECONDS; every response's status is counted."""
     until = time.monotonic() + SECONDS
 
     def repeat() -> None:
@@ -160,7 +160,7 @@ def _attack(server: Server, send: Send, statuses: Counter[str]) -> None:
 
 
 @contextmanager
-def _peak(server: Server) -> Iterator[list[float]]:
+def _peak(server: RunningServer) -> Iterator[list[float]]:
     """Resident MiB of all the server's processes, every 50 ms."""
     over, seen = threading.Event(), [_resident(server)]
 
@@ -177,7 +177,7 @@ def _peak(server: Server) -> Iterator[list[float]]:
         thread.join()
 
 
-def _resident(server: Server) -> float:
+def _resident(server: RunningServer) -> float:
     """The sum over the processes but for Java, whose heap grows to its own limit (`-Xmx`) whatever is sent."""
     total = 0
     for process in family(server):

@@ -19,9 +19,9 @@ import numpy as np
 import psutil
 
 from benchmarks.probes import TIMEOUT, Crowd, KnownImages, Note, client_of, probing, ready_workers, watching, workers_of
-from benchmarks.serving import SMALL
+from benchmarks.serving.workload import SMALL
 from clients.python.classify import Client
-from serve import Ports, Server, serving, stop
+from launcher import Ports, RunningServer, serving, stop
 
 CALM = 3.0  # s without a disturbance: recovered
 PATIENCE = 75.0  # s until a fault counts as one that does not recover; a stopped worker is noticed after 30
@@ -36,11 +36,15 @@ class Scene:
     stack: ExitStack
     ports: Ports = field(default_factory=Ports.free)
     remarks: list[str] = field(default_factory=list)
-    server: Server = field(init=False)
+    server: RunningServer = field(init=False)
     workers: int = field(init=False)
+    _serving: ExitStack = field(default_factory=ExitStack)
 
     def start(self) -> None:
-        self.server = self.stack.enter_context(serving([self.archive], self.folder / "server", ports=self.ports))
+        """Starts the server, or another one in the folder of the one that has ended."""
+        self._serving.close()
+        self._serving = self.stack.enter_context(ExitStack())
+        self.server = self._serving.enter_context(serving([self.archive], self.folder / "server", ports=self.ports))
         self.workers = len(workers_of(self.server))
 
     def wait_until_whole(self, seconds: float) -> float | None:
@@ -119,8 +123,8 @@ def remove_the_unpacked_model(scene: Scene) -> None:
     shutil.rmtree(folder)
     kill_a_worker(scene)
     time.sleep(5)
-    answers = "are still answered" if ready_workers(scene.server) else "fail"
-    scene.remarks.append(f"with one worker killed requests {answers}; then the others were killed too")
+    responses = "still succeed" if ready_workers(scene.server) else "fail"
+    scene.remarks.append(f"with one worker killed requests {responses}; then the others were killed too")
     kill_all_workers(scene)
 
 
@@ -195,8 +199,8 @@ def disturbance(notes: list[Note], at: float) -> dict[str, Any]:
     """What clients felt of the fault `at`, over all requests that ended after it, a new start by us included.
 
     Returns:
-        In seconds: `silent`, the longest time without any good answer, and `calm`, from the fault to the end of the
-        last disturbed request. `failed`, requests by status; `slow`, answered but late; `hung`, never answered, so
+        In seconds: `silent`, the longest time without any good response, and `calm`, from the fault to the end of the
+        last disturbed request. `failed`, requests by status; `slow`, late; `hung`, no response, so
         that only the client's own time-out ended them: TorchServe forgets what it was putting together into a batch
         when the worker dies.
     """
@@ -204,7 +208,7 @@ def disturbance(notes: list[Note], at: float) -> dict[str, Any]:
     return {
         "silent": max((late - early for early, late in itertools.pairwise(good)), default=None),
         "calm": max((note.done - at for note in notes if not note.is_good), default=0.0),
-        "failed": dict(Counter(str(note.status or "no answer") for note in notes if note.status != 200)),
+        "failed": dict(Counter(str(note.status or "no response") for note in notes if note.status != 200)),
         "slow": sum(note.status == 200 and not note.is_good for note in notes),
         "hung": sum(note.status == 0 and note.done - note.sent > TIMEOUT - 1 for note in notes),
     }
@@ -213,31 +217,31 @@ def disturbance(notes: list[Note], at: float) -> dict[str, Any]:
 def recovery(
     scene: Scene, at: float, samples: Sequence[Mapping[str, float]], notes_of: Callable[[], list[Note]]
 ) -> dict[str, Any]:
-    """Waits until all workers are ready and requests have been answered well for a while.
+    """Waits until all workers are ready and requests have succeeded for a while.
 
     Returns:
         `by_itself`; `whole`, seconds from the fault `at` to all workers being ready (None: never); `unhealthy`, whether
         /ping ever said so.
     """
     client = Client(scene.server.url, SMALL, key_file=scene.server.folder / "key_file.json")
-    unhealthy, is_over = False, False
-    while not is_over and time.monotonic() < at + PATIENCE:
+    unhealthy, has_recovered = False, False
+    while not has_recovered and time.monotonic() < at + PATIENCE:
         time.sleep(0.1)
         now = time.monotonic()
         unhealthy |= not client.is_healthy()
         is_calm = now - at > CALM and all(note.is_good for note in notes_of() if note.done > now - CALM)
-        is_over = is_calm and samples[-1]["ready"] >= scene.workers
+        has_recovered = is_calm and samples[-1]["ready"] >= scene.workers
     broken = [one["at"] for one in samples if one["at"] > at and one["ready"] < scene.workers]
     ready = [one["at"] for one in samples if one["at"] > max(broken, default=at)]
     return {
-        "by_itself": is_over,
+        "by_itself": has_recovered,
         "whole": (ready[0] - at if ready else None) if broken else 0.0,
         "unhealthy": unhealthy,
     }
 
 
 def series(notes: Sequence[Note], samples: Sequence[Mapping[str, float]], at: float) -> list[list[float | None]]:
-    """[second, good answers, p99 in ms, MiB] of each second; seconds from the fault `at`."""
+    """[second, good responses, p99 in ms, MiB] of each second; seconds from the fault `at`."""
     rows: list[list[float | None]] = []
     done = np.array([note.done - at for note in notes])
     took = np.array([1000 * (note.done - note.sent) for note in notes])

@@ -1,25 +1,25 @@
--- For wrk: each thread sends one body over and over, and every answer is compared with the one that is known.
+-- For wrk: each thread sends one body over and over, and every response is compared with the one that is known.
 -- $REQUESTS names a file with a line for each: body file, content type, key, then label and probability by turns, all
 -- separated by tabs; of each image in the body its best label, in order.
--- With $ANSWERS, a folder, each thread must have one connection: it writes a record of every answer into a file there,
--- which benchmarks.load.ANSWER describes. With $RATE too, so many requests a second leave all the threads together, in
--- turn, at times that are fixed beforehand from $START on, whatever the answers take; one whose connection still waits
+-- With $RESPONSES, a folder, each thread must have one connection: it writes a record of every response into a file there,
+-- which benchmarks.load.RESPONSE describes. With $RATE too, so many requests a second leave all the threads together, in
+-- turn, at times that are fixed beforehand from $START on, whatever the responses take; one whose connection still waits
 -- leaves as soon as it is free.
 
-local answers, rate = os.getenv("ANSWERS"), tonumber(os.getenv("RATE"))
+local responses, rate = os.getenv("RESPONSES"), tonumber(os.getenv("RATE"))
 local tolerance = tonumber(os.getenv("TOLERANCE") or 1e-3)  -- of a probability
 local lines, threads, now, record, bytes = {}, {}, nil, nil, nil
 for line in io.lines(os.getenv("REQUESTS")) do lines[#lines + 1] = line end
 
-if answers then
+if responses then
   local ffi = require("ffi")
   ffi.cdef([[
     typedef struct { long seconds, nanoseconds; } moment;
-    typedef struct { double due, sent, done; int status, right; } answer;
+    typedef struct { double due, sent, done; int status, correct; } response;
     int clock_gettime(int clock, moment *now);
   ]])
   local moment = ffi.new("moment")
-  record = ffi.new("answer")
+  record = ffi.new("response")
   bytes = function() return ffi.string(record, ffi.sizeof(record)) end
   now = function()  -- as Python's time.monotonic
     ffi.C.clock_gettime(1, moment)
@@ -55,7 +55,7 @@ function init()
   end
   good, wrong, first = 0, 0, ""
   message = wrk.format()
-  if answers then file = assert(io.open(answers .. "/" .. number, "wb")) end
+  if responses then file = assert(io.open(responses .. "/" .. number, "wb")) end
   if rate then
     period = tonumber(os.getenv("CONNECTIONS")) / rate
     due = tonumber(os.getenv("START")) + number / rate - period
@@ -63,7 +63,7 @@ function init()
 end
 
 function request()
-  if answers then
+  if responses then
     record.sent = now()
     record.due = rate and due or record.sent
   end
@@ -84,20 +84,20 @@ function response(status, headers, body)
     wrong = wrong + 1
     first = first ~= "" and first or status .. " " .. body:sub(1, 200)
   end
-  if answers then
-    record.done, record.status, record.right = now(), status, count == #labels and 1 or 0
+  if responses then
+    record.done, record.status, record.correct = now(), status, count == #labels and 1 or 0
     file:write(bytes())
   end
 end
 
 function done(summary, latency)
-  local right, bad, errors = 0, 0, summary.errors
+  local correct, bad, errors = 0, 0, summary.errors
   local said = ""
   for _, thread in ipairs(threads) do
-    right, bad = right + thread:get("good"), bad + thread:get("wrong")
+    correct, bad = correct + thread:get("good"), bad + thread:get("wrong")
     if thread:get("first") ~= "" then said = thread:get("first") end
   end
-  io.write(string.format("RESULT %d %d %d %f %f %f %s\n", right, bad,
+  io.write(string.format("RESULT %d %d %d %f %f %f %s\n", correct, bad,
     errors.connect + errors.read + errors.write + errors.timeout, summary.duration / 1e6,
     latency:percentile(50) / 1e3, latency:percentile(99) / 1e3, said:gsub("%s+", " ")))
 end

@@ -1,4 +1,4 @@
-"""Load on a server, with every answer checked: wrk where it is installed, else `requests` in threads (slower)."""
+"""Load on a server, with every response checked: wrk where it is installed, else `requests` in threads (slower)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import requests
 
 SCRIPT = Path(__file__).with_name("load.lua")
 TOLERANCE = 1e-3  # of a probability: far above rounding, far below what another image gets
-ANSWER = np.dtype([("due", "f8"), ("sent", "f8"), ("done", "f8"), ("status", "i4"), ("right", "i4")])  # s, monotonic
-BEST = re.compile(rb'{\s*"([^"]+)":\s*([\d.e-]+)')  # the first label of an answer, in each shape of answers
+RESPONSE = np.dtype([("due", "f8"), ("sent", "f8"), ("done", "f8"), ("status", "i4"), ("correct", "i4")])  # s
+BEST = re.compile(rb'{\s*"([^"]+)":\s*([\d.e-]+)')  # the first label of a response, in each shape of responses
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """What a load found. Only right answers count."""
+    """What a load found. Only correct responses count."""
 
     requests_per_second: float
     p50: float  # ms
     p99: float  # ms
-    wrong: int  # answers that were not the known one, errors included
-    failed: int  # requests without an answer
-    said: str = ""  # one of the wrong answers
+    wrong: int  # responses that were not the known one, errors included
+    failed: int  # requests without a response
+    said: str = ""  # one of the wrong responses
 
 
-def best_of(answer: bytes) -> tuple[tuple[str, float], ...]:
-    """The best label and its probability of each image of an answer, in order."""
-    return tuple((label.decode(), float(value)) for label, value in BEST.findall(answer))
+def best_of(response: bytes) -> tuple[tuple[str, float], ...]:
+    """The best label and its probability of each image of a response, in order."""
+    return tuple((label.decode(), float(value)) for label, value in BEST.findall(response))
 
 
 def ask(url: str, key: str, request: Request) -> tuple[tuple[str, float], ...]:
-    """One answer, for nobody else at the same time."""
+    """One response, for nobody else at the same time."""
     headers = {"Authorization": f"Bearer {key}", "Content-Type": request.content_type}
     reply = requests.post(url, data=request.body, headers=headers, timeout=60)
     reply.raise_for_status()
@@ -60,7 +60,7 @@ def ask(url: str, key: str, request: Request) -> tuple[tuple[str, float], ...]:
 def load(
     url: str, key: str, wanted: Sequence[Request], connections: int, seconds: float, tolerance: float = TOLERANCE
 ) -> Result:
-    """As many requests as `connections` clients can make, each waiting for its answer before it asks again.
+    """As many requests as `connections` clients can make, each waiting for its response before it asks again.
 
     Args:
         tolerance: of a probability.
@@ -73,12 +73,12 @@ def load(
 def timed(
     url: str, key: str, wanted: Sequence[Request], connections: int, seconds: int, rate: float | None = None
 ) -> tuple[Result, np.ndarray]:
-    """The same with wrk only, and every answer: an array of ANSWER in the order of `done`.
+    """The same with wrk only, and every response: an array of RESPONSE in the order of `done`.
 
     Args:
-        rate: requests a second that leave at fixed times, whatever the answers take, as long as a connection is free;
+        rate: requests a second that leave at fixed times, whatever the responses take, as long as a connection is free;
             one that had to wait for its connection counts from when it was `due`. By default each connection asks again
-            as soon as it has its answer.
+            as soon as it has its response.
 
     Raises:
         RuntimeError: wrk is missing, or failed.
@@ -86,12 +86,12 @@ def timed(
     if not shutil.which("wrk"):
         raise RuntimeError("wrk is missing, which makes this load: apt-get install wrk")
     with tempfile.TemporaryDirectory() as folder:
-        variables = {"ANSWERS": folder, "CONNECTIONS": str(connections)}
+        variables = {"RESPONSES": folder, "CONNECTIONS": str(connections)}
         if rate:
             variables |= {"RATE": str(rate), "START": str(time.monotonic() + 0.5)}
         result = _wrk(url, key, wanted, connections, seconds, threads=connections, variables=variables)
-        answers = np.concatenate([np.fromfile(file, ANSWER) for file in Path(folder).iterdir()])
-    return result, answers[np.argsort(answers["done"])]
+        responses = np.concatenate([np.fromfile(file, RESPONSE) for file in Path(folder).iterdir()])
+    return result, responses[np.argsort(responses["done"])]
 
 
 def _wrk(
@@ -122,8 +122,8 @@ def _wrk(
     found = re.search(r"^RESULT (\d+) (\d+) (\d+) (\S+) (\S+) (\S+) ?(.*)$", done.stdout, re.MULTILINE)
     if not found:
         raise RuntimeError(f"wrk failed: {(done.stdout + done.stderr)[-500:]}")
-    right, wrong, failed, duration, p50, p99, said = found.groups()
-    return Result(int(right) / float(duration), float(p50), float(p99), int(wrong), int(failed), said)
+    correct, wrong, failed, duration, p50, p99, said = found.groups()
+    return Result(int(correct) / float(duration), float(p50), float(p99), int(wrong), int(failed), said)
 
 
 def _threads(
@@ -144,11 +144,11 @@ def _threads(
                     failed.append(str(error))
                     continue
                 got = best_of(reply.content)
-                right = len(got) == len(request.best) and all(
+                correct = len(got) == len(request.best) and all(
                     label == expected and abs(value - known) <= tolerance
                     for (label, value), (expected, known) in zip(got, request.best, strict=True)
                 )
-                if reply.ok and right:
+                if reply.ok and correct:
                     times.append(1000 * (time.perf_counter() - started))
                 else:
                     wrong.append(f"{reply.status_code} {reply.text[:200]}")

@@ -19,21 +19,22 @@ import requests
 
 from benchmarks.load import TOLERANCE, Request
 from benchmarks.servers import raw
-from benchmarks.serving import SMALL, InProcess, digits
+from benchmarks.serving.in_process import InProcess
+from benchmarks.serving.workload import SMALL, digits
 from clients.python.classify import ClassifierError, Client, Unavailable, classify_files
-from serve import Server
+from launcher import RunningServer
 
-THREADS, TIMEOUT = 32, 60.0  # of the Python client: threads, and seconds for each answer (its default)
+THREADS, TIMEOUT = 32, 60.0  # of the Python client: threads, and seconds for each response (its default)
 PROBES, PROBE_SECONDS = 8, 0.1  # threads that try once, again and again, and their pause
-SLOW = 1.0  # s: an answer that takes longer counts as disturbed
+SLOW = 1.0  # s: a response that takes longer counts as disturbed
 
 
 @dataclass(frozen=True)
 class KnownImages:
-    """JPEG files whose answers all differ, so that a wrong one is seen."""
+    """JPEG files whose predictions all differ, so that a wrong one is seen."""
 
     bodies: list[bytes]
-    answers: list[dict[str, float]]  # label to probability, all labels
+    predictions: list[dict[str, float]]  # label to probability, all labels
 
     @classmethod
     def of(cls, export: Path) -> KnownImages:
@@ -44,16 +45,17 @@ class KnownImages:
             if not kept or np.abs(rows[kept] - row).max(axis=1).min() > 4 * TOLERANCE:
                 kept.append(i)
         labels = process.spec["labels"]
-        answers = [dict(zip(labels, rows[i].tolist(), strict=True)) for i in kept]
-        return cls([bodies[i] for i in kept], answers)
+        predictions = [dict(zip(labels, rows[i].tolist(), strict=True)) for i in kept]
+        return cls([bodies[i] for i in kept], predictions)
 
-    def are_right(self, number: int, answer: Mapping[str, float]) -> bool:
-        """Whether it is the answer to the image of this number; the images repeat without end."""
-        known = self.answers[number % len(self.answers)]
-        return bool(answer) and all(abs(known.get(label, 9) - value) <= TOLERANCE for label, value in answer.items())
+    def is_correct(self, number: int, prediction: Mapping[str, float]) -> bool:
+        """Whether it is the prediction for the image of this number; the images repeat without end."""
+        known = self.predictions[number % len(self.predictions)]
+        off = (abs(known.get(label, 9) - probability) for label, probability in prediction.items())
+        return bool(prediction) and all(one <= TOLERANCE for one in off)
 
     def requests(self, count: int) -> list[Request]:
-        best = [max(answer.items(), key=lambda item: item[1]) for answer in self.answers[:count]]
+        best = [max(prediction.items(), key=lambda item: item[1]) for prediction in self.predictions[:count]]
         return [replace(raw(body), best=(one,)) for body, one in zip(self.bodies, best, strict=False)]
 
 
@@ -66,7 +68,7 @@ class Note:
 
     sent: float
     done: float
-    status: int  # 0: no answer
+    status: int  # 0: no response
 
     @property
     def is_good(self) -> bool:
@@ -88,7 +90,7 @@ class NotingClient(Client):
             self.notes.append(Note(sent, time.monotonic(), status))
 
 
-def client_of(server: Server, notes: list[Note], **options: Any) -> NotingClient:
+def client_of(server: RunningServer, notes: list[Note], **options: Any) -> NotingClient:
     client = NotingClient(server.url, SMALL, timeout=TIMEOUT, key_file=server.folder / "key_file.json", **options)
     client.notes = notes
     return client
@@ -102,7 +104,7 @@ class Crowd(threading.Thread):
         self._client, self._images, self._folder = client, images, folder
         self._over = threading.Event()
         self._asked = 0
-        self._answers: Counter[str] = Counter()
+        self._predictions: Counter[str] = Counter()
         self._wrong: list[str] = []
         self._gave_up = ""
         folder.mkdir()
@@ -113,8 +115,8 @@ class Crowd(threading.Thread):
         try:
             for row in classify_files(self._client, self._names(), threads=THREADS):
                 name = Path(row.image).name
-                self._answers[name] += 1
-                if not self._images.are_right(int(name), row.answer):
+                self._predictions[name] += 1
+                if not self._images.is_correct(int(name), row.answer):
                     self._wrong.append(f"{name}: {row.error or row.answer}")
         except (ClassifierError, Unavailable) as error:
             self._gave_up = str(error)
@@ -125,8 +127,8 @@ class Crowd(threading.Thread):
         self.join()
         return {
             "images": self._asked,
-            "lost": self._asked - len(self._answers),
-            "doubled": sum(count - 1 for count in self._answers.values()),
+            "lost": self._asked - len(self._predictions),
+            "doubled": sum(count - 1 for count in self._predictions.values()),
             "wrong": len(self._wrong),
             "said": self._gave_up or (self._wrong or [""])[0],
         }
@@ -146,7 +148,7 @@ def is_whole(verdict: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def probing(server: Server, image: bytes) -> Iterator[list[Note]]:
+def probing(server: RunningServer, image: bytes) -> Iterator[list[Note]]:
     """Single tries all the time, by the key file of `server`; gives the list that their notes go to."""
     notes: list[Note] = []
     over = threading.Event()
@@ -172,7 +174,7 @@ def probing(server: Server, image: bytes) -> Iterator[list[Note]]:
 
 
 @contextmanager
-def watching(server_of: Callable[[], Server], every: float) -> Iterator[list[dict[str, float]]]:
+def watching(server_of: Callable[[], RunningServer], every: float) -> Iterator[list[dict[str, float]]]:
     """What the server takes, every so many seconds."""
     samples: list[dict[str, float]] = []
     over = threading.Event()
@@ -190,7 +192,7 @@ def watching(server_of: Callable[[], Server], every: float) -> Iterator[list[dic
         thread.join()
 
 
-def sample(server: Server) -> dict[str, float]:
+def sample(server: RunningServer) -> dict[str, float]:
     """Sums over all its processes; `mebibytes` is PSS: what they share counts once. `logs` in MiB; `ready` workers."""
     found: Counter[str] = Counter()
     for process in family(server):
@@ -208,14 +210,14 @@ def sample(server: Server) -> dict[str, float]:
     }
 
 
-def family(server: Server) -> list[psutil.Process]:
+def family(server: RunningServer) -> list[psutil.Process]:
     with suppress(psutil.Error):
         root = psutil.Process(server.process.pid)
         return [root, *root.children(recursive=True)]
     return []
 
 
-def workers_of(server: Server) -> list[psutil.Process]:
+def workers_of(server: RunningServer) -> list[psutil.Process]:
     found = []
     for process in family(server):
         with suppress(psutil.Error):
@@ -224,7 +226,7 @@ def workers_of(server: Server) -> list[psutil.Process]:
     return found
 
 
-def ready_workers(server: Server) -> int:
+def ready_workers(server: RunningServer) -> int:
     """Those that TorchServe calls ready, and that are neither dead nor stopped, which it may not have noticed yet."""
     try:
         headers = {"Authorization": f"Bearer {server.key('management')}"}

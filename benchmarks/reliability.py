@@ -1,16 +1,16 @@
-"""What our server withstands: minutes of load, far too much of it, and faults under load. Every answer is checked.
+"""What our server withstands: minutes of load, far too much of it, and faults under load. Every response is checked.
 
     python -m benchmarks.reliability
     python -m benchmarks.reliability --only sustained --minutes 0.5
 
-sustained   80% of the peak for --minutes. wrk sends the requests at fixed times, whatever the answers take, and writes
-            down every answer (benchmarks/load.lua); whether the rate was held is part of the result. A request that had
-            to wait for its connection counts from when it was due.
-start       from starting TorchServe to the first answer.
+sustained   80% of the peak for --minutes. wrk sends the requests at fixed times, whatever the responses take, and
+            records every response (benchmarks/load.lua); whether the rate was held is part of the result. A request
+            that had to wait for its connection counts from when it was due.
+start       from starting TorchServe to the first response.
 burst       400 connections, each asking again at once: far more than the queue holds. Then the same with the Python
             client (clients/python) beside it.
-faults      each on a fresh server, asked by the Python client about images whose answers differ, each under a name of
-            its own: none may be lost, answered twice or wrongly. Probes that try once only tell how long a fault is
+faults      each on a fresh server, sent images with different predictions by the Python client, each under a name of
+            its own: none may be lost, returned twice or wrong. Probes that try once only tell how long a fault is
             felt. Where nothing recovers by itself the server is started anew, as a supervisor would.
 attacks     the worst requests that are known (benchmarks/attacks.py), four connections at once, with good neighbours.
 
@@ -28,53 +28,26 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.attacks import attack_line, is_harmless, part_attacks
+from benchmarks.attacks import part_attacks
 from benchmarks.faults import FAULTS, suffer
 from benchmarks.load import timed
 from benchmarks.machine import describe, save
-from benchmarks.probes import Crowd, KnownImages, Note, client_of, is_whole, watching
-from benchmarks.serving import SMALL, make_small
+from benchmarks.probes import Crowd, KnownImages, Note, client_of, watching
+from benchmarks.reliability_report import plot, table
+from benchmarks.serving.workload import SMALL, make_small
 from clients.python.classify import Client
-from serve import Ports, serving
+from launcher import Ports, serving
 
 CONNECTIONS, SHARE = 64, 0.8  # of the sustained load: connections, and its share of the peak
 WINDOWS, LAPS = 60, 10  # that it is divided into: 10 s each and a minute each, of 10 minutes
 CROWD, BURST_SECONDS = 400, 10  # connections of the burst, and how long it lasts
 STARTS = 5
-
-GOALS: dict[str, dict[str, Callable[[Mapping[str, Any]], bool]]] = {
-    "sustained": {
-        "no errors": lambda found: found["wrong"] + found["failed"] == 0,
-        "rate held within 2% in each window": lambda found: found["least_rate"] >= 0.98 * found["rate"],
-        "p99 of the last lap at most 1.25 times the second's": lambda found: found["p99_growth"] <= 1.25,
-        "memory grows by less than 5% after the first lap": lambda found: found["memory_growth"] < 0.05,
-    },
-    "burst": {
-        "p99 of the 503s within 100 ms": lambda found: found["refused_p99_ms"] <= 100,
-        "full speed again within 2 s": lambda found: found["full_speed_seconds"] <= 2,
-        "nothing but good answers and 503s": lambda found: found["others"] == 0,
-        "the Python client is answered, once and rightly": lambda found: is_whole(found["client"]),
-    },
-    "faults": {
-        "the Python client is answered, once and rightly": lambda found: all(
-            is_whole(one["client"]) for one in found.values() if "skipped" not in one
-        ),
-    },
-    "attacks": {
-        "no neighbour waits or fails, no worker is replaced, memory is bounded": lambda found: all(
-            map(is_harmless, found.values())
-        ),
-    },
-}
-
-
-# The parts
 
 
 def part_sustained(archive: Path, images: KnownImages, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -85,11 +58,11 @@ def part_sustained(archive: Path, images: KnownImages, folder: Path, options: ar
         peak = timed(url, key, wanted, CONNECTIONS, 10)[0].requests_per_second
         rate = SHARE * peak
         with watching(lambda: server, seconds / WINDOWS) as samples:
-            result, answers = timed(url, key, wanted, CONNECTIONS, seconds + 2, rate)
-    started = answers["due"].min()
-    answers = answers[answers["due"] < started + seconds]  # the last window is whole
-    windows = windows_of(answers, started, seconds / WINDOWS)
-    laps = windows_of(answers, started, seconds / LAPS)
+            result, responses = timed(url, key, wanted, CONNECTIONS, seconds + 2, rate)
+    started = responses["due"].min()
+    responses = responses[responses["due"] < started + seconds]  # the last window is whole
+    windows = windows_of(responses, started, seconds / WINDOWS)
+    laps = windows_of(responses, started, seconds / LAPS)
     samples = [{**one, "at": one["at"] - started} for one in samples if one["at"] - started < seconds]
     of_lap = [
         [one["mebibytes"] for one in samples if lap <= LAPS * one["at"] / seconds < lap + 1] for lap in range(LAPS)
@@ -98,9 +71,9 @@ def part_sustained(archive: Path, images: KnownImages, folder: Path, options: ar
         "peak": peak,
         "rate": rate,
         "seconds": seconds,
-        "answers": len(answers),
+        "responses": len(responses),
         "least_rate": min(window["rate"] for window in windows),
-        "late_p99_ms": 1000 * float(np.percentile(answers["sent"] - answers["due"], 99)),
+        "late_p99_ms": 1000 * float(np.percentile(responses["sent"] - responses["due"], 99)),
         "wrong": result.wrong,
         "failed": result.failed,
         "said": result.said,
@@ -112,16 +85,16 @@ def part_sustained(archive: Path, images: KnownImages, folder: Path, options: ar
     }
 
 
-def windows_of(answers: np.ndarray, started: float, seconds: float) -> list[dict[str, float]]:
+def windows_of(responses: np.ndarray, started: float, seconds: float) -> list[dict[str, float]]:
     """By when requests were sent; milliseconds from when they were due or sent, whichever came first."""
-    took = 1000 * (answers["done"] - np.minimum(answers["due"], answers["sent"]))
-    number = ((answers["sent"] - started) / seconds).astype(int)
+    took = 1000 * (responses["done"] - np.minimum(responses["due"], responses["sent"]))
+    number = ((responses["sent"] - started) / seconds).astype(int)
     found = []
-    for one in range(round((answers["due"].max() - started) / seconds)):
+    for one in range(round((responses["due"].max() - started) / seconds)):
         inside = number == one
         p50, p99 = np.percentile(took[inside], [50, 99])
-        right = int(answers["right"][inside].sum())
-        found.append({"at": one * seconds, "rate": right / seconds, "p50_ms": float(p50), "p99_ms": float(p99)})
+        correct = int(responses["correct"][inside].sum())
+        found.append({"at": one * seconds, "rate": correct / seconds, "p50_ms": float(p50), "p99_ms": float(p99)})
     return found
 
 
@@ -151,29 +124,30 @@ def part_burst(archive: Path, images: KnownImages, folder: Path, options: argpar
         finally:
             verdict = crowd.verdict()
     took = 1000 * (burst["done"] - burst["sent"])
-    refused, good = burst["status"] == 503, burst["right"] == 1
+    refused, good = burst["status"] == 503, burst["correct"] == 1
     p50, p99 = np.percentile(took[refused], [50, 99]) if refused.any() else (0.0, 0.0)
     over = burst["done"].max()
     return {
+        "connections": CROWD,
         "before": before,
         "good": float(good.sum() / BURST_SECONDS),
         "good_p99_ms": float(np.percentile(took[good], 99)),
-        "answers": len(burst),
+        "responses": len(burst),
         "refused_share": float(refused.mean()),
         "refused_p50_ms": float(p50),
         "refused_p99_ms": float(p99),
         "others": int((~refused & ~good).sum()) + result.failed,
-        "full_speed_seconds": full_speed(after["done"][after["right"] == 1] - over, before),
+        "full_speed_seconds": full_speed(after["done"][after["correct"] == 1] - over, before),
         "client": {**verdict, "refused": sum(note.status == 503 for note in notes)},
         "series": [
             *speeds(burst["done"][good] - burst["done"].min() - BURST_SECONDS),
-            *speeds(after["done"][after["right"] == 1] - over),
+            *speeds(after["done"][after["correct"] == 1] - over),
         ],
     }
 
 
 def speeds(times: np.ndarray) -> list[list[float]]:
-    """[second, good answers a second] for each tenth of a second."""
+    """[second, good responses a second] for each tenth of a second."""
     tenths, counts = np.unique(np.floor(10 * times), return_counts=True)
     return [[float(tenth) / 10, 10.0 * int(count)] for tenth, count in zip(tenths, counts, strict=True)]
 
@@ -195,113 +169,6 @@ def part_faults(archive: Path, images: KnownImages, folder: Path, options: argpa
 
 
 # The report
-
-
-def table(results: Mapping[str, Any]) -> str:
-    lines = []
-    if found := results.get("sustained"):
-        first, last, samples = found["laps"][1], found["laps"][-1], found["samples"]
-        lines += [
-            "",
-            f"sustained: {found['seconds']} s at {found['rate']:.0f}/s, {SHARE:.0%} of {found['peak']:.0f}/s; "
-            f"{found['answers']} answers, {found['wrong']} wrong {found['said'][:100]}, {found['failed']} failed; "
-            f"slowest window {found['least_rate']:.0f}/s",
-            f"  second lap: p50 {first['p50_ms']:.2f} ms, p99 {first['p99_ms']:.2f} ms; "
-            f"last: p50 {last['p50_ms']:.2f} ms, p99 {last['p99_ms']:.2f} ms",
-            f"  memory {found['memory_growth']:+.1%} from the second lap to the last",
-        ]
-        lines += [
-            f"  {name:12}" + " ".join(f"{samples[i][name]:7.0f}" for i in range(0, len(samples), len(samples) // 8))
-            for name in ("mebibytes", "descriptors", "threads", "logs")
-        ]
-    if found := results.get("start"):
-        lines += ["", f"start: median {found['median']:.2f} s of {', '.join(f'{one:.2f}' for one in found['seconds'])}"]
-    if found := results.get("burst"):
-        lines += [
-            "",
-            f"burst: {CROWD} connections; {found['refused_share']:.1%} of {found['answers']} answers are 503, "
-            f"p50 {found['refused_p50_ms']:.1f} ms, p99 {found['refused_p99_ms']:.1f} ms; "
-            f"{found['good']:.0f} good/s (before: {found['before']:.0f}/s), p99 {found['good_p99_ms']:.0f} ms; "
-            f"{found['others']} others; full speed after {found['full_speed_seconds']:.1f} s",
-            f"  the Python client beside it: {said(found['client'])}, {found['client']['refused']} times 503",
-        ]
-    if found := results.get("faults"):
-        lines += ["", "faults: by itself? s without any good answer, to the last disturbed one, to all workers ready"]
-        lines += [line for name, one in found.items() for line in fault_lines(name, one)]
-    if found := results.get("attacks"):
-        lines += ["", "attacks: four connections at once, with good neighbours"]
-        lines += [f"  {attack_line(name, one)}" for name, one in found.items()]
-    lines += [""]
-    for part in [part for part in GOALS if part in results]:
-        lines += [
-            f"{'reached' if is_reached(results[part]) else 'MISSED '}  {part}: {goal}"
-            for goal, is_reached in GOALS[part].items()
-        ]
-    return "\n".join(lines)
-
-
-def fault_lines(name: str, found: Mapping[str, Any]) -> list[str]:
-    if "skipped" in found:
-        return [f"  {name:44} skipped: {found['skipped']}"]
-    times = [found["silent"], found["calm"], found["whole"]]
-    hung = f", {found['hung']} hung" if found["hung"] else ""
-    shown = " ".join("  never" if one is None else f"{one:7.1f}" for one in times)
-    failed = ", ".join(f"{count} × {status}" for status, count in found["failed"].items()) or "none failed"
-    ping = "; /ping said unhealthy" if found["unhealthy"] else ""
-    return [
-        f"  {name:44} {'yes' if found['by_itself'] else 'NO '} {shown}   {failed}, {found['slow']} slow{hung}{ping}",
-        f"  {'':44} client: {said(found['client'])}",
-        *(f"  {'':44} {remark}" for remark in found["remarks"]),
-    ]
-
-
-def said(verdict: Mapping[str, Any]) -> str:
-    counts = ", ".join(f"{verdict[key]} {key}" for key in ("lost", "doubled", "wrong"))
-    return f"{verdict['images']} images, {counts} {verdict['said'][:150]}".strip()
-
-
-def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Throughput, p99 and memory over time; the faults one after the other, each marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        3, 2, figsize=(15, 8), sharex="col", width_ratios=(2, 3), layout="constrained", squeeze=False
-    )
-    sustained, faults = results["sustained"], results["faults"]
-    minutes = [window["at"] / 60 for window in sustained["windows"]]
-    axes[0, 0].plot(minutes, [window["rate"] for window in sustained["windows"]])
-    for name in ("p50_ms", "p99_ms"):
-        axes[1, 0].plot(minutes, [window[name] for window in sustained["windows"]], label=name.removesuffix("_ms"))
-    axes[2, 0].plot(
-        [one["at"] / 60 for one in sustained["samples"]], [one["mebibytes"] for one in sustained["samples"]]
-    )
-    axes[0, 0].set_title(f"{sustained['rate']:.0f} requests/s, {SHARE:.0%} of the peak", fontsize=10)
-    axes[1, 0].legend(fontsize=8)
-    axes[2, 0].set_xlabel("minutes")
-    start = 0.0
-    for number, found in enumerate(faults.values(), 1):
-        if "skipped" in found:
-            continue
-        rows = np.array(found["series"], dtype=float)
-        at = start - rows[0, 0]
-        for row in range(3):
-            axes[row, 1].plot(rows[:, 0] + at, rows[:, row + 1], color="#1f5fa8", lw=1)
-            axes[row, 1].axvline(at, color="#c0562b", ls="--", lw=1)
-        axes[0, 1].annotate(str(number), (at, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
-        start = at + rows[-1, 0] + 3
-    axes[2, 1].set_xlabel("s; " + "; ".join(f"{number} {name}" for number, name in enumerate(faults, 1)), wrap=True)
-    axes[0, 0].set_ylabel("good answers/s")
-    axes[1, 0].set_ylabel("ms")
-    axes[2, 0].set_ylabel("memory of the server, MiB (PSS)")
-    axes[1, 1].set_yscale("log")
-    for axis in (*axes[0], *axes[2], axes[1, 0]):
-        axis.set_ylim(bottom=0)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=80)
 
 
 PARTS = {
@@ -333,9 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         images = KnownImages.of(export)
         for part in wanted:
             print(f"{part} …", flush=True)
-            place = folder / part
-            place.mkdir()
-            results[part] = PARTS[part](export / f"{SMALL}.mar", images, place, options)
+            work = folder / part
+            work.mkdir()
+            results[part] = PARTS[part](export / f"{SMALL}.mar", images, work, options)
     print(json.dumps(results["machine"]), table(results), sep="\n")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "reliability.json"

@@ -19,22 +19,22 @@ import psutil
 import requests
 
 from benchmarks.load import Request, ask
+from launcher import Ports, serving, stop
 from predictor.backends import FILES
-from serve import Ports, serving, stop
 
 PEERS = Path(__file__).parent / "peers"
 READY_SECONDS = 120
 
 
 @dataclass(frozen=True)
-class Running:
+class ServerUnderTest:
     """A server under test."""
 
     process: subprocess.Popen[bytes]
     url: str
     key: str
     body: Callable[[bytes], Request]  # of one image file, as this server wants it
-    ready_seconds: float  # from the start of the process to the first answer
+    ready_seconds: float  # from the start of the process to the first response
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -74,7 +74,7 @@ def multipart(fields: dict[str, bytes]) -> Request:
 
 
 @contextmanager
-def ours(export: Path, name: str, folder: Path, probe: bytes, **settings: object) -> Iterator[Running]:
+def ours(export: Path, name: str, folder: Path, probe: bytes, **settings: object) -> Iterator[ServerUnderTest]:
     """This project's archive; `settings` replace lines of its model-config.yaml."""
     files = [export / f"{name}.pt", export / FILES[str(settings.get("backend", "onnx"))].format(name)]
     archive = _archive(export, name, folder, handler="handler/classifier_handler.py", files=files, settings=settings)
@@ -83,7 +83,7 @@ def ours(export: Path, name: str, folder: Path, probe: bytes, **settings: object
 
 
 @contextmanager
-def stock(export: Path, name: str, folder: Path, probe: bytes, handler: str) -> Iterator[Running]:
+def stock(export: Path, name: str, folder: Path, probe: bytes, handler: str) -> Iterator[ServerUnderTest]:
     """TorchServe with its defaults. `handler`: image_classifier, or a file."""
     archive = _archive(export, name, folder, handler=handler, files=[export / f"{name}.pt"], settings=None)
     defaults = folder / "defaults.properties"
@@ -93,7 +93,7 @@ def stock(export: Path, name: str, folder: Path, probe: bytes, handler: str) -> 
 
 
 @contextmanager
-def litserve(export: Path, python: Path, folder: Path, probe: bytes, workers: int) -> Iterator[Running]:
+def litserve(export: Path, python: Path, folder: Path, probe: bytes, workers: int) -> Iterator[ServerUnderTest]:
     port = Ports.free().inference
     line = [str(python), "litserve_app.py", str(port), str(workers)]
     with _peer(line, export, folder, f"http://127.0.0.1:{port}/predict", "request", probe, workers) as running:
@@ -101,7 +101,7 @@ def litserve(export: Path, python: Path, folder: Path, probe: bytes, workers: in
 
 
 @contextmanager
-def bentoml(export: Path, python: Path, folder: Path, probe: bytes, workers: int) -> Iterator[Running]:
+def bentoml(export: Path, python: Path, folder: Path, probe: bytes, workers: int) -> Iterator[ServerUnderTest]:
     port = Ports.free().inference
     command = str(python.with_name("bentoml"))
     line = [command, "serve", "bentoml_app:Classifier", "--host", "127.0.0.1", "--port", str(port)]
@@ -112,7 +112,7 @@ def bentoml(export: Path, python: Path, folder: Path, probe: bytes, workers: int
 @contextmanager
 def _torchserve(
     archive: Path, folder: Path, probe: bytes, config: Path | None = None, logging: Path | None = None
-) -> Iterator[Running]:
+) -> Iterator[ServerUnderTest]:
     started = time.perf_counter()
     given = {} if config is None else {"config": config, "logging": logging}
     with serving([archive], folder, ports=Ports.free(), **given) as server:  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def _torchserve(
 @contextmanager
 def _peer(
     line: Sequence[str], export: Path, folder: Path, url: str, field: str, probe: bytes, workers: int
-) -> Iterator[Running]:
+) -> Iterator[ServerUnderTest]:
     folder.mkdir(parents=True, exist_ok=True)
     variables = {"EXPORT": str(export.resolve()), "WORKERS": str(workers), "BENTOML_DO_NOT_TRACK": "True"}
     variables |= {"BENTOML_HOME": str(folder / "bentoml"), "OMP_NUM_THREADS": "1"}
@@ -146,7 +146,7 @@ def _peer(
                 break
             except requests.RequestException as error:
                 if process.poll() is not None or time.perf_counter() - started > READY_SECONDS:
-                    raise RuntimeError(f"{' '.join(line)}: no answer ({error}); see {folder / 'log'}") from None
+                    raise RuntimeError(f"{' '.join(line)}: no response ({error}); see {folder / 'log'}") from None
                 time.sleep(0.05)
         seconds = time.perf_counter() - started
         yield from _resting(process, url, "", lambda body: multipart({field: body}), seconds)
@@ -157,10 +157,10 @@ def _peer(
 
 def _resting(
     process: subprocess.Popen[bytes], url: str, key: str, body: Callable[[bytes], Request], seconds: float
-) -> Iterator[Running]:
+) -> Iterator[ServerUnderTest]:
     os.killpg(process.pid, signal.SIGSTOP)
     try:
-        yield Running(process, url, key, body, seconds)
+        yield ServerUnderTest(process, url, key, body, seconds)
     finally:
         os.killpg(process.pid, signal.SIGCONT)
 

@@ -44,6 +44,25 @@ def write_images(images: Iterable[tuple[str, bytes]], folder: Path) -> None:
         (folder / label / f"{number:05}.jpg").write_bytes(body)
 
 
+def split_classes(data: str, two: list[str], folder: Path) -> dict[str, list[bytes]]:
+    """Writes the images of all classes but `two` into FOLDER/eight, and the test images of `two` into FOLDER/two.
+
+    Returns:
+        The training images of `two`, by class.
+    """
+    few: dict[str, list[bytes]] = defaultdict(list)
+    for split in ("train", "test"):
+        found = [(label, body) for _, label, body in read_split(data, split, val_fraction=0.001)]
+        write_images((item for item in found if item[0] not in two), folder / "eight" / split)
+        if split == "test":
+            write_images((item for item in found if item[0] in two), folder / "two" / split)
+            continue
+        for label, body in found:
+            if label in two:
+                few[label].append(body)
+    return few
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10", help="32 px images, as train.py's --data (cifar10)")
@@ -56,16 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, list[tuple[float, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        few: dict[str, list[bytes]] = defaultdict(list)  # by class
-        for split in ("train", "test"):
-            found = [(label, body) for _, label, body in read_split(options.data, split, val_fraction=0.001)]
-            write_images((item for item in found if item[0] not in two), folder / "eight" / split)
-            if split == "test":
-                write_images((item for item in found if item[0] in two), folder / "two" / split)
-                continue
-            for label, body in found:
-                if label in two:
-                    few[label].append(body)
+        few = split_classes(options.data, two, folder)
         recipe = {"recipe": "quick", "arch": ARCH, "minutes": options.minutes}
         backbone = run({"data": str(folder / "eight"), "out": str(folder / "backbone"), **recipe})
         print(f"{ARCH} on eight classes: {backbone[0]:.2%}, {backbone[1]:.0f} s", flush=True)

@@ -2,8 +2,8 @@
 
     python -m deploy.entrypoint /models
 
-Inference and metrics listen on all of the container's addresses, or with --loopback on none but loopback, for a door
-in the same pod; management stays on loopback. Keys are on, as in config.properties. Nothing is written outside --work.
+Inference and metrics listen on all of the container's addresses, or with --loopback on loopback only, for a sidecar in
+the same pod; management stays on loopback. Keys are on, as in config.properties. Nothing is written outside --work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.healthcheck import READY, WORK
-from serve import CONFIG, Ports, ServerError, archives_of, exit_on_signals, read_properties, serving, wait
+from launcher import CONFIG, Ports, ServerError, archives_of, exit_on_signals, serving, wait
+from launcher.properties import read_properties
 
 
 def everywhere(ports: Ports) -> dict[str, str]:

@@ -28,9 +28,9 @@ def problem(work: Path) -> str:
         key = json.loads((work / "key_file.json").read_text())["inference"]["key"]
         with closing(HTTPConnection("127.0.0.1", int(found[1]) if found else 8080, timeout=TIMEOUT)) as connection:
             connection.request("GET", "/ping", headers={"Authorization": f"Bearer {key}"})
-            reply = connection.getresponse()
-            text = reply.read(200).decode(errors="replace")
-        return "" if reply.status == 200 else f"/ping answers {reply.status}: {text}"
+            response = connection.getresponse()
+            text = response.read(200).decode(errors="replace")
+        return "" if response.status == 200 else f"/ping returns {response.status}: {text}"
     except (OSError, HTTPException, ValueError, KeyError) as error:
         return f"/ping cannot be asked: {error!r}"
 

@@ -30,9 +30,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 from clients.python.classify import Client
 from export.pipeline import Options, export_run
 from export.proof import images, parity
+from launcher import Ports, RunningServer, serving
 from model import Classifier, load_run
 from predictor.pillow_preprocessing import crop, decode
-from serve import Ports, Server, serving
 from training.config import TrainConfig
 from training.report import write_report
 
@@ -121,7 +121,7 @@ def verify(run: Path, exported: Path) -> Callable[..., list[parity.Row]]:
 
 
 @pytest.fixture(scope="session")
-def server(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """TorchServe with two models: `digits` as it is exported, and `patient`, whose one worker waits an hour for 32."""
     store = tmp_path_factory.mktemp("store")
     archives = [store / "digits.mar", store / "patient.mar"]
@@ -133,7 +133,7 @@ def server(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture
-def client(server: Server) -> Client:
+def client(server: RunningServer) -> Client:
     return Client(server.url, "digits", server.key())
 
 

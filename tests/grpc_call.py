@@ -5,13 +5,13 @@ from __future__ import annotations
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from serve import Server
+from launcher import RunningServer
 
 PACKAGE = "org.pytorch.serve.grpc.inference"
 SERVICE = f"/{PACKAGE}.InferenceAPIsService"
 
 
-def predict(server: Server, fields: dict[str, bytes], model: str = "digits", key: str | None = None) -> bytes:
+def predict(server: RunningServer, fields: dict[str, bytes], model: str = "digits", key: str | None = None) -> bytes:
     """The body of the answer. Raises grpc.RpcError."""
     request, response = _messages()
     with grpc.insecure_channel(f"127.0.0.1:{server.ports.grpc_inference}") as channel:
@@ -20,7 +20,7 @@ def predict(server: Server, fields: dict[str, bytes], model: str = "digits", key
         return call(request(model_name=model, input=fields), metadata=metadata, timeout=30).prediction
 
 
-def stream(server: Server, fields: dict[str, bytes], model: str = "digits") -> list[bytes]:
+def stream(server: RunningServer, fields: dict[str, bytes], model: str = "digits") -> list[bytes]:
     """The bodies that StreamPredictions answers. Raises grpc.RpcError."""
     request, response = _messages()
     with grpc.insecure_channel(f"127.0.0.1:{server.ports.grpc_inference}") as channel:
@@ -31,7 +31,7 @@ def stream(server: Server, fields: dict[str, bytes], model: str = "digits") -> l
 
 
 def stream_both_ways(
-    server: Server, requests: list[dict[str, bytes]], sequence: str = "", model: str = "digits"
+    server: RunningServer, requests: list[dict[str, bytes]], sequence: str = "", model: str = "digits"
 ) -> list[tuple[bytes, bytes]]:
     """Body and status, as it is encoded, of each reply of StreamPredictions2. Raises grpc.RpcError."""
     request, response = _messages()

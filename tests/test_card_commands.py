@@ -15,7 +15,8 @@ import psutil
 import pytest
 import requests
 
-from serve import Ports, environment
+from launcher import Ports
+from launcher.environment import environment
 
 pytestmark = pytest.mark.server
 

@@ -19,7 +19,7 @@ import pytest
 import requests
 
 from clients.python import classify
-from clients.python.classify import LARGEST_ANSWER, ClassifierError, Client, Unavailable, main
+from clients.python.classify import LARGEST_RESPONSE, ClassifierError, Client, Unavailable, main
 from clients.web import serve
 from tests.test_client_python import ANSWER, Scripted, by_name, folder_of, in_turn, quick, read_rows, scripted
 from tests.test_security import certificate
@@ -99,15 +99,15 @@ def test_of_an_answer_without_end_no_more_is_read_than_an_answer_may_have(head):
             over.set()
 
     with raw_server(flood) as url:
-        with pytest.raises(ClassifierError, match="answer_too_long: more than 4,000,000 bytes"):
+        with pytest.raises(ClassifierError, match="response_too_long: more than 4,000,000 bytes"):
             Client(url, "m").classify(b"image")
         assert over.wait(60)  # the connection is closed, and not read to its end
-    assert sent < LARGEST_ANSWER + 50_000_000  # what sockets hold on the way
+    assert sent < LARGEST_RESPONSE + 50_000_000  # what sockets hold on the way
 
 
 def test_an_answer_is_not_unpacked():
     packed = (200, gzip.compress(bytes(50_000_000)), {"Content-Encoding": "gzip"})
-    with scripted(in_turn(packed)) as server, pytest.raises(ClassifierError, match="200 no_answer"):
+    with scripted(in_turn(packed)) as server, pytest.raises(ClassifierError, match="200 no_prediction"):
         Client(server.url, "m").classify(b"image")
 
 
@@ -117,7 +117,7 @@ def test_json_that_is_deep_huge_or_of_another_shape_is_an_error(tmp_path, capsys
     with scripted(in_turn((status, body))) as server:
         assert main([str(folder_of(tmp_path, 1)), "--url", server.url, "--model", "m"]) == (2 if status == 200 else 1)
     said = capsys.readouterr()
-    assert "no_answer" in said.err if status == 200 else "415 http: Unsupported Media Type" in said.out
+    assert "no_prediction" in said.err if status == 200 else "415 http: Unsupported Media Type" in said.out
     assert (said.err + said.out).count("\n") == 1
 
 

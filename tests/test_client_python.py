@@ -37,7 +37,7 @@ from clients.python.classify import (
     find_images,
     main,
 )
-from serve import Ports, serving
+from launcher import Ports, serving
 from tests.conftest import PROJECT, replace_in_archive
 
 PROGRAM = PROJECT / "clients" / "python" / "classify.py"
@@ -194,7 +194,7 @@ def test_a_refusal_of_every_image_is_final_and_known_as_such():
 
 @pytest.mark.parametrize("body", [b"<html>", [], {}])
 def test_an_answer_without_labels_is_an_error(body):
-    with scripted(in_turn((200, body))) as server, pytest.raises(ClassifierError, match="200 no_answer"):
+    with scripted(in_turn((200, body))) as server, pytest.raises(ClassifierError, match="200 no_prediction"):
         Client(server.url, "m").classify(b"image")
 
 
@@ -224,7 +224,8 @@ def test_a_wait_longer_than_the_retry_time_is_not_begun():
 
 def test_asking_ends_with_the_retry_time_and_says_what_the_server_said():
     failure = (503, {"code": 503, "type": "ServiceUnavailableException", "message": "no worker"})
-    given_up = pytest.raises(Unavailable, match=r"no answer within 0\.5 s \(503 ServiceUnavailableException: no worker")
+    said = r"no response within 0\.5 s \(503 ServiceUnavailableException: no worker"
+    given_up = pytest.raises(Unavailable, match=said)
     with scripted(in_turn(failure)) as server, given_up:
         Client(server.url, "m", retry_seconds=0.5).classify(b"image")
     assert len(server.bodies) > 1
@@ -373,7 +374,7 @@ def test_all_rows_before_the_end_of_a_server_are_given_out(tmp_path):
     with scripted(lambda body, _: None if body == bad else by_name(body)) as server:
         rows = classify_files(Client(server.url, "m", retry_seconds=0.2), images, threads=4)
         assert [next(rows).image for _ in range(20)] == [str(path) for path in images[:20]]
-        with pytest.raises(Unavailable, match=re.escape(f"{images[20]}: {server.url}: no answer")):
+        with pytest.raises(Unavailable, match=re.escape(f"{images[20]}: {server.url}: no response")):
             next(rows)
 
 
@@ -542,7 +543,7 @@ def test_a_server_that_is_gone_ends_the_command_and_keeps_the_rows(tmp_path, cap
         command = [str(folder), "--url", server.url, "--model", "m", "--out", str(out), "--threads", "1"]
         assert main([*command, "--retry", "0.3"]) == 2
         said = capsys.readouterr().err
-        assert "no answer within 0.3 s" in said
+        assert "no response within 0.3 s" in said
         assert "out.jsonl.part holds the rows so far: --resume goes on" in said
         assert not out.exists()
         server.answer = by_name
@@ -645,7 +646,7 @@ def test_one_file_holds_the_answers_of_one_model(tmp_path, capsys, kind):
         for options in ([], ["--resume"]):  # changed in the middle; and before the command goes on
             assert main([*common, "--model", "m", *options]) == 2
             said = capsys.readouterr().err
-            assert f"was answered by m/2.0@{'2' * 64}, the images before by m/1.0@{'1' * 64}" in said
+            assert f"was classified by m/2.0@{'2' * 64}, the images before by m/1.0@{'1' * 64}" in said
             assert "--model m/1.0; " in said
             assert "--resume goes on, or delete it" in said
             assert len(read_rows(part)) == 10

@@ -28,7 +28,7 @@ import requests
 import yaml
 
 from deploy import entrypoint, healthcheck
-from serve import Ports
+from launcher import Ports
 from tests.conftest import PROJECT, first_of_five
 from tests.test_serve import running_in
 
@@ -185,16 +185,16 @@ def test_the_pods_are_confined_and_their_parts_fit_together(pod):
         assert not container["image"].endswith(":latest")
         assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
         pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-        assert pause + 20 < pod["terminationGracePeriodSeconds"]  # serve.STOP_SECONDS after it
+        assert pause + 20 < pod["terminationGracePeriodSeconds"]  # launcher.process.STOP_SECONDS after it
     torchserve = next(container for container in pod["containers"] if container["name"] == "torchserve")
     assert "--loopback" in torchserve["args"]
     assert torchserve["startupProbe"]["exec"]["command"] == ["python", "-m", "deploy.healthcheck"]
     assert torchserve["resources"]["limits"].get("nvidia.com/gpu", "1") == "1"
-    door = next(container for container in pod["containers"] if container is not torchserve)
+    sidecar = next(container for container in pod["containers"] if container is not torchserve)
     listening = set(map(int, re.findall(r"listen (\d+);", (CPU / "nginx.conf").read_text())))
-    assert {port["containerPort"] for port in door["ports"]} <= listening
-    ports = {port.get("name"): port["containerPort"] for port in door["ports"]}
-    asked = door["readinessProbe"]["httpGet"]["port"]
+    assert {port["containerPort"] for port in sidecar["ports"]} <= listening
+    ports = {port.get("name"): port["containerPort"] for port in sidecar["ports"]}
+    asked = sidecar["readinessProbe"]["httpGet"]["port"]
     assert ports.get(asked, asked) == 9080
 
 
@@ -309,7 +309,7 @@ def root(exported, tmp_path_factory):
     context = tmp_path_factory.mktemp("context")
     (context / "runs").mkdir()
     (context / "runs" / "digits").symlink_to(exported.parent)
-    for name in ("deploy", *(path.name for path in PROJECT.iterdir() if path.is_file())):
+    for name in ("deploy", "launcher", *(path.name for path in PROJECT.iterdir() if path.is_file())):
         (context / name).symlink_to(PROJECT / name)
     for name, value in stages()[-1]:
         if name != "COPY" or value.startswith("--from"):
@@ -429,7 +429,7 @@ def test_the_image_serves_as_a_user_on_a_read_only_file_system_with_management_o
         (work / "key_file.json").write_text('{"inference": {"key": "wrong"}}')
         sick = health(process, root, python, work)
         assert (sick.returncode, sick.stdout) == (1, "")
-        assert "/ping answers 400" in sick.stderr
+        assert "/ping returns 400" in sick.stderr
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
         assert not (work / healthcheck.READY).exists()
@@ -446,10 +446,10 @@ def nginx():
 
 
 @contextlib.contextmanager
-def door(nginx, folder, work, ports, tokens):
+def sidecar(nginx, folder, work, ports, tokens):
     """The pod's other container: nginx with its configuration, on ports that are free here. Yields the two URLs."""
     free = Ports.free()
-    files = folder / "door"
+    files = folder / "sidecar"
     files.mkdir()
     replaced = {
         "/tmp/": f"{files}/",
@@ -457,7 +457,7 @@ def door(nginx, folder, work, ports, tokens):
         "listen 9082": f"listen 127.0.0.1:{free.metrics}",
         "127.0.0.1:8080": f"127.0.0.1:{ports.inference}",
         "127.0.0.1:8082": f"127.0.0.1:{ports.metrics}",
-        "/etc/door": str(files),
+        "/etc/sidecar": str(files),
         "/etc/tokens": str(files),
         "/dev/stdout": f"{files}/access.log",
         "/serving/": f"{work}/",
@@ -522,13 +522,13 @@ def check_explanations_need_a_token_that_allows_them(url, predict, explain, samp
 
 @needs_root
 @pytest.mark.server
-def test_the_door_lets_in_who_has_a_token_and_only_where_clients_may_go(root, python, nginx, sample, label, tmp_path):
+def test_the_sidecar_lets_in_who_has_a_token_only_where_clients_may_go(root, python, nginx, sample, label, tmp_path):
     ports, tokens, scraper = Ports.from_first(first_of_five()), ["a" * 64, "b" * 64], "c" * 64
     explainer = "d" * 64
     may = {**dict.fromkeys(tokens, "predict"), explainer: "explain", scraper: "scrape"}
     with (
         contained(root, python, tmp_path, "--loopback", "--port", str(ports.inference)) as (process, work),
-        door(nginx, tmp_path, work, ports, may) as (url, metrics),
+        sidecar(nginx, tmp_path, work, ports, may) as (url, metrics),
     ):
         found = listening(process)
         assert {found[port] for port in vars(ports).values()} <= {"0100007F", "0000000000000000FFFF00000100007F"}
@@ -624,16 +624,16 @@ def fake_torchserve():
 
 @pytest.fixture
 def faked(nginx, tmp_path):
-    """The door before a server that is not TorchServe: its URL, and what `fake_torchserve` yields."""
+    """The sidecar before a server that is not TorchServe: its URL, and what `fake_torchserve` yields."""
     (tmp_path / "key_file.json").write_text(json.dumps({"inference": {"key": "the key"}}))
     tmp_path.chmod(0o755)
     tokens = {"a" * 64: "predict", "b" * 64: "predict", "d" * 64: "explain"}
-    with fake_torchserve() as (ports, go, came), door(nginx, tmp_path, tmp_path, ports, tokens) as (url, _):
+    with fake_torchserve() as (ports, go, came), sidecar(nginx, tmp_path, tmp_path, ports, tokens) as (url, _):
         yield url, go, came
 
 
 @needs_root
-def test_the_door_passes_on_no_header_that_asks_for_a_description_or_an_explanation(faked):
+def test_the_sidecar_passes_on_no_header_that_asks_for_a_description_or_an_explanation(faked):
     url, _, _ = faked
     for token in ("a" * 64, "d" * 64):
         status, body = raw(

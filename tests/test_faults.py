@@ -21,7 +21,7 @@ import requests
 
 from benchmarks.faults import Scene
 from benchmarks.probes import Crowd, KnownImages, Note, client_of, is_whole, ready_workers, workers_of
-from benchmarks.serving import SMALL
+from benchmarks.serving.workload import SMALL
 from clients.python.classify import IN_FLIGHT
 from tests.conftest import replace_in_archive
 
@@ -49,8 +49,8 @@ def model(run: Path, exported: Path, tmp_path_factory: pytest.TempPathFactory) -
 def images(model: Path) -> KnownImages:
     found = KnownImages.of(model)
     assert len(found.bodies) > 50
-    assert not found.are_right(0, found.answers[1])
-    assert not found.are_right(0, {})
+    assert not found.is_correct(0, found.predictions[1])
+    assert not found.is_correct(0, {})
     return found
 
 
@@ -100,7 +100,7 @@ def test_the_excess_is_refused_while_the_rest_waits_and_is_answered(scene, image
         body = images.bodies[number % len(images.bodies)]
         reply = requests.post(url, data=body, headers=headers, timeout=SECONDS + 60)
         statuses[reply.status_code] += 1
-        return reply.status_code == 503 or images.are_right(number, reply.json())
+        return reply.status_code == 503 or images.is_correct(number, reply.json())
 
     workers = workers_of(scene.server)
     crowd = CROWD + 32 * scene.workers

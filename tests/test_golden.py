@@ -11,10 +11,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from export.package import golden_images as export_golden
+from launcher import Ports, ServerError, serving
 from model import Classifier, load_run
 from predictor import pillow_preprocessing
 from predictor.golden_check import FILE, Golden
-from serve import Ports, ServerError, serving
 from tests.conftest import replace_in_archive
 from tests.kinds import gradient, save
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.probes import workers_of
+from launcher import Ports, serving
 from predictor.pillow_preprocessing import ImageError, decode, read
-from serve import Ports, serving
 from tests.conftest import label_of, replace_in_archive
 from tests.hostile import BODIES, FILES, JSON, MIB
 from tests.hostile_images import IMAGES

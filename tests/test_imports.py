@@ -10,7 +10,19 @@ import pytest
 from tests.conftest import PROJECT
 
 OURS = {
-    *("predictor", "handler", "model", "dataset", "training", "audit", "export", "clients", "deploy", "benchmarks"),
+    *(
+        "predictor",
+        "handler",
+        "model",
+        "dataset",
+        "training",
+        "audit",
+        "export",
+        "launcher",
+        "clients",
+        "deploy",
+        "benchmarks",
+    ),
     *("train", "serve", "demo", "tests"),
 }
 
@@ -22,9 +34,10 @@ ALLOWED = {
     "training": {"training", "dataset", "model", "predictor"},
     "export": {"export", "dataset", "model", "predictor"},
     "clients": {"predictor"},  # the batch job: that of the archive which it is given
-    "deploy": {"deploy", "serve"},
+    "deploy": {"deploy", "launcher", "predictor"},
+    "launcher": {"launcher"},
     "train.py": {"training", "dataset", "model", "predictor"},
-    "serve.py": set(),
+    "serve.py": {"launcher"},
 }
 
 

@@ -14,8 +14,8 @@ import pytest
 import requests
 import yaml
 
+from launcher import Ports, serving
 from model import ModelSpec
-from serve import Ports, serving
 from tests.conftest import PROJECT, label_of
 
 DEPLOY = PROJECT / "deploy"
@@ -245,7 +245,7 @@ def test_the_alerts_fire_when_they_should(tmp_path):
 def test_wrong_answers_are_alerted_at_the_tolerance_whatever_it_is(tmp_path, ratio, firing):
     """Of an int8 model, too, whose tolerance may be 0.1 of a probability."""
     series = 'classifier_golden_difference_ratio{model_name="digits",model_version="1.0"}'
-    sample = {"labels": '{alertname="ClassifierWrongAnswers"}', "value": 1}
+    sample = {"labels": '{alertname="ClassifierWrongPredictions"}', "value": 1}
     question = {"expr": 'count by (alertname) (ALERTS{alertstate="firing"})', "eval_time": "5m"}
     test = {
         "rule_files": ["alerts.yml"],

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -24,10 +25,10 @@ import pytest
 import requests
 from onnx import numpy_helper
 
-from deploy import rollout as command
-from deploy.rollout import Archive, Failed, Server, rollout
+from deploy.rollout import Archive, Failed, TorchServeClient, rollout, steps
+from deploy.rollout import __main__ as command
+from launcher import Ports, serving
 from predictor.pillow_preprocessing import crop, decode
-from serve import Ports, serving
 from tests.conftest import PROJECT
 
 pytestmark = pytest.mark.server
@@ -42,7 +43,7 @@ SLOW = '        if context.get_request_header(0, "x-slow"):\n            time.sl
 class Site:
     """A server that allows rollouts, its store, and archives for it with versions never used before."""
 
-    server: Server
+    server: TorchServeClient
     store: Path
     key_file: Path
     files: dict[str, bytes]  # of an archive
@@ -77,8 +78,11 @@ class Site:
         assert old in text
         return text.replace(old, new, 1)
 
-    def roll(self, path: Path, *, watch: float = 0, **options: Any) -> None:
-        rollout(Archive.read(path), self.store, self.server, watch=watch, max_errors=0.01, **options)
+    def roll(
+        self, path: Path, *, watch: float = 0, say: Callable[[str], object] = lambda _: None, **options: Any
+    ) -> None:
+        with reports_to(say):
+            rollout(Archive.read(path), self.store, self.server, watch=watch, max_errors=0.01, **options)
 
     def arguments(self, path: Path, **replaced: str) -> list[str]:
         options = {
@@ -101,6 +105,24 @@ class Site:
         """What serves, what is registered, and the files of the store."""
         files = sorted(path.name for path in self.store.iterdir())
         return self.server.default("digits"), sorted(self.server.versions("digits")), files
+
+
+@contextlib.contextmanager
+def reports_to(say: Callable[[str], object]) -> Iterator[None]:
+    """What the steps report, a line each."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage())
+
+    handler, level = Handler(), steps.log.level
+    steps.log.addHandler(handler)
+    steps.log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        steps.log.setLevel(level)
+        steps.log.removeHandler(handler)
 
 
 def turned(model: bytes, by: int) -> bytes:
@@ -137,7 +159,7 @@ def site(exported, tmp_path_factory) -> Iterator[Site]:
     ports = Ports.free()
     with serving([store / "digits.mar"], folder, ports=ports, settings={"enable_model_api": "true"}) as running:
         keys = running.folder / "key_file.json"
-        server = Server(running.management_url, running.url, running.metrics_url, keys)
+        server = TorchServeClient(running.management_url, running.url, running.metrics_url, keys)
         one = Site(server, store, keys, files, tmp_path_factory.mktemp("rollout-archives"))
         one.golden["1.0"] = json.loads(files["golden.json"])
         yield one
@@ -238,7 +260,7 @@ def test_an_archive_that_its_handler_refuses_is_rolled_back(site):
         ),
         (
             *("classifier_handler", '"x-model-version": self.version', '"x-model-version": "0.5"'),
-            "answered by version 0.5",
+            "predicted by version 0.5",
         ),
     ],
 )
@@ -357,7 +379,7 @@ def test_what_could_not_be_done_after_the_switch_is_said(site, monkeypatch, caps
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(command, "_drop", lost)
+        patch.setattr(steps, "_drop", lost)
         assert command.main([*site.arguments(path), "--watch", "0"]) == 3
     assert f"digits {new} serves, but the rest was not done: No space left on device" in capsys.readouterr().err
     assert site.state[:2] == (new, sorted([float(old), float(new)]))
@@ -366,7 +388,7 @@ def test_what_could_not_be_done_after_the_switch_is_said(site, monkeypatch, caps
 
 def test_a_version_that_somebody_else_has_dropped_is_nothing_to_do(site):
     before = site.state
-    command._drop(site.server, "digits", "999.0")
+    steps._drop(site.server, "digits", "999.0")
     assert site.state == before
 
 
@@ -494,7 +516,7 @@ def test_a_server_that_answers_oddly_is_left_as_it_is_and_said_in_one_line(expor
         options = ["--to", url, "--inference", url, "--metrics", url, "--store", str(tmp_path / "store")]
         assert command.main([str(archive), *options]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"rollout: nothing was changed: GET {url}{path} is answered as TorchServe never does: ")
+    assert error.startswith(f"rollout: nothing was changed: GET {url}{path} returned what TorchServe never does: ")
     assert error.count("\n") == 1
     assert {one for one in came if not one.startswith("GET")} == {"POST /models"}  # without a model: a question
     assert list((tmp_path / "store").iterdir()) == []
@@ -503,8 +525,8 @@ def test_a_server_that_answers_oddly_is_left_as_it_is_and_said_in_one_line(expor
 def test_a_list_of_models_that_is_none_is_said_in_one_line(exported, capsys):
     for answer in (b"x", text([]), text({"models": [{}]}), text({"models": 7})):
         with impostor({"/models": answer}) as (url, _):
-            server = Server(url, url, url, None)
-            with pytest.raises(Failed, match="as TorchServe never does"):
+            server = TorchServeClient(url, url, url, None)
+            with pytest.raises(Failed, match="what TorchServe never does"):
                 server.models()
 
 

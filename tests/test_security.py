@@ -28,9 +28,9 @@ from cryptography.hazmat.primitives.serialization import pkcs12
 from cryptography.x509.oid import NameOID
 from PIL import Image
 
+from launcher import CONFIG, Ports, serving
 from model import load_run
 from model.checkpoint import CheckpointError, load_state_dict
-from serve import CONFIG, Ports, serving
 from tests.conftest import PROJECT, first_of_five, replace_in_archive
 from tests.kinds import gradient, save
 from tests.test_handler import context_of
@@ -48,8 +48,8 @@ def bearer(key):
 
 @pytest.mark.server
 @pytest.mark.parametrize("scheme", ["none", "empty", "wrong", "basic", "lower case", "cut", "longer", "the other's"])
-def test_no_door_opens_without_its_own_key(server, sample, scheme):
-    doors = [
+def test_no_endpoint_opens_without_its_own_key(server, sample, scheme):
+    endpoints = [
         *(("inference", "POST", server.url + path) for path in ("/predictions/digits", "/predictions/digits/1.0")),
         *(("inference", "POST", server.url + path) for path in ("/explanations/digits", "/v1/models/digits:predict")),
         *(("inference", "GET", server.url + path) for path in ("/ping", "/predictions/digits")),
@@ -58,7 +58,7 @@ def test_no_door_opens_without_its_own_key(server, sample, scheme):
         ("management", "PUT", server.management_url + "/models/digits?min_worker=0"),
         ("management", "PUT", server.management_url + "/models/digits/1.0/set-default"),
     ]
-    for kind, method, url in doors:
+    for kind, method, url in endpoints:
         key, other = server.key(kind), server.key("inference" if kind == "management" else "management")
         headers = {
             "none": {},
@@ -168,11 +168,11 @@ PATHS = [
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("door", ["inference", "management", "metrics"])
+@pytest.mark.parametrize("endpoint", ["inference", "management", "metrics"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_no_path_leads_to_a_file(server, door, method):
-    address = {"inference": server.url, "management": server.management_url, "metrics": server.metrics_url}[door]
-    key = server.key("management" if door == "management" else "inference")
+def test_no_path_leads_to_a_file(server, endpoint, method):
+    address = {"inference": server.url, "management": server.management_url, "metrics": server.metrics_url}[endpoint]
+    key = server.key("management" if endpoint == "management" else "inference")
     for path in [*PATHS, *(path.replace("predictions", "models") for path in PATHS)]:
         with closing(http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)) as connection:
             connection.request(method, path, body=b"x" if method == "POST" else None, headers=bearer(key))  # as written

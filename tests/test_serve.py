@@ -14,7 +14,11 @@ import psutil
 import pytest
 
 import serve
-from serve import Ports, ServerError, archives_of, environment, java, read_properties, serving
+from launcher import Ports, ServerError, archives_of, serving
+from launcher.environment import environment, java
+from launcher.properties import read_properties
+from launcher.readiness import loopback_session
+from launcher.work_folder import make_temporary_folder
 from tests.conftest import PROJECT, first_of_five, replace_in_archive
 
 
@@ -114,7 +118,7 @@ def test_what_a_rollout_keeps_to_go_back_to_is_not_started(exported, tmp_path):
 
 def test_our_own_requests_go_past_a_proxy(monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    with serve._own("key") as session:
+    with loopback_session("key") as session:
         settings = session.merge_environment_settings("http://127.0.0.1:8080/ping", {}, None, None, None)
         assert (dict(settings["proxies"]), settings["verify"]) == ({}, False)
 
@@ -164,9 +168,9 @@ def test_make_serve_serves_until_it_is_stopped_and_leaves_nothing_running(
 
 
 def test_a_path_that_is_too_long_for_a_socket_is_avoided(tmp_path):
-    short = serve._temporary_folder(Path("/tmp") / f"test-{os.getpid()}")
+    short = make_temporary_folder(Path("/tmp") / f"test-{os.getpid()}")
     deep = tmp_path / ("deep" * 20)
-    long = serve._temporary_folder(deep)
+    long = make_temporary_folder(deep)
     try:
         assert short == Path("/tmp").resolve() / f"test-{os.getpid()}" / "tmp"
         assert not long.is_relative_to(deep)

@@ -16,11 +16,14 @@ from contextlib import suppress
 import psutil
 import pytest
 import requests
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.serialization import pkcs12
 from hypothesis import given
 from hypothesis import strategies as st
 
 import serve
-from serve import CONFIG, LOGGING, Ports, ServerError, read_properties, serving, write_properties
+from launcher import CONFIG, LOGGING, Ports, ServerError, serving, work_folder
+from launcher.properties import read_properties, write_properties
 from tests.conftest import PROJECT, first_of_five
 from tests.test_security import bearer, certificate, tls_config
 from tests.test_serve import running_in, wait_until_ready
@@ -58,7 +61,7 @@ def test_a_second_server_in_a_folder_is_refused_in_one_line_and_the_first_goes_o
 
 def test_serve_py_ends_with_2_where_another_server_works(run, exported, capsys):
     (run / "serve").mkdir(exist_ok=True)
-    with serve._locked(run / "serve", Ports.from_first(9000)):
+    with work_folder.locked(run / "serve", Ports.from_first(9000)):
         assert serve.main([str(run), "--port", str(first_of_five())]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"serve.py: {run}/serve: another server works there (process {os.getpid()}, port 9000)")
@@ -68,16 +71,16 @@ def test_serve_py_ends_with_2_where_another_server_works(run, exported, capsys):
 def test_a_torchserve_that_lost_serve_py_is_named_with_the_command_that_ends_it(tmp_path, monkeypatch):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    monkeypatch.setattr(serve, "KILLED_SECONDS", 0)
-    (tmp_path / serve.LOCK).write_text(f"{gone.pid} 4242 9000")
-    with (tmp_path / serve.LOCK).open() as held:
+    monkeypatch.setattr(work_folder, "KILLED_SECONDS", 0)
+    (tmp_path / work_folder.LOCK).write_text(f"{gone.pid} 4242 9000")
+    with (tmp_path / work_folder.LOCK).open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with (
             pytest.raises(ServerError, match=r"without serve\.py; end it: kill -- -4242"),
-            serve._locked(tmp_path, Ports.free()),
+            work_folder.locked(tmp_path, Ports.free()),
         ):
             pass
-    with serve._locked(tmp_path, Ports.free()):
+    with work_folder.locked(tmp_path, Ports.free()):
         pass
 
 
@@ -181,7 +184,7 @@ def test_the_console_file_does_not_grow_with_what_clients_do(odd):
 def test_the_temporary_folder_of_a_long_path_is_its_owners_whatever_the_umask(tmp_path):
     umask = os.umask(0)
     try:
-        folder = serve._temporary_folder(tmp_path / ("deep" * 20))
+        folder = work_folder.make_temporary_folder(tmp_path / ("deep" * 20))
     finally:
         os.umask(umask)
     assert not folder.is_relative_to(tmp_path)
@@ -269,11 +272,11 @@ def test_a_file_that_the_configuration_names_and_that_is_not_there_is_named(expo
 def test_why_java_or_torchserve_does_not_start_is_said(exported, tmp_path):
     said = refusal(exported, tmp_path / "server", settings={"vmargs": "-XX:Nonsense"})
     assert "Unrecognized VM option 'Nonsense'" in said
-    (tmp_path / "store.p12").write_bytes(b"no store")
-    config = tls_config(tmp_path, "keystore=store.p12\nkeystore_pass=x\n")
-    said = refusal(exported, tmp_path / "server", config=config)
-    assert "Exception" in said
-    assert "keystore" in said.lower() or "DerInput" in said or "toDerInputStream" in said
+    key, made = certificate("localhost", tmp_path)
+    secret = serialization.BestAvailableEncryption(b"right")
+    (tmp_path / "store.p12").write_bytes(pkcs12.serialize_key_and_certificates(b"x", key, made, None, secret))
+    config = tls_config(tmp_path, "keystore=store.p12\nkeystore_pass=wrong\nkeystore_type=PKCS12\n")
+    assert "keystore password was incorrect" in refusal(exported, tmp_path / "server", config=config)
     assert not running_in(tmp_path)
 
 

@@ -17,7 +17,8 @@ from PIL import Image
 from benchmarks.probes import workers_of
 from clients.python.classify import ClassifierError, Client
 from dataset.loading import read_split
-from serve import WARM_UP, Ports, serving
+from launcher import Ports, serving
+from launcher.readiness import WARM_UP
 from tests.conftest import PROJECT, label_of, replace_in_archive
 from tests.grpc_call import predict, stream, stream_both_ways
 from tests.kinds import BAD, GOOD, gradient, save

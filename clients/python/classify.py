@@ -1,18 +1,18 @@
 """Asks a served classifier about images: a library in one file and a command. Needs nothing but `requests`.
 
     python classify.py --model digits --key-file key_file.json IMAGE [IMAGE …]
-    python classify.py --model digits --key-file key_file.json FOLDER --out answers.csv
+    python classify.py --model digits --key-file key_file.json FOLDER --out predictions.csv
 
-Without --out a line of JSON is printed for each image. With --out the answers go into a .csv or .jsonl file. Either
+Without --out a line of JSON is printed for each image. With --out the predictions go into a .csv or .jsonl file. Either
 way each image has one row, in the order of the names, with an error where the server refused it. A folder is searched
 through all its folders for names that end like images; hidden ones are left out.
 
 A server that is full, starting anew or gone is asked again for --retry seconds; asking twice is harmless. The rows go
 into OUT.part, which becomes OUT at the end. If the command is stopped before, the same command with --resume goes on.
-Each answer names the model, its version and the SHA-256 of its weights; one file holds the answers of one model only.
+Each prediction names the model, its version and the SHA-256 of its weights; one file holds those of one model only.
 In a .csv a cell that begins with = + - @ or ' has another ' before it, so that no spreadsheet runs it as a formula.
 
-Ends with 0 if every image was answered, with 1 if some were refused, and with 2 if the command was wrong, or the
+Ends with 0 if every image was classified, with 1 if some were refused, and with 2 if the command was wrong, or the
 server could not be reached or refuses every request (a wrong key, an unknown model).
 """
 
@@ -50,7 +50,7 @@ except ImportError:  # Windows, where nothing keeps two commands from writing on
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-# Statuses that say nothing about the image and pass. What a real TorchServe 0.12 answers: 503 while its queue is full
+# Statuses that say nothing about the image and pass. What a real TorchServe 0.12 returns: 503 while its queue is full
 # or no worker is up, and where the handler raised; 507 to the requests of a worker that was killed or has no memory
 # left; 500 to those of a worker that was replaced because it took too long. 429, 502 and 504 come from proxies. While
 # TorchServe starts its port is closed: it listens only once the models are known and the new keys are written.
@@ -64,15 +64,15 @@ DEATHS = ("Worker died", "Prediction failed", "Out of resources")
 MOST_DEATHS = 2
 DEADLY_IN_A_ROW = 10  # images: then it is the server that is broken
 
-LARGEST_ANSWER = 4_000_000  # bytes: 1,000 labels for each of 100 images
+LARGEST_RESPONSE = 4_000_000  # bytes: 1,000 labels for each of 100 images
 LONGEST_MESSAGE = 500  # characters of what a server says
 
 FIRST_WAIT = 0.1  # seconds before the second try; doubled at each further one, and shortened at random by up to a half
 LONGEST_WAIT = 6.4  # seconds: a restarted TorchServe is found soon after it is ready
 
-IN_FLIGHT = 32  # images for each thread that may be ahead of the oldest unanswered one; bounds the memory
+IN_FLIGHT = 32  # images for each thread that may be ahead of the oldest pending one; bounds the memory
 
-HEADER = ("image", "label", "probability", "error", "answer", "model")  # of the .csv; `answer` is JSON
+HEADER = ("image", "label", "probability", "error", "answer", "model")  # of the .csv; `answer`: all labels, as JSON
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")  # a cell that begins so gets a ' before it; a reader drops one
 
 log = logging.getLogger("classify")
@@ -96,7 +96,7 @@ class ClassifierError(RuntimeError):
 
 
 class Unavailable(ConnectionError):
-    """No answer within the retry time: connections were lost, or the server failed at every try."""
+    """No response within the retry time: connections were lost, or the server failed at every try."""
 
 
 class KeyFileError(ValueError):
@@ -108,8 +108,8 @@ class InUse(ValueError):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model says of one image, and which model it was."""
+class Prediction:
+    """What a model predicts for one image, and which model it was."""
 
     labels: dict[str, float]  # {label: probability}, best first
     model: str  # NAME/VERSION@SHA-256 of the weights, as far as the server names them
@@ -135,7 +135,7 @@ class Client:
             token: the inference key, where it does not change.
             key_file: TorchServe's key_file.json, read again whenever the key is refused: each start of the server
                 writes another key.
-            timeout: seconds to the last byte of each answer; above the server's own 30, so that its word comes first.
+            timeout: seconds to the last byte of each response; above the server's 30, so that its error comes first.
             connect_timeout: seconds for connecting.
             retry_seconds: from a request's first failure to giving up; 0 for a single try.
             cacert: a PEM file with the certificate of an https server, or of the authority that signed it; without it,
@@ -175,28 +175,29 @@ class Client:
 
         Raises:
             ClassifierError: refused; `type` says why. Final: another try would be refused too.
-            Unavailable: no answer within the retry time.
+            Unavailable: no response within the retry time.
         """
-        return self.answer(image, cancelled=cancelled).labels
+        return self.predict(image, cancelled=cancelled).labels
 
-    def answer(self, image: bytes, *, cancelled: threading.Event | None = None) -> Answer:
-        """As `classify`, with the model that answered."""
-        reply = self._ask(cancelled, data=image, headers={"Content-Type": "application/octet-stream"})
-        labels = _read(reply)
+    def predict(self, image: bytes, *, cancelled: threading.Event | None = None) -> Prediction:
+        """As `classify`, with the model that made the prediction."""
+        response = self._ask(cancelled, data=image, headers={"Content-Type": "application/octet-stream"})
+        labels = _read(response)
         if not all(isinstance(probability, (int, float)) for probability in labels.values()):
-            raise _no_answer(reply)
-        version, weights = (_plain(reply.headers.get(f"x-model-{name}", "")) for name in ("version", "weights-sha256"))
+            raise _no_prediction(response)
+        said = response.headers
+        version, weights = (_plain(said.get(f"x-model-{name}", "")) for name in ("version", "weights-sha256"))
         model = self.model.split("/")[0] + (f"/{version}" if version else "") + (f"@{weights}" if weights else "")
-        return Answer(labels, model)
+        return Prediction(labels, model)
 
     def classify_many(self, images: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-        """Several in one request: {name: answer}, where the answer of a refused one is its error.
+        """Several in one request: {name: {label: probability}}, and for a refused one its error.
 
         The names are the mapping's keys, so none is repeated: TorchServe would keep only the last of them.
 
         Raises:
             ClassifierError: all were refused.
-            Unavailable: no answer within the retry time.
+            Unavailable: no response within the retry time.
         """
         if len(images) == 1:
             ((name, body),) = images.items()
@@ -205,19 +206,19 @@ class Client:
         return _read(self._ask(None, files=files))
 
     def _ask(self, cancelled: threading.Event | None, **body: Any) -> requests.Response:
-        """Asks until there is an answer that stays. A request only asks and changes nothing: twice is harmless."""
+        """Sends it until there is a final response. A request changes nothing on the server: twice is harmless."""
         cancelled = cancelled or threading.Event()
         attempt, deaths, failed_first = 0, 0, None
         while True:
             at_least = 0.0
             try:
                 with self._turns.take(alone=deaths > 0):
-                    reply = self._send("POST", f"/predictions/{self.model}", **body)
-                if reply.status_code not in TRANSIENT:
+                    response = self._send("POST", f"/predictions/{self.model}", **body)
+                if response.status_code not in TRANSIENT:
                     self._is_out, self._deadly = False, 0
-                    return reply
-                failure: Exception = (refusal := _refusal(reply))
-                at_least = _retry_after(reply)
+                    return response
+                failure: Exception = (refusal := _refusal(response))
+                at_least = _retry_after(response)
                 deaths += refusal.is_a_death
                 if deaths == MOST_DEATHS:
                     raise self._deadly_image(refusal)
@@ -241,12 +242,12 @@ class Client:
         """One request; another one for each new key that the key file holds where the key is refused."""
         while True:
             key = self._key
-            reply = self._session.request(
+            response = self._session.request(
                 method, self.url + path, timeout=self._timeouts, allow_redirects=False, **body
             )
-            refused = reply.status_code == 400 and _values(reply).get("type") == "InvalidKeyException"
+            refused = response.status_code == 400 and _values(response).get("type") == "InvalidKeyException"
             if not refused or not self._has_another_key(key):
-                return reply
+                return response
 
     @property
     def _session(self) -> requests.Session:
@@ -264,7 +265,7 @@ class Client:
         return session
 
     def _has_another_key(self, refused: str) -> bool:
-        """Whether there is a key to try in the place of `refused`: another thread may have read it already."""
+        """Whether there is another key to try than `refused`: another thread may have read it already."""
         with self._lock:
             if self._key == refused and self._key_file:
                 self._key = read_key(self._key_file)
@@ -280,7 +281,7 @@ class Client:
 
     def _unavailable(self, failure: Exception, at_least: float) -> Unavailable:
         asked = f", which asks to wait {at_least:.0f} s" if at_least > self.retry_seconds else ""
-        return Unavailable(f"{self.url}: no answer within {self.retry_seconds:g} s ({_reason(failure)}{asked})")
+        return Unavailable(f"{self.url}: no response within {self.retry_seconds:g} s ({_reason(failure)}{asked})")
 
     def _say_once(self, failure: Exception) -> None:
         """One line for an outage, not one for each thread and try."""
@@ -331,7 +332,7 @@ class _DeadlineReader(io.RawIOBase):
         if self._end is not None:
             left = self._end - time.monotonic()
             if left <= 0:
-                raise TimeoutError("the answer took too long")
+                raise TimeoutError("the response took too long")
             self._sock.settimeout(left)
         return self._bytes.readinto(buffer)
 
@@ -362,7 +363,7 @@ class _HTTPSPool(urllib3.HTTPSConnectionPool):
 
 
 class _BoundedAdapter(requests.adapters.HTTPAdapter):
-    """Answers of a bounded size, in a bounded time, and never a way to another server."""
+    """Responses of a bounded size, in a bounded time, and never a redirect to another server."""
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         super().init_poolmanager(*args, **options)
@@ -371,21 +372,21 @@ class _BoundedAdapter(requests.adapters.HTTPAdapter):
     def send(self, request: requests.PreparedRequest, *args: Any, **options: Any) -> requests.Response:
         """
         Raises:
-            ClassifierError: the answer is too long.
+            ClassifierError: the response is too long.
         """
-        reply, body = super().send(request, *args, **options | {"stream": True}), bytearray()
+        response, body = super().send(request, *args, **options | {"stream": True}), bytearray()
         try:
-            for chunk in reply.raw.stream(1 << 16, decode_content=False):
+            for chunk in response.raw.stream(1 << 16, decode_content=False):
                 body += chunk
-                if len(body) > LARGEST_ANSWER:
-                    reply.close()
-                    message = f"more than {LARGEST_ANSWER:,} bytes; name a classifier, or ask about fewer images"
-                    raise ClassifierError(reply.status_code, "answer_too_long", message)
+                if len(body) > LARGEST_RESPONSE:
+                    response.close()
+                    message = f"more than {LARGEST_RESPONSE:,} bytes; name a classifier, or ask about fewer images"
+                    raise ClassifierError(response.status_code, "response_too_long", message)
         except (urllib3.exceptions.HTTPError, OSError) as error:  # cut off, or too slow
             raise requests.ConnectionError(error, request=request) from error
-        reply.raw = io.BytesIO(body)
-        reply.headers.pop("Location", None)  # requests would look at where it leads
-        return reply
+        response.raw = io.BytesIO(body)
+        response.headers.pop("Location", None)  # requests would look at where it leads
+        return response
 
 
 @dataclass(frozen=True)
@@ -395,7 +396,7 @@ class Row:
     image: str
     answer: dict[str, float]  # {label: probability}, best first; empty if refused
     error: str = ""
-    model: str = ""  # that answered, as in Answer
+    model: str = ""  # that predicted it, as in Prediction
 
     def as_json(self) -> str:
         outcome = {"error": self.error} if self.error else {"answer": self.answer, "model": self.model}
@@ -416,7 +417,7 @@ def classify_files(client: Client, paths: Iterable[Path], *, threads: int = 8) -
 
     Raises:
         ClassifierError: the server refuses every image.
-        Unavailable: no answer about an image within the client's retry time. All rows before it have been given out.
+        Unavailable: no response about an image within the client's retry time. All rows before it have been given out.
     """
     cancelled = threading.Event()
     rows: deque[Future[Row]] = deque()
@@ -477,8 +478,8 @@ def _classify_file(client: Client, path: Path, cancelled: threading.Event) -> Ro
     except OSError as error:
         return Row(str(path), {}, f"cannot be read: {error.strerror}")
     try:
-        answer = client.answer(body, cancelled=cancelled)
-        return Row(str(path), answer.labels, model=answer.model)
+        prediction = client.predict(body, cancelled=cancelled)
+        return Row(str(path), prediction.labels, model=prediction.model)
     except ClassifierError as error:
         if not error.is_about_the_image:
             raise
@@ -500,36 +501,37 @@ def _walk(folder: Path, around: frozenset[str]) -> Iterator[Path]:
             yield from _walk(folder / name, around)
 
 
-def _values(reply: requests.Response) -> dict[str, Any]:
-    """The reply's JSON object; empty where it is none."""
+def _values(response: requests.Response) -> dict[str, Any]:
+    """The response's JSON object; empty where it is none."""
     try:
-        values = json.loads(reply.content)
+        values = json.loads(response.content)
     except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
 
-def _read(reply: requests.Response) -> dict[str, Any]:
-    if reply.status_code != 200:
-        raise _refusal(reply)
-    if not (values := _values(reply)):
-        raise _no_answer(reply)
+def _read(response: requests.Response) -> dict[str, Any]:
+    if response.status_code != 200:
+        raise _refusal(response)
+    if not (values := _values(response)):
+        raise _no_prediction(response)
     return values
 
 
-def _no_answer(reply: requests.Response) -> ClassifierError:
-    return ClassifierError(reply.status_code, "no_answer", f"{reply.url} is no classifier: it answers no labels")
+def _no_prediction(response: requests.Response) -> ClassifierError:
+    message = f"{response.url} is no classifier: it returns no labels"
+    return ClassifierError(response.status_code, "no_prediction", message)
 
 
-def _refusal(reply: requests.Response) -> ClassifierError:
-    values = _values(reply)
-    message = values.get("message") or reply.reason or "no message"
-    if reply.status_code == 413 and not values:  # TorchServe's own, which names no limit
+def _refusal(response: requests.Response) -> ClassifierError:
+    values = _values(response)
+    message = values.get("message") or response.reason or "no message"
+    if response.status_code == 413 and not values:  # TorchServe's own, which names no limit
         limit = "the server's limit is max_request_size in its config.properties, 10 MB unless it was raised"
         message = f"{message}; {limit}"
-    if 300 <= reply.status_code < 400:
-        message = f"{message}: sends to another address, where images are not sent; name the right one with --url"
-    return ClassifierError(reply.status_code, _plain(values.get("type", "http")), _plain(message))
+    if 300 <= response.status_code < 400:
+        message = f"{message}: sends to another address, where images are not sent; name the correct one with --url"
+    return ClassifierError(response.status_code, _plain(values.get("type", "http")), _plain(message))
 
 
 def _plain(text: object, longest: int | None = LONGEST_MESSAGE) -> str:
@@ -538,9 +540,9 @@ def _plain(text: object, longest: int | None = LONGEST_MESSAGE) -> str:
     return "".join(escaped)
 
 
-def _retry_after(reply: requests.Response) -> float:
+def _retry_after(response: requests.Response) -> float:
     """Seconds that the server asks to wait; 0 where it says nothing that can be read."""
-    value = reply.headers.get("Retry-After", "")
+    value = response.headers.get("Retry-After", "")
     if value.isdecimal():
         return float(value)
     try:
@@ -586,14 +588,14 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--key-file", type=Path, help="TorchServe's key_file.json; or set TORCHSERVE_KEY")
     server.add_argument("--cacert", type=Path, metavar="FILE", help="trust the certificates of this PEM file for https")
     server.add_argument("--threads", type=int, default=8, help="images asked about at once: 2 for each worker (8)")
-    server.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds for each answer (60)")
+    server.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds for each response (60)")
     server.add_argument(
         "--retry",
         type=float,
         metavar="S",
         help="seconds to keep asking a server that fails or is gone (60 with --out, else 5)",
     )
-    output = parser.add_argument_group("the answers")
+    output = parser.add_argument_group("the predictions")
     output.add_argument("--out", type=Path, metavar="FILE", help=f".jsonl, or .csv with {', '.join(HEADER)}")
     output.add_argument("--resume", action="store_true", help="keep the rows of FILE.part and ask about the rest")
     return parser
@@ -680,16 +682,16 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
 
 
 def _same_model(model: str, row: Row) -> str:
-    """The model of the rows so far, and of this one; empty while no image was answered.
+    """The model of the rows so far, and of this one; empty while no image was classified.
 
     Raises:
-        ValueError: another model has answered.
+        ValueError: another model has made a prediction.
     """
     if row.error or model in ("", row.model):
         return model or row.model
     raise ValueError(
-        f"{row.image} was answered by {row.model}, the images before by {model}, and one file holds the answers of "
-        f"one model; ask for that version, if it is still served, as --model {model.partition('@')[0]}"
+        f"{row.image} was classified by {row.model}, the images before by {model}, and one file holds the "
+        f"predictions of one model; ask for that version, if it is still served, as --model {model.partition('@')[0]}"
     )
 
 
@@ -705,7 +707,7 @@ def _keep(part: Path, images: Iterator[Path]) -> tuple[int, int, str]:
     """Cuts off what is not whole rows, and takes the images of the rows from `images`.
 
     Returns:
-        How many rows there are, how many of them are errors, and the model that answered the others.
+        How many rows there are, how many of them are errors, and the model that classified the others.
 
     Raises:
         ValueError: the rows are not those of `images`, or were written by another version of this program.
@@ -726,7 +728,7 @@ def _keep(part: Path, images: Iterator[Path]) -> tuple[int, int, str]:
 
 
 def _whole_rows(part: Path) -> Iterator[tuple[Row, int]]:
-    """Each row without its answer, and the offset of its end, up to the first that was not written to its end."""
+    """Each row without its probabilities, and the offset of its end, up to the first that is not whole."""
     with part.open("rb") as file:
         try:
             yield from (_csv_rows if part.name.endswith(".csv.part") else _json_rows)(file)
@@ -746,7 +748,7 @@ def _json_rows(file: Iterable[bytes]) -> Iterator[tuple[Row, int]]:
 
 def _csv_rows(file: Iterable[bytes]) -> Iterator[tuple[Row, int]]:
     end, last = 0, b""
-    csv.field_size_limit(2 * LARGEST_ANSWER)
+    csv.field_size_limit(2 * LARGEST_RESPONSE)
 
     def lines() -> Iterator[str]:
         nonlocal end, last
@@ -813,5 +815,5 @@ def _bar(total: int, done: int) -> Any:
 if __name__ == "__main__":
     status = main()
     if status > 1:
-        os._exit(status)  # at once, though threads may wait for an answer
+        os._exit(status)  # at once, though threads may wait for a response
     sys.exit(status)

@@ -1,0 +1,1 @@
+"""Our archive against other servers: `python -m benchmarks.serving`."""

@@ -1,0 +1,35 @@
+"""Which archives of a folder a server starts with, and whether they are up to date."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from launcher.errors import ServerError
+
+
+def archives_of(folder: Path) -> list[Path]:
+    """The .mar files that a server starts with; not what a rollout keeps as NAME-VERSION.mar beside NAME.mar."""
+
+    def is_kept(archive: Path) -> bool:
+        try:
+            with zipfile.ZipFile(archive) as files:
+                model = json.loads(files.read("MAR-INF/MANIFEST.json"))["model"]
+            is_named = archive.stem == f"{model['modelName']}-{model['modelVersion']}"
+            return is_named and archive.with_name(f"{model['modelName']}.mar").exists()
+        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
+            return False  # damaged, which its use will say
+
+    return [archive for archive in sorted(folder.glob("*.mar")) if not is_kept(archive)]
+
+
+def check_freshness(archive: Path, run: Path) -> None:
+    """Raises ServerError unless the archive was made from the run as it is now."""
+    try:
+        with zipfile.ZipFile(archive) as files:
+            fresh = json.loads(files.read("spec.json")) == json.loads((run / "spec.json").read_text())
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ServerError(f"{archive}: cannot be checked ({error}); run `python -m export {run}`") from None
+    if not fresh:
+        raise ServerError(f"{archive}: is of an earlier training; run `python -m export {run}`")
