@@ -427,9 +427,13 @@ def test_the_script_inside_the_archive_must_be_the_one_beside_it(folder, other):
     spec = checksums.onnx.read_spec(folder / "digits.onnx")
     replace_in_archive(other / "digits.mar", folder / "digits.mar", {"spec.json": spec.to_json()})
     forge(folder)
+    staged = ("MODEL_CARD.md", "golden.json")
     assert check(folder) == [
-        f"digits.mar: '{member}' inside is not the {member} beside it; export again"
-        for member in ("MODEL_CARD.md", "digits.crops.onnx", "digits.pt", "golden.json")
+        *(f"archive/{one}: is not the one that was packed (manifest.json); export again" for one in staged),
+        *(
+            f"digits.mar: '{member}' inside is not the {member} beside it; export again"
+            for member in ("MODEL_CARD.md", "digits.crops.onnx", "digits.pt", "golden.json")
+        ),
     ]
 
 
