@@ -1,1 +1,1 @@
-"""Measurements behind the figures of the README. Each prints a table and writes JSON."""
+"""Measurements behind the figures of docs/. Each prints a table and writes JSON."""

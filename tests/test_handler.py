@@ -175,13 +175,13 @@ def test_every_bad_body_gets_its_status(ask, name):
     assert headers["content-type"] == "application/json"
 
 
-def test_every_cause_stands_in_the_table_and_the_table_in_the_readme():
+def test_every_cause_stands_in_the_table_and_the_table_in_docs_api():
     from handler.errors import STATUSES
 
     assert {cause for _, cause in BAD.values()} <= set(STATUSES)
-    readme = (PROJECT / "README.md").read_text()
+    page = (PROJECT / "docs" / "api.md").read_text()
     for cause, (code, _) in STATUSES.items():
-        assert f"| `{cause}` | {code} |" in readme
+        assert f"| `{cause}` | {code} |" in page
 
 
 def test_one_bad_image_among_31_good_ones_fails_alone(ask, run):

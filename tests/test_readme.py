@@ -1,7 +1,8 @@
-"""The README's commands, run as they are printed, from a fresh copy of the project."""
+"""The commands of the README and of docs/, run as they are printed, from a fresh copy of the project."""
 
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -9,16 +10,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 
-from export.package.archive import IN_STAGE
+import train
+from model import registry
+from launcher import archives_of
 from tests.conftest import PROJECT, label_of
+from tests.folders import make_folder
+from tests.test_pretrained import as_published
 from tests.test_serve import running_in
 
 README = (PROJECT / "README.md").read_text()
-
-
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+DOCS = PROJECT / "docs"
+PAGES = (
+    "installation",
+    "training",
+    "onnx",
+    "integrity",
+    "serving",
+)  # each goes on from what earlier ones have made
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -44,39 +55,89 @@ def shell(script: str, folder: Path, **environment: str) -> subprocess.Completed
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=240, check=False)
 
 
+def commands(page: str) -> str:
+    return "\n".join(blocks((DOCS / f"{page}.md").read_text(), "sh"))
+
+
 def test_the_commands_stand_at_the_top():
-    top = "\n".join(README.splitlines()[:25])
-    assert "make demo" in top
-    assert "make test" in top
+    make, own = blocks("\n".join(README.splitlines()[:40]), "sh")
+    assert [line.split("#")[0].split() for line in make.splitlines()] == [["make", "demo"], ["make", "test"]]
+    assert len(own.splitlines()) == 3
     for target in ("demo", "test", "serve", "check", "bench", "setup"):
         assert re.search(rf"^{target}:", (PROJECT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
+def test_no_command_is_left_out():
+    """Commands stand in the README's two blocks and on PAGES, programs in Python in docs/onnx.md: all are run below."""
+    assert len(blocks(README, "sh")) == 2
+    assert {page.stem for page in DOCS.glob("*.md") if blocks(page.read_text(), "sh")} == set(PAGES)
+    assert [page.stem for page in DOCS.glob("*.md") if blocks(page.read_text(), "python")] == ["onnx"]
+    for page in (PROJECT / "README.md", *DOCS.glob("*.md")):
+        assert set(re.findall(r"^```(.+)$", page.read_text(), flags=re.MULTILINE)) <= {"sh", "python"}, page
+        for rest in blocks(page.read_text(), ""):  # a layout, or a command to be filled in
+            assert re.search(r"\bDIR\b", rest), f"{page}: not run by any test: {rest}"
+
+
+@pytest.fixture
+def shop_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with `photos`, and a cache that holds a file shaped as torchvision's weights of resnet18."""
+    cache = tmp_path / "torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    url = torchvision.models.get_model_weights("resnet18").DEFAULT.url
+    torch.manual_seed(1)
+    torch.save(as_published("resnet18", registry.build("resnet18", 3, 224)), cache / url.rsplit("/", 1)[1])
+    make_folder(tmp_path / "photos", count=20)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_your_own_images_take_three_commands(shop_floor, exported, checkout, capsys):
+    """The first is run; of the others, which are run below for another folder, it is seen what they would read."""
+    learn, leave, serve = blocks(README, "sh")[1].splitlines()
+    python, script, *options = shlex.split(learn)
+    assert (python, script) == (".venv/bin/python", "train.py")
+    assert train.main(options) == 0
+    assert "python -m export runs/photos" in capsys.readouterr().out
+    assert leave == ".venv/bin/python -m export runs/photos"
+    shutil.copytree(exported, shop_floor / "runs" / "photos" / "export")
+    (checkout / ".venv" / "ready").touch()
+    said = shell(f"make --dry-run {serve.removeprefix('make ')}", checkout).stdout
+    assert said.split() == [".venv/bin/python", "serve.py", "runs/photos"]
+    assert archives_of(Path("runs/photos/export"))
+
+
 @pytest.mark.server
-def test_step_by_step_works_as_it_is_printed(checkout, tmp_path):
+def test_the_pages_work_as_they_are_printed_one_after_the_other(checkout, tmp_path):
     for port in (8080, 8081, 8082, 7070, 7071):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
-                pytest.skip(f"port {port}, which the README uses, is taken by another program on this machine")
-    script = "\n".join(blocks(section("Step by step"), "sh"))
+                pytest.skip(f"port {port}, which docs/ uses, is taken by another program on this machine")
+    script = "\n".join(map(commands, PAGES))
     assert "\npython -m export runs/digits\n" in script  # whose archive runs what is fastest here; mostly it is this
     script = script.replace("\npython -m export runs/digits\n", "\npython -m export runs/digits --backend onnx\n")
-    for command in ("train.py", "python -m export", "torch-model-archiver", "torchserve --start", "curl", "--stop"):
+    for command in ("train.py", "export --check", "-m predictor", "torch-model-archiver", "torchserve --start", "curl", "--stop"):
         assert command in script
     try:
         done = shell(script, checkout, TMPDIR=str(tmp_path), TEMP=str(tmp_path))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         run = checkout / "runs" / "digits"
+        assert "digits.mar: OK\n" in done.stdout
+        files = len((run / "export" / "SHA256SUMS").read_text().splitlines())
+        assert f"\n{files} files: the sums agree. Nothing was run" in done.stdout
+        assert (checkout / "key.pub").read_text().startswith("-----BEGIN PUBLIC KEY-----")
         seven, three = (label_of(run, (run / "samples" / f"{digit}-0.png").read_bytes()) for digit in (7, 3))
         assert f'{{"{seven}": 0.' in done.stdout
         assert f'"answer": {{"{three}": 0.' in done.stdout
         assert '"status": "Healthy"' in done.stdout
+        rows = (checkout / "predictions.csv").read_text().splitlines()
+        assert len(rows) == 1 + len(list((run / "samples").iterdir()))
         assert "TorchServe has stopped" in done.stdout
         printed = next(line for line in done.stdout.splitlines() if line.startswith("torch-model-archiver"))
-        assert printed in script  # what export runs is what the README says
+        assert printed in script  # what export runs is what the page says
     finally:
         shell(". .venv/bin/activate; torchserve --stop --foreground || true", checkout, TMPDIR=str(tmp_path))
     assert not running_in(checkout)
@@ -86,25 +147,18 @@ def test_step_by_step_works_as_it_is_printed(checkout, tmp_path):
 def test_the_onnx_example_works_as_it_is_printed(exported, run, label, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(run)
-    (program,) = blocks(section("The ONNX files"), "python")
+    (program,) = blocks((DOCS / "onnx.md").read_text(), "python")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == f"{label}\n"
-
-
-def test_the_check_works_as_it_is_printed(exported, run, tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "digits").symlink_to(run)
-    (program,) = blocks(section("The ONNX files"), "sh")
-    python = f'python() {{ "{sys.executable}" "$@"; }}'
-    done = shell(f"{python}\nexport PYTHONPATH='{PROJECT}'\n{program}", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{14 + len(IN_STAGE)} files: the sums agree. Nothing was run")
 
 
 @pytest.mark.server
 def test_the_demo_works_and_leaves_nothing_behind(checkout, tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
+    (checkout / ".venv" / "ready").touch()
+    command = shell("make --dry-run demo", checkout).stdout.strip()
+    assert command == ".venv/bin/python demo.py --at-least 0.95"
     done = shell(". .venv/bin/activate; python demo.py --at-least 0.5", checkout, TMPDIR=str(temporary))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "image" in done.stdout

@@ -25,6 +25,8 @@ from tests.kinds import BAD, GOOD, gradient, save
 
 pytestmark = pytest.mark.server
 
+API = (PROJECT / "docs" / "api.md").read_text()
+
 STATUS = {
     "empty": 400,
     "too_many_pixels": 413,
@@ -274,7 +276,7 @@ def test_a_body_above_the_bound_is_refused_and_the_server_stays(server, sample, 
     assert post(server, bytes(10_485_760 + 1)).status_code == 413
     with pytest.raises(ClassifierError, match=r"413 http: .*max_request_size in its config.properties, 10 MB"):
         client.classify(bytes(10_485_760 + 1))
-    assert "413 above 10 MB (`max_request_size` in\n`config.properties`)" in (PROJECT / "README.md").read_text()
+    assert "| 413 | above 10 MB (`max_request_size` in `config.properties`) |" in API
     assert next(iter(client.classify(sample))) == label
 
 
@@ -338,17 +340,17 @@ def test_metrics_are_there_for_prometheus_and_need_no_key_as_the_documents_say(s
     for headers in ({"Authorization": f"Bearer {server.key()}"}, {}):
         assert "ts_inference_requests_total" in requests.get(server.metrics_url, headers=headers, timeout=30).text
     assert requests.get(f"{server.url}/api-description", timeout=30).ok
-    for name in ("README.md", "config.properties", "deploy/README.md"):
+    for name in ("docs/operations.md", "SECURITY.md", "config.properties", "deploy/README.md"):
         text = (PROJECT / name).read_text()
         assert "/api-description" in text
         assert re.search(r"without\W+(#\W+)?a\W+key|need\W+none", text), name
 
 
-def test_a_form_that_is_no_form_is_refused_as_the_readme_says(server, sample):
+def test_a_form_that_is_no_form_is_refused_as_docs_api_says(server, sample):
     """What `curl --data-binary` sends unless it is told the type; nearly every photograph has such a `%` in it."""
     reply = post(server, sample + b"%zz", **{"Content-Type": "application/x-www-form-urlencoded"})
     assert (reply.status_code, reply.json()["type"]) == (500, "ErrorDataDecoderException")
-    assert "| `ErrorDataDecoderException` | 500 |" in (PROJECT / "README.md").read_text()
+    assert "| `ErrorDataDecoderException` | 500 |" in API
 
 
 def test_the_client_names_what_was_wrong(client, sample, label):

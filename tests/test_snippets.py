@@ -1,4 +1,4 @@
-"""The few lines that the README and the card print for ONNX Runtime: they see an image as the handler does."""
+"""The few lines that docs/onnx.md and the card print for ONNX Runtime: they see an image as the handler does."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def on_nothing(digit: Image.Image) -> bytes:
 IMAGES = {"jpeg on its side": on_its_side, "png with alpha": on_nothing}
 
 
-def snippet_of_the_readme(body: bytes, exported: Path, folder: Path) -> str:
+def snippet_of_docs_onnx(body: bytes, exported: Path, folder: Path) -> str:
     (folder / "runs" / "digits" / "samples").mkdir(parents=True)
     (folder / "runs" / "digits" / "export").symlink_to(exported)
     (folder / "runs" / "digits" / "samples" / "7-0.png").write_bytes(body)  # Pillow looks at the content
-    section = (PROJECT / "README.md").read_text().split("\n## The ONNX files\n")[1].split("\n## ")[0]
-    (code,) = re.findall(r"^```python\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
+    page = (PROJECT / "docs" / "onnx.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
     return code
 
 
@@ -56,7 +56,7 @@ def snippet_of_the_card(body: bytes, exported: Path, folder: Path) -> str:
     return code
 
 
-@pytest.mark.parametrize("snippet", [snippet_of_the_readme, snippet_of_the_card])
+@pytest.mark.parametrize("snippet", [snippet_of_docs_onnx, snippet_of_the_card])
 @pytest.mark.parametrize("kind", IMAGES)
 def test_a_snippet_answers_as_the_handler_would(snippet, kind, run, exported, tmp_path):
     digit = Image.open(run / "samples" / "7-0.png").convert("L").resize((60, 48))
