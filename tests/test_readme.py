@@ -119,7 +119,15 @@ def test_the_pages_work_as_they_are_printed_one_after_the_other(checkout, tmp_pa
     script = "\n".join(map(commands, PAGES))
     assert "\npython -m export runs/digits\n" in script  # whose archive runs what is fastest here; mostly it is this
     script = script.replace("\npython -m export runs/digits\n", "\npython -m export runs/digits --backend onnx\n")
-    for command in ("train.py", "export --check", "-m predictor", "torch-model-archiver", "torchserve --start", "curl", "--stop"):
+    for command in (
+        "train.py",
+        "export --check",
+        "-m predictor",
+        "torch-model-archiver",
+        "torchserve --start",
+        "curl",
+        "--stop",
+    ):
         assert command in script
     try:
         done = shell(script, checkout, TMPDIR=str(tmp_path), TEMP=str(tmp_path))
