@@ -14,8 +14,8 @@ import torch
 import torchvision
 
 import train
-from model import registry
 from launcher import archives_of
+from model import registry
 from tests.conftest import PROJECT, label_of
 from tests.folders import make_folder
 from tests.test_pretrained import as_published
