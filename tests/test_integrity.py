@@ -16,10 +16,9 @@ import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from export.output_folder import SIGNATURE, SUMS
 from export.package import checksums
 from export.package.checksums import (
-    SIGNATURE,
-    SUMS,
     check,
     run_check,
     write_manifest,
