@@ -70,11 +70,11 @@ def test_the_processes_of_a_machine_share_its_memory(tmp_path, monkeypatch):
     assert isinstance(allocate(100, 16, tmp_path, processes=2, say=lambda line: None), FilePixels)
 
 
-def test_training_tells_how_many_processes_share_the_memory(monkeypatch):
+def test_training_tells_how_many_processes_share_the_memory(tmp_path, monkeypatch):
     told = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(image_store, "free_memory", lambda processes: told.append(processes) or 1 << 40)
-    read_data(TrainConfig(data="digits", size=8, resize=8))
+    read_data(TrainConfig(data="digits", size=16, resize=16, out=str(tmp_path)))
     assert told == [3]
 
 
