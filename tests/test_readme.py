@@ -73,13 +73,15 @@ def test_no_command_is_left_out():
     assert {page.stem for page in DOCS.glob("*.md") if blocks(page.read_text(), "sh")} == set(PAGES)
     assert [page.stem for page in DOCS.glob("*.md") if blocks(page.read_text(), "python")] == ["onnx"]
     for page in (PROJECT / "README.md", *DOCS.glob("*.md")):
-        assert set(re.findall(r"^```(.+)$", page.read_text(), flags=re.MULTILINE)) <= {"sh", "python"}, page
-        for rest in blocks(page.read_text(), ""):  # a layout, or a command to be filled in
-            assert re.search(r"\bDIR\b", rest), f"{page}: not run by any test: {rest}"
+        fences = re.findall(r"^```(.*)\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for language, text in fences:
+            assert language in ("sh", "python", ""), page
+            if not language:  # a layout, or a command to be filled in
+                assert re.search(r"\bDIR\b", text), f"{page}: not run by any test: {text}"
 
 
 @pytest.fixture
-def shop_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder_of_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with `photos`, and a cache that holds a file shaped as torchvision's weights of resnet18."""
     cache = tmp_path / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
@@ -92,7 +94,7 @@ def shop_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_your_own_images_take_three_commands(shop_floor, exported, checkout, capsys):
+def test_your_own_images_take_three_commands(folder_of_photos, exported, checkout, capsys):
     """The first is run; of the others, which are run below for another folder, it is seen what they would read."""
     learn, leave, serve = blocks(README, "sh")[1].splitlines()
     python, script, *options = shlex.split(learn)
@@ -100,7 +102,7 @@ def test_your_own_images_take_three_commands(shop_floor, exported, checkout, cap
     assert train.main(options) == 0
     assert "python -m export runs/photos" in capsys.readouterr().out
     assert leave == ".venv/bin/python -m export runs/photos"
-    shutil.copytree(exported, shop_floor / "runs" / "photos" / "export")
+    shutil.copytree(exported, folder_of_photos / "runs" / "photos" / "export")
     (checkout / ".venv" / "ready").touch()
     said = shell(f"make --dry-run {serve.removeprefix('make ')}", checkout).stdout
     assert said.split() == [".venv/bin/python", "serve.py", "runs/photos"]
