@@ -66,12 +66,14 @@ def demo(options: argparse.Namespace, folder: Path) -> int:
     from dataset.loading import read_split
     from export.pipeline import export_run, name_of
     from train import train
-    from training.config import TrainConfig
+    from training.console import on_terminal
+    from training.options import TrainOptions
 
     started = time.perf_counter()
-    config = TrainConfig(data=options.data, arch=options.arch, epochs=options.epochs, out=str(options.out))
+    config = TrainOptions(data=options.data, arch=options.arch, epochs=options.epochs, out=str(options.out))
     print("── 1 of 4: train", flush=True)
-    metrics = train(config, overwrite=True)
+    with on_terminal():
+        metrics = train(config, overwrite=True)
     print("\n── 2 of 4: export, prove parity, archive", flush=True)
     if not all(row.passed for row in export_run(options.out)):
         return 1

@@ -37,10 +37,11 @@ from dataset.image_store import Data, Split
 from dataset.loading import load
 from model import registry
 from model.fastnet import FastNet, ShiftNorm
-from train import pick_device, train
-from training.config import make_config
+from train import train
 from training.evaluation import evaluate
 from training.memory import keep_freed
+from training.options import make_options
+from training.resolve import pick_device
 
 MEAN, STD = registry.IMAGENET_MEAN, registry.IMAGENET_STD
 
@@ -100,7 +101,7 @@ def run(options: dict[str, Any]) -> tuple[float, float]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as changed:
         for part, other in without.items():
             changed.enter_context(patch(part, other))
-        metrics = train(make_config(None, options, recipe), overwrite=True)
+        metrics = train(make_options(None, options, recipe), overwrite=True)
     return metrics["test"]["accuracy"], metrics["train"]["seconds"]
 
 

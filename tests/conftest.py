@@ -33,7 +33,7 @@ from export.proof import images, parity
 from launcher import Ports, RunningServer, serving
 from model import Classifier, load_run
 from predictor.pillow_preprocessing import crop, decode
-from training.config import TrainConfig
+from training.options import TrainOptions
 from training.report import write_report
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -88,7 +88,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(folder: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()), reports(write_report):
-            trainer.train(TrainConfig(data="digits", arch="simplecnn", out=str(folder / "digits")))
+            trainer.train(TrainOptions(data="digits", arch="simplecnn", out=str(folder / "digits")))
 
     return made_once(tmp_path_factory, "trained", make) / "digits"
 

@@ -1,7 +1,5 @@
 """BatchNorm's statistics where their running averages are too slow for a run."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -9,11 +7,11 @@ from torch import nn
 from dataset.loading import load
 from model import registry
 from model.tensor_preprocessing import normalise
+from tests.learning import Training
+from train import learn
 from training import batchnorm
 from training.batchnorm import estimate_statistics, slow_norms
-from training.config import TrainConfig
 from training.metrics import one_label_for_all, score
-from training.trainer import Trainer
 
 SCALE = torch.full((3,), 0.5), torch.full((3,), 0.25)
 
@@ -34,8 +32,7 @@ class Slow(nn.Module):
 
 
 def make(data, network, **options):
-    config = TrainConfig(data="digits", out="x", size=32, crop_padding=4, batch_size=128, **options)
-    return Trainer(network, data, config, SCALE)
+    return Training(data, network, crop_padding=4, batch_size=128, **options)
 
 
 @pytest.mark.parametrize(
@@ -85,22 +82,22 @@ def test_the_same_weights_give_the_same_statistics_and_no_random_number_is_drawn
 def test_a_network_is_evaluated_with_statistics_that_belong_to_its_weights(digits, options):
     """Their distance from those of all training images, before and after."""
     torch.manual_seed(0)
-    trainer = make(digits, Slow(), **options)
-    trainer.train_one_epoch()
-    norm = trainer.averaged.layers[1]
+    training = make(digits, Slow(), **options)
+    training.epoch()
+    norm = training.learner.averaged.layers[1]
     with torch.no_grad():
-        seen = trainer.averaged.layers[0](normalise(digits.train.crops(slice(None)), *SCALE))
+        seen = training.learner.averaged.layers[0](normalise(digits.train.crops(slice(None)), *SCALE))
     lag = (norm.running_var - seen.var(dim=(0, 2, 3))).abs().sum()
-    trainer.estimate_statistics()
+    training.evaluate()
     assert (norm.running_var - seen.var(dim=(0, 2, 3))).abs().sum() < lag / 5
 
 
 def test_a_network_that_is_quick_enough_keeps_its_statistics(digits):
-    trainer = make(digits, Slow(momentum=0.1))
-    trainer.train_one_epoch()
-    before = trainer.network.layers[1].running_var.clone()
-    trainer.estimate_statistics()
-    assert torch.equal(trainer.network.layers[1].running_var, before)
+    training = make(digits, Slow(momentum=0.1))
+    training.epoch()
+    before = training.network.layers[1].running_var.clone()
+    training.evaluate()
+    assert torch.equal(training.network.layers[1].running_var, before)
 
 
 def test_a_bounded_number_of_images_is_looked_at(digits, monkeypatch):
@@ -119,12 +116,10 @@ def test_a_network_that_gives_one_label_to_all_is_named(digits):
     assert one_label_for_all(score(torch.eye(2)[targets], targets, ["a", "b"])) == ""
 
 
-def test_a_run_says_that_its_network_gives_one_label_to_all(digits, tmp_path, capsys, monkeypatch):
-    from training import loop
-
-    trainer = make(replace(digits), Slow(), epochs=2)
-    monkeypatch.setattr(trainer, "evaluate", lambda: torch.eye(10)[[3]].repeat(len(digits.val), 1))
-    (tmp_path / "run").mkdir()
-    loop.fit(trainer, tmp_path / "run")
-    said = capsys.readouterr().out
-    assert said.count("the network gives '3' to nearly all val images") == 1
+def test_a_run_says_that_its_network_gives_one_label_to_all(digits, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", "training")
+    training = make(digits, Slow(), epochs=2)
+    monkeypatch.setattr("train.evaluate_val", lambda *_: torch.eye(10)[[3]].repeat(len(digits.val), 1))
+    learn(training.learner, digits, training.plan, training.schedule, training.progress, tmp_path)
+    assert len(training.progress.history) == 2
+    assert caplog.text.count("the network gives '3' to nearly all val images") == 1

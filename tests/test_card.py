@@ -197,27 +197,28 @@ def test_paths_of_the_machine_that_trained_stay_there(card, copy):
     config = yaml.safe_load((copy / "config.yaml").read_text())
     private = {"data": "/home/ann/secret/cats", "out": "/home/ann/runs/cats", "weights": "/home/ann/resnet.pt"}
     (copy / "config.yaml").write_text(yaml.safe_dump(config | private))
+    with_options(copy, weights=private["weights"])
     text = card()
     assert "/home" not in text
     assert "resnet.pt" in text
 
 
-def test_what_was_switched_on_in_training_is_named_and_the_rest_is_not(card, copy):
-    config = yaml.safe_load((copy / "config.yaml").read_text())
-    assert "cutmix" not in card()
-    (copy / "config.yaml").write_text(yaml.safe_dump(config | {"cutmix": 1.0, "accumulate": 4}))
+def with_options(copy, **options):
+    metrics = json.loads((copy / "metrics.json").read_text())
+    metrics["train"]["options"] |= options
+    (copy / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_the_options_that_the_run_names_are_listed(card, copy):
+    text = card()
+    assert "| optimizer | adamw |" in text
+    assert "| pretrained | no |" in text
+    assert "cutmix" not in text  # it was off
+    with_options(copy, cutmix=1.0, accumulate=4)
     text = card()
     assert "| cutmix | 1" in text
     assert "| accumulate | 4 |" in text
     assert "| mixup |" not in text
-
-
-def test_the_step_schedule_is_named_with_its_numbers(card, copy):
-    config = yaml.safe_load((copy / "config.yaml").read_text()) | {"step_size": 7, "gamma": 0.25}
-    for schedule, named in (("step", True), ("cosine", False)):
-        (copy / "config.yaml").write_text(yaml.safe_dump(config | {"schedule": schedule}))
-        text = card()
-        assert ("| step\\_size | 7 |" in text) == ("| gamma | 0.25 |" in text) == named
 
 
 def test_of_many_labels_the_first_are_named_and_the_rest_counted(card, copy):

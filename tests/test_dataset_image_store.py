@@ -11,8 +11,10 @@ from dataset.loading import load
 from dataset.sources import DataError
 from model import checkpoint
 from tests.folders import make_folder
-from train import main, read_data
-from training.config import TrainConfig
+from train import main
+from training.options import TrainOptions
+from training.resolve import Reading
+from training.start import read_data
 
 
 def test_what_does_not_fit_in_memory_is_kept_in_a_file(tmp_path, monkeypatch):
@@ -74,7 +76,8 @@ def test_training_tells_how_many_processes_share_the_memory(tmp_path, monkeypatc
     told = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(image_store, "free_memory", lambda processes: told.append(processes) or 1 << 40)
-    read_data(TrainConfig(data="digits", size=16, resize=16, out=str(tmp_path)))
+    reading = Reading(size=16, resize=16, crop_padding=0, workers=1)
+    read_data(TrainOptions(data="digits", out=str(tmp_path)), reading)
     assert told == [3]
 
 

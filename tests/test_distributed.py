@@ -13,9 +13,10 @@ import yaml
 from benchmarks import resume as kills
 from model import checkpoint, load_run
 from tests.conftest import PROJECT
-from train import main, pick_device
+from train import main
 from training import distributed
 from training.distributed import cut
+from training.resolve import pick_device
 
 RECIPE = ["--data", "digits", "--epochs", "2", "--batch-size", "60", "--optimizer", "sgd", "--flip", "--jitter", "0.1"]
 RECIPE += ["--mixup", "0.2", "--cutmix", "1"]

@@ -5,9 +5,9 @@ import torch
 
 from model import registry
 from model.fastnet import FastNet
-from training.config import TrainConfig
+from tests.learning import make_plan
 from training.muon import HEAD, SHIFTS, VECTORS, Muon, orthogonal
-from training.optimizer import make_optimizer
+from training.optimizers import make_optimizer
 
 
 def correlated(count: int = 500) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_muon_trains_parameters_of_every_shape():
 def test_the_shifts_of_norms_without_a_scale_learn_faster_than_other_vectors():
     def rates(arch):
         network = registry.build(arch, 10, 32)
-        optimizer = make_optimizer(network, TrainConfig(data="x", out="x", optimizer="muon", lr=0.1))
+        optimizer = make_optimizer(network, make_plan(optimizer="muon", lr=0.1))
         by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         return {name: by_id[id(p)] for name, p in network.named_parameters() if p.requires_grad}
 

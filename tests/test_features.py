@@ -11,14 +11,14 @@ from benchmarks import resume as kills
 from dataset.loading import load
 from model import checkpoint, registry
 from tests.folders import make_folder
+from tests.learning import Training
 from tests.test_distributed import torchrun
 from train import main
-from training import features as features_module
-from training import loop
-from training.config import TrainConfig
-from training.features import Features, compute_features, headless
-from training.optimizer import BACKBONE_RATE
-from training.trainer import Trainer
+from training import freezing, run_folder
+from training.freezing import compute_features, headless
+from training.learner import Features
+from training.optimizers import BACKBONE_RATE
+from training.selection import Best, is_better
 
 SCALE = torch.full((3,), 0.5), torch.full((3,), 0.25)
 
@@ -29,10 +29,8 @@ def digits():
 
 
 def make(data, arch="fastnet_small", **options):
-    torch.manual_seed(0)
-    defaults = {"size": 32, "crop_padding": 0, "batch_size": 64, "optimizer": "sgd", "flip": True, "freeze": True}
-    network = registry.build(arch, 10, 32)
-    return Trainer(network, data, TrainConfig(data="digits", arch=arch, out="x", **defaults | options), SCALE)
+    defaults = {"crop_padding": 0, "batch_size": 64, "optimizer": "sgd", "flip": True, "freeze": True}
+    return Training(data, arch=arch, **defaults | options)
 
 
 def tensors(network):
@@ -54,25 +52,23 @@ def test_a_head_learns_from_features_what_it_learns_from_images(digits, options)
     cached, anew = make(digits, **options), make(digits, cache_features=False, **options)
     start = tensors(cached.network)
     for _ in range(3):
-        rows = [trainer.train_one_epoch() for trainer in (cached, anew)]
-        assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-3)
-        assert rows[0]["accuracy"] == pytest.approx(
-            rows[1]["accuracy"], abs=2.5 / len(digits.train)
-        )  # some on the edge
-        assert rows[0]["steps"] == rows[1]["steps"]
-    assert isinstance(cached.features, Features)
-    assert anew.features is None
+        rows = [training.epoch() for training in (cached, anew)]
+        assert rows[0].loss == pytest.approx(rows[1].loss, rel=1e-3)
+        assert rows[0].accuracy == pytest.approx(rows[1].accuracy, abs=2.5 / len(digits.train))  # some on the edge
+        assert rows[0].steps == rows[1].steps
+    assert isinstance(cached.learner.features, Features)
+    assert anew.learner.features is None
     assert changed(cached.network, start) == {"classifier.weight"}
     assert close(cached.network.classifier.weight, anew.network.classifier.weight)
     assert close(cached.evaluate(), anew.evaluate())
 
 
 def test_the_backbone_sees_each_image_once(digits):
-    trainer, seen = make(digits), []
-    trainer.network.whitening.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    training, seen = make(digits), []
+    training.network.whitening.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     for _ in range(3):
-        trainer.train_one_epoch()
-        trainer.evaluate()
+        training.epoch()
+        training.evaluate()
     assert sum(seen) == 2 * len(digits.train) + len(digits.val) + 2 * 2  # twice two images for a look at the layers
 
 
@@ -99,45 +95,47 @@ def test_the_last_layer_of_torchvisions_networks_is_the_head(arch):
         assert close(network.get_submodule(registry.head_name(network))(seen), logits)
 
 
-def test_a_network_that_goes_on_after_its_last_layer_trains_all_the_same(digits, capsys):
-    trainer = make(digits, "squeezenet1_0")
+def test_a_network_that_goes_on_after_its_last_layer_trains_all_the_same(digits, caplog):
+    caplog.set_level("INFO", "training")
+    training = make(digits, "squeezenet1_0")
     few = replace(digits.train, **{name: getattr(digits.train, name)[:130] for name in ("rows", "targets", "names")})
-    trainer.data = replace(digits, train=few)
-    start = tensors(trainer.network)
-    trainer.train_one_epoch()
-    assert trainer.features is None
-    assert "sees all images in each epoch: the network goes on after its last layer" in capsys.readouterr().out
-    assert changed(trainer.network, start) == {"classifier.1.weight", "classifier.1.bias"}
+    training.data = replace(digits, train=few)
+    start = tensors(training.network)
+    training.epoch()
+    assert training.learner.features is None
+    assert "sees all images in each epoch: the network goes on after its last layer" in caplog.text
+    assert changed(training.network, start) == {"classifier.1.weight", "classifier.1.bias"}
 
 
-def test_features_that_do_not_fit_are_not_kept(digits, monkeypatch, capsys):
-    monkeypatch.setattr(features_module, "free_memory", lambda: 1_000_000)
-    trainer = make(digits)
-    trainer.train_one_epoch()
-    assert trainer.features is None
-    assert "they would take 0.0 GB, over half of the free memory" in capsys.readouterr().out
+def test_features_that_do_not_fit_are_not_kept(digits, monkeypatch, caplog):
+    caplog.set_level("INFO", "training")
+    monkeypatch.setattr(freezing, "free_memory", lambda: 1_000_000)
+    training = make(digits)
+    training.epoch()
+    assert training.learner.features is None
+    assert "they would take 0.0 GB, over half of the free memory" in caplog.text
 
 
 def test_the_first_process_decides_for_all_whether_features_fit(digits, monkeypatch):
     """Each would wait for ever for the others, if some computed features and some did not."""
-    monkeypatch.setattr(features_module.distributed, "from_first", lambda *_: [1_000_000.0])  # another machine's
+    monkeypatch.setattr(freezing.distributed, "from_first", lambda *_: [1_000_000.0])  # another machine's
     assert compute_features(make(digits).network, digits, SCALE, True).startswith("they would take")
 
 
-def test_the_backbone_learns_from_the_epoch_on_that_was_named(digits, capsys):
-    trainer = make(digits, unfreeze_at=2, crop_padding=4, momentum=0.0, weight_decay=0.0)
-    start = tensors(trainer.network)
+def test_the_backbone_learns_from_the_epoch_on_that_was_named(digits, caplog):
+    caplog.set_level("INFO", "training")
+    training = make(digits, unfreeze_at=2, crop_padding=4, momentum=0.0, weight_decay=0.0)
+    start = tensors(training.network)
     for epoch in range(3):
-        trainer.train_one_epoch()
-        trainer.history.append({})
-        assert bool(trainer.features) == (epoch < 2)
-        assert ("blocks.1.conv2.weight" in changed(trainer.network, start)) == (epoch == 2)
-        assert ("blocks.1.norm2.running_mean" in changed(trainer.network, start)) == (epoch == 2)
-    kept = set(start) - changed(trainer.network, start)
+        training.epoch()
+        assert bool(training.learner.features) == (epoch < 2)
+        assert ("blocks.1.conv2.weight" in changed(training.network, start)) == (epoch == 2)
+        assert ("blocks.1.norm2.running_mean" in changed(training.network, start)) == (epoch == 2)
+    kept = set(start) - changed(training.network, start)
     assert kept == {"whitening.weight"}  # which is never trained
-    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    rates = {group["lr"] for group in training.learner.optimizer.param_groups}
     assert max(rates) == pytest.approx(min(rates) / BACKBONE_RATE)
-    assert "the backbone learns too from here, at 0.1 times the learning rate" in capsys.readouterr().out
+    assert "the backbone learns too from here, at 0.1 times the learning rate" in caplog.text
 
 
 def random_weights(path):
@@ -148,7 +146,7 @@ def random_weights(path):
 
 @pytest.fixture(scope="module")
 def thawing(tmp_path_factory):
-    """Options of a run whose backbone learns from its second half on."""
+    """TrainOptions of a run whose backbone learns from its second half on."""
     folder, weights = make_folder(tmp_path_factory.mktemp("colours"), count=40), tmp_path_factory.mktemp("weights")
     given = ["--weights", random_weights(weights / "model.pt")]
     return ["--data", str(folder), "--arch", "fastnet_small", *given, "--freeze", "--unfreeze-at", "2", "--epochs", "4"]
@@ -165,7 +163,7 @@ def thawed(thawing, tmp_path_factory):
 def test_a_run_that_ends_before_or_after_the_thaw_goes_on_with_the_same_bits(
     thawing, thawed, tmp_path, monkeypatch, epoch
 ):
-    real = loop.write_history
+    real = run_folder.write_history
 
     def killed(history, out):
         real(history, out)
@@ -173,7 +171,7 @@ def test_a_run_that_ends_before_or_after_the_thaw_goes_on_with_the_same_bits(
             raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(loop, "write_history", killed)
+        patch.setattr(run_folder, "write_history", killed)
         main([*thawing, "--out", str(tmp_path / "killed")])
     assert main(["--resume", str(tmp_path / "killed")]) == 0
     assert kills.differences(thawed, tmp_path / "killed") == []
@@ -229,11 +227,11 @@ def test_options_that_exclude_each_other(arguments, message, tmp_path, capsys):
 
 
 def test_augmentation_with_a_frozen_backbone_is_possible(digits):
-    trainer = make(digits, "simplecnn", cache_features=False, jitter=0.2, crop_padding=4, mixup=0.2)
-    start = tensors(trainer.network)
-    trainer.train_one_epoch()
-    assert changed(trainer.network, start) == {"classifier.4.weight", "classifier.4.bias"}
-    assert isinstance(trainer.network.features, nn.Sequential)  # the network's own
+    training = make(digits, "simplecnn", cache_features=False, jitter=0.2, crop_padding=4, mixup=0.2)
+    start = tensors(training.network)
+    training.epoch()
+    assert changed(training.network, start) == {"classifier.4.weight", "classifier.4.bias"}
+    assert isinstance(training.network.features, nn.Sequential)  # the network's own
 
 
 @pytest.mark.parametrize(
@@ -241,6 +239,6 @@ def test_augmentation_with_a_frozen_backbone_is_possible(digits):
 )
 def test_of_two_epochs_that_are_equally_right_the_surer_one_is_kept(accuracy, loss, better):
     """On the few images that transfer learning validates on they often are."""
-    best = {"epoch": 1, "accuracy": 0.8, "loss": 0.5}
-    assert loop.is_better({"accuracy": accuracy, "loss": loss}, best) == better
-    assert loop.is_better({"accuracy": 0.0, "loss": 99.0}, {"epoch": 0, "accuracy": -1.0, "loss": 0.0})
+    best = Best(1, 0.8, 0.5)
+    assert is_better({"accuracy": accuracy, "loss": loss}, best) == better
+    assert is_better({"accuracy": 0.0, "loss": 99.0}, Best())

@@ -30,7 +30,7 @@ from export.package.signature import verify as verify_signature
 from export.pipeline import Options, export_run
 from tests.conftest import replace_in_archive
 from train import train
-from training.config import TrainConfig
+from training.options import TrainOptions
 
 GRAPHS = ("digits.onnx", "digits.crops.onnx", "digits.pixels.onnx")
 PROGRAMS = ("digits.pt2", "digits.crops.pt2", "digits.pixels.pt2")
@@ -57,7 +57,7 @@ def other(tmp_path_factory):
     """An export of another training of the same name and the same labels."""
     run = tmp_path_factory.mktemp("other") / "digits"
     with contextlib.redirect_stdout(io.StringIO()):
-        train(TrainConfig(data="digits", arch="simplecnn", out=str(run), seed=1, epochs=2))
+        train(TrainOptions(data="digits", arch="simplecnn", out=str(run), seed=1, epochs=2))
         export_run(run, Options(backend="onnx"))
     return finished(run, run / "export", run / "finished")
 

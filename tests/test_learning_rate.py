@@ -1,17 +1,14 @@
 import pytest
 import torch
 
-from training.config import TrainConfig
+from tests.learning import make_plan
+from training.options import TrainOptions
 from training.schedule import Schedule, lr_factor
 
 
-def config(**options):
-    return TrainConfig(data="digits", out="x", **options)
-
-
 def test_warmup_rises_to_the_peak_and_cosine_falls_to_zero():
-    c = config(schedule="cosine", warmup=0.1)
-    values = [lr_factor(c, i / 100, 0) for i in range(101)]
+    plan = make_plan(schedule="cosine", warmup=0.1)
+    values = [lr_factor(plan, i / 100, 0) for i in range(101)]
     assert values[0] > 0
     assert values[:11] == sorted(values[:11])
     assert values[10] == pytest.approx(1)
@@ -21,13 +18,13 @@ def test_warmup_rises_to_the_peak_and_cosine_falls_to_zero():
 
 
 def test_step_drops_by_gamma_every_step_size_epochs():
-    c = config(schedule="step", warmup=0, step_size=3, gamma=0.1)
-    assert [round(lr_factor(c, 0.5, epoch), 6) for epoch in range(7)] == [1, 1, 1, 0.1, 0.1, 0.1, 0.01]
+    plan = make_plan(schedule="step", warmup=0, step_size=3, gamma=0.1)
+    assert [round(lr_factor(plan, 0.5, epoch), 6) for epoch in range(7)] == [1, 1, 1, 0.1, 0.1, 0.1, 0.01]
 
 
 def test_constant_stays():
-    c = config(schedule="constant", warmup=0)
-    assert {lr_factor(c, i / 10, i) for i in range(11)} == {1.0}
+    plan = make_plan(schedule="constant", warmup=0)
+    assert {lr_factor(plan, i / 10, i) for i in range(11)} == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -43,7 +40,7 @@ def test_constant_stays():
 )
 def test_a_run_ends_by_epochs_or_by_minutes_whichever_is_first(options, epochs, seconds, progress):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    schedule = Schedule(optimizer, config(**options, schedule="linear", warmup=0), lambda: False)
+    schedule = Schedule(optimizer, make_plan(**options, schedule="linear", warmup=0), lambda: False)
     schedule.go_on_from(seconds)
     assert schedule.is_over(epochs) == (progress == 1)
     assert schedule.progress == pytest.approx(progress, abs=0.01)
@@ -66,4 +63,4 @@ def test_a_run_ends_by_epochs_or_by_minutes_whichever_is_first(options, epochs, 
 )
 def test_an_option_out_of_its_rule_is_named_as_the_flag(options, words):
     with pytest.raises(ValueError, match=words):
-        config(**options)
+        TrainOptions(data="digits", out="x", **options)

@@ -29,7 +29,7 @@ def test_a_class_without_test_images_counts_as_zero_and_warns_nobody():
 def test_a_class_without_test_images_takes_nothing_from_the_mean_over_the_classes():
     got = score(torch.eye(20)[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 1]), [str(i) for i in range(20)])
     assert got["macro"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
-    wrongly = score(torch.eye(3)[[0, 2]], torch.tensor([0, 1]), ["a", "b", "c"])  # c is answered, though it has none
+    wrongly = score(torch.eye(3)[[0, 2]], torch.tensor([0, 1]), ["a", "b", "c"])  # c is predicted, though it has none
     assert wrongly["macro"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
 
 

@@ -182,7 +182,7 @@ def test_the_demo_fails_where_it_should(tmp_path, capsys):
     import demo
 
     results = [demo.Result("1.png", "a", "a", 0.9, 1.0)] * 9 + [demo.Result("2.png", "a", "b", 0.8, 1.0)]
-    options = type("Options", (), {"out": tmp_path, "at_least": 0.95})
+    options = type("TrainOptions", (), {"out": tmp_path, "at_least": 0.95})
     demo.print_table(results)
     assert "wrong" in capsys.readouterr().out
     assert demo.verdict(results, 0.9, options, 1.0) == 1

@@ -4,19 +4,20 @@ import pytest
 
 import train
 from predictor.spec import ModelSpec
-from training.config import make_config, recipes
+from tests.learning import make_plan
+from training.options import make_options, recipes
 from training.schedule import lr_factor
 
 
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_is_a_set_of_the_ordinary_flags(name):
-    config = make_config(None, {"data": "digits", "out": "x"}, name)
+    config = make_options(None, {"data": "digits", "out": "x"}, name)
     assert all(getattr(config, option) == value for option, value in recipes()[name].items())
 
 
 def test_flags_override_a_file_and_a_file_overrides_the_recipe(tmp_path):
     (tmp_path / "mine.yaml").write_text("label_smoothing: 0.1\nlr: 0.3\n")
-    config = make_config(str(tmp_path / "mine.yaml"), {"data": "digits", "out": "x", "lr": 0.5}, "fast")
+    config = make_options(str(tmp_path / "mine.yaml"), {"data": "digits", "out": "x", "lr": 0.5}, "fast")
     assert (config.lr, config.label_smoothing, config.optimizer) == (0.5, 0.1, "muon")
 
 
@@ -41,5 +42,5 @@ def test_the_quick_recipe_learns_and_can_be_resumed(tmp_path, capsys):
 
 
 def test_the_linear_schedule_ends_at_zero():
-    config = make_config(None, {"data": "digits", "out": "x", "schedule": "linear", "warmup": 0.2})
-    assert [lr_factor(config, progress, 0) for progress in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.5, 1, 0.5, 0])
+    plan = make_plan(schedule="linear", warmup=0.2)
+    assert [lr_factor(plan, progress, 0) for progress in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.5, 1, 0.5, 0])

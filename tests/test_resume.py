@@ -12,10 +12,9 @@ from dataset.loading import load
 from model import checkpoint
 from tests.conftest import Clock
 from tests.folders import make_folder
+from tests.learning import Training
 from train import main, train
-from training.config import TrainConfig, make_config
-from training.resume import resumed_config
-from training.trainer import Trainer
+from training.options import TrainOptions, make_options, resumed_options
 
 RECIPE = ["--data", "digits", "--epochs", "12", *kills.RECIPE[4:]]
 
@@ -76,10 +75,9 @@ def digits():
     return load("digits", size=32, resize=32)
 
 
-def make_trainer(data, **options):
+def make(data, **options):
     torch.manual_seed(0)
-    config = TrainConfig(data="digits", out="x", size=32, crop_padding=4, batch_size=128, **options)
-    return Trainer(Restless(), data, config, (torch.full((3,), 0.5), torch.full((3,), 0.25)))
+    return Training(data, Restless(), crop_padding=4, batch_size=128, **options)
 
 
 @pytest.mark.parametrize(
@@ -95,18 +93,18 @@ def make_trainer(data, **options):
     ],
     ids=str,
 )
-def test_a_restored_trainer_goes_on_bit_for_bit(digits, tmp_path, options):
-    first = make_trainer(digits, **options)
-    first.train_one_epoch()
+def test_a_restored_training_goes_on_bit_for_bit(digits, tmp_path, options):
+    first = make(digits, **options)
+    first.epoch()
     checkpoint.save(first.state(), tmp_path / "last.ckpt")
-    first.train_one_epoch()
-    second = make_trainer(digits, **options)
+    first.epoch()
+    second = make(digits, **options)
     torch.rand(7)  # whatever has happened to the random numbers meanwhile
     second.restore(tmp_path / "last.ckpt")
-    second.train_one_epoch()
+    second.epoch()
     assert kills._compare("state", second.state(), first.state()) == []
-    third = make_trainer(digits, **options)
-    third.train_one_epoch()
+    third = make(digits, **options)
+    third.epoch()
     assert kills._compare("state", third.state(), first.state()) != []  # the second epoch did change something
 
 
@@ -138,7 +136,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(short, c
 
 
 def test_a_new_run_in_an_old_folder_leaves_nothing_of_the_old_one_behind(copied, monkeypatch):
-    monkeypatch.setattr("train.fit", lambda *_: (_ for _ in ()).throw(ValueError("killed")))
+    monkeypatch.setattr("train.learn", lambda *_: (_ for _ in ()).throw(ValueError("killed")))
     assert main(["--data", "nothing", "--out", str(copied), "--overwrite"]) == 2
     assert (copied / "model.pt").exists()  # it had not begun
     assert main(["--data", "digits", "--out", str(copied), "--overwrite"]) == 2
@@ -150,10 +148,10 @@ def test_a_minutes_run_has_the_time_that_it_had_left(tmp_path, monkeypatch):
     """By a clock on which each look takes a second; there is one before each of the 41 steps of an epoch."""
     out = tmp_path / "run"
     monkeypatch.setattr("training.schedule.time", Clock())
-    train(TrainConfig(data="digits", out=str(out), minutes=1))
+    train(TrainOptions(data="digits", out=str(out), minutes=1))
     last = checkpoint.load(out / "last.ckpt")
     checkpoint.save(last | {"seconds": 40.0}, out / "last.ckpt")  # of 60 s
-    again = train(resumed_config(out, None, {}), resume=True)
+    again = train(resumed_options(out, None, {}), resume=True)
     assert 60 <= again["train"]["seconds"] < 65  # and not as long as anew
     assert again["train"]["epochs"] > last["history"][-1]["epoch"]
 
@@ -204,12 +202,12 @@ def test_what_cannot_be_resumed_is_one_line_and_changes_nothing(copied, capsys, 
 
 
 def test_epochs_take_the_place_of_minutes(tmp_path):
-    make_config(None, {"data": "digits", "out": "x", "minutes": 3.0}).save(tmp_path / "config.yaml")
-    assert resumed_config(tmp_path, None, {}).minutes == 3.0
-    changed = resumed_config(tmp_path, None, {"epochs": 7})
+    make_options(None, {"data": "digits", "out": "x", "minutes": 3.0}).save(tmp_path / "config.yaml")
+    assert resumed_options(tmp_path, None, {}).minutes == 3.0
+    changed = resumed_options(tmp_path, None, {"epochs": 7})
     assert (changed.minutes, changed.epochs, changed.out) == (None, 7, str(tmp_path))
     changed.save(tmp_path / "config.yaml")
-    changed = resumed_config(tmp_path, None, {"minutes": 4.0})
+    changed = resumed_options(tmp_path, None, {"minutes": 4.0})
     assert (changed.minutes, changed.epochs) == (4.0, None)
-    both = resumed_config(tmp_path, None, {"minutes": 4.0, "epochs": 9})
+    both = resumed_options(tmp_path, None, {"minutes": 4.0, "epochs": 9})
     assert (both.minutes, both.epochs) == (4.0, 9)

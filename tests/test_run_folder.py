@@ -19,9 +19,10 @@ from model import checkpoint
 from predictor import files
 from tests.conftest import PROJECT
 from tests.folders import make_folder
-from train import export_command, main, train
-from training import loop, run_folder
-from training.config import TrainConfig
+from train import main, train
+from training import console, run_folder
+from training.console import export_command, on_terminal
+from training.options import TrainOptions
 from training.run_folder import claimed
 from training.schedule import Schedule
 
@@ -35,7 +36,7 @@ def no_reading(monkeypatch):
     def reads(*_, **__):
         raise AssertionError("the data was read first")
 
-    monkeypatch.setattr("train.load", reads)
+    monkeypatch.setattr("training.start.load", reads)
 
 
 def refused(arguments, words, capsys):
@@ -51,7 +52,7 @@ def test_a_run_is_not_overwritten_unless_one_says_so(tmp_path, capsys, monkeypat
     out.mkdir()
     (out / name).write_text("work")
     with monkeypatch.context() as patch:
-        patch.setattr("train.load", lambda *_, **__: pytest.fail("the data was read first"))
+        patch.setattr("training.start.load", lambda *_, **__: pytest.fail("the data was read first"))
         words = f"holds a run already ({name}); go on with it (--resume '{out}'), choose another folder, or pass --over"
         refused([*DIGITS, "--out", out], words, capsys)
     assert (out / name).read_text() == "work"
@@ -234,7 +235,7 @@ def test_ctrl_c_while_reading_is_one_line(tmp_path, capsys, monkeypatch):
         assert threading.current_thread() is threading.main_thread()
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("train.load", reads)
+    monkeypatch.setattr("training.start.load", reads)
     assert main([*DIGITS, "--out", str(tmp_path / "runs" / "run")]) == 130
     assert capsys.readouterr().err == "train.py: interrupted\n"
     assert list(tmp_path.iterdir()) == []
@@ -254,7 +255,8 @@ def ends_in_the_middle(monkeypatch, epochs):
 
 def test_a_part_of_an_epoch_at_the_end_is_none_in_the_history(tmp_path, capsys, monkeypatch):
     ends_in_the_middle(monkeypatch, 2.5)
-    metrics = train(TrainConfig(data="digits", out=str(tmp_path / "run"), minutes=99))
+    with on_terminal():
+        metrics = train(TrainOptions(data="digits", out=str(tmp_path / "run"), minutes=99))
     rows = list(csv.DictReader((tmp_path / "run" / "history.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2", "2.51"]  # 21 steps of 41
     assert metrics["train"]["epochs"] == 2.51
@@ -265,7 +267,7 @@ def test_a_run_that_goes_on_after_a_part_of_an_epoch_counts_from_there(tmp_path,
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         ends_in_the_middle(patch, 1.5)
-        train(TrainConfig(data="digits", out=str(out), minutes=99))
+        train(TrainOptions(data="digits", out=str(out), minutes=99))
     with monkeypatch.context() as patch:
         ends_in_the_middle(patch, 3)
         assert main(["--resume", str(out), "--minutes", "100"]) == 0
@@ -274,7 +276,7 @@ def test_a_run_that_goes_on_after_a_part_of_an_epoch_counts_from_there(tmp_path,
 
 
 def test_elsewhere_than_on_a_terminal_a_line_comes_now_and_then(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "SECONDS_A_LINE", 0)
+    monkeypatch.setattr(console, "SECONDS_A_LINE", 0)
     assert main([*DIGITS, "--out", str(tmp_path / "run")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1/1: ")]
     assert len(lines) == 41

@@ -36,7 +36,7 @@ from tests.kinds import gradient, save
 from tests.test_handler import context_of
 from tests.test_serve import printed, wait_until_ready
 from train import train
-from training.config import TrainConfig
+from training.options import TrainOptions
 
 
 def bearer(key):
@@ -222,7 +222,7 @@ def test_weights_that_are_a_program_are_refused(evil, kind, run, tmp_path):
     (copy / "model.pt").write_bytes(body)
     with pytest.raises(ValueError):
         load_run(copy)
-    config = TrainConfig(data="digits", arch="simplecnn", out=str(tmp_path / "out"), weights=str(tmp_path / "evil.pt"))
+    config = TrainOptions(data="digits", arch="simplecnn", out=str(tmp_path / "out"), weights=str(tmp_path / "evil.pt"))
     with pytest.raises(ValueError, match=r"evil\.pt"):
         train(config)
     assert not (tmp_path / "canary").exists()

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +15,12 @@ from predictor.files import sha256
 from predictor.spec import ModelSpec
 from tests.conftest import PROJECT, Clock
 from tests.folders import make_folder
+from tests.learning import make_plan
 from train import main, train
-from training.config import TrainConfig
-from training.loop import is_over
-from training.trainer import Diverged
+from training.console import on_terminal
+from training.failures import Diverged
+from training.options import TrainOptions
+from training.selection import is_out_of_patience
 
 
 def test_a_run_folder_holds_what_the_contract_names(run):
@@ -76,7 +77,7 @@ def test_weights_that_do_not_belong_to_the_spec_are_refused(run, tmp_path):
 
 def test_the_seed_decides_the_weights(tmp_path):
     def weights(name, seed):
-        train(TrainConfig(data="digits", out=str(tmp_path / name), epochs=1, seed=seed))
+        train(TrainOptions(data="digits", out=str(tmp_path / name), epochs=1, seed=seed))
         return sha256(tmp_path / name / "model.pt")
 
     assert weights("a", 1) != weights("b", 2)  # test_config.py repeats a run
@@ -121,13 +122,14 @@ def test_training_starts_from_local_weights(tmp_path, run):
 def test_minutes_end_the_run_in_time(tmp_path, monkeypatch):
     """By a clock on which each look takes a second; there is one before each step."""
     monkeypatch.setattr("training.schedule.time", Clock())
-    metrics = train(TrainConfig(data="digits", out=str(tmp_path / "run"), minutes=1))
+    metrics = train(TrainOptions(data="digits", out=str(tmp_path / "run"), minutes=1))
     assert 1 < metrics["train"]["epochs"] < 2  # the second is cut short: an epoch has 41 steps
     assert 60 <= metrics["train"]["seconds"] < 65
 
 
 def test_patience_stops_early(tmp_path, capsys):
-    train(TrainConfig(data="digits", out=str(tmp_path / "run"), epochs=50, lr=1e-9, patience=2))
+    with on_terminal():
+        train(TrainOptions(data="digits", out=str(tmp_path / "run"), epochs=50, lr=1e-9, patience=2))
     assert "stopping early" in capsys.readouterr().out
     assert len((tmp_path / "run" / "history.csv").read_text().splitlines()) < 10
 
@@ -144,10 +146,8 @@ def test_patience_stops_early(tmp_path, capsys):
     ],
 )
 def test_patience_counts_from_the_last_gain_and_what_is_yet_to_come(options, progress, accuracies, over):
-    config = TrainConfig(data="digits", out="x", patience=2, **options)
     history = [{"val_accuracy": value} for value in accuracies]
-    schedule = SimpleNamespace(progress=progress, is_over=lambda epoch: False)
-    assert is_over(SimpleNamespace(config=config, history=history, schedule=schedule)) is over
+    assert is_out_of_patience(history, make_plan(arch="fastnet", patience=2, **options), progress) is over
 
 
 def test_a_run_without_time_for_a_step_says_so(tmp_path, capsys):
@@ -165,7 +165,7 @@ def test_out_that_is_a_file_is_refused_before_the_data_is_read(tmp_path, capsys)
 
 def test_a_loss_that_is_no_number_stops_the_run_with_its_place(tmp_path):
     with pytest.raises(Diverged, match=r"loss is (nan|inf) at step"):
-        train(TrainConfig(data="digits", out=str(tmp_path / "run"), optimizer="sgd", lr=1e12, warmup=0))
+        train(TrainOptions(data="digits", out=str(tmp_path / "run"), optimizer="sgd", lr=1e12, warmup=0))
 
 
 @pytest.mark.parametrize(

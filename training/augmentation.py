@@ -17,7 +17,7 @@ class Draws:
     They are drawn for the batch and then chosen, so an image is augmented the same way whether one process works on
     the batch or several do; and on the CPU, so a seed gives the same images on every device.
 
-    rows: int64 (n,), places in the batch of the images at hand.
+    rows: int64 (n,), indices in the batch of the images at hand.
     """
 
     generator: Generator
@@ -139,6 +139,6 @@ def draw_mix(mixup: float, cutmix: float, size: int, generator: Generator) -> Mi
     return Mix(1 - (bottom - top) * (right - left) / size**2, (top, bottom, left, right))
 
 
-def _mirror(places: Tensor, size: int) -> Tensor:
-    """Places outside 0..size-1 reflected back into it."""
-    return size - 1 - (size - 1 - places.abs()).abs()
+def _mirror(positions: Tensor, size: int) -> Tensor:
+    """Positions outside 0..size-1 reflected back into it."""
+    return size - 1 - (size - 1 - positions.abs()).abs()

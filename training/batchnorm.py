@@ -52,9 +52,9 @@ def estimate_statistics(
         norm.momentum = None  # type: ignore[assignment]  # the plain mean over the batches
         norm.train()
     chosen = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:IMAGES]
-    for places in chosen.split(batch):
-        if len(places) > 1 or len(chosen) == 1:  # one image may have no variance
-            network(normalise(split.crops(places).to(scale[0].device), *scale))
+    for indices in chosen.split(batch):
+        if len(indices) > 1 or len(chosen) == 1:  # one image may have no variance
+            network(normalise(split.crops(indices).to(scale[0].device), *scale))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,11 @@ from dataset.sources import DataError, Entry, Source, open_source
 from model import load_run
 from model.tensor_preprocessing import normalise
 from training import distributed
-from training.config import TrainConfig, read_config
+from training.console import reading_bar
 from training.metrics import calibrated_score
-from training.progress import reading_bar
+from training.options import TrainOptions, flag, read_config
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("unseen", *splits.SPLITS, "all")
 OPTIONS = (
@@ -93,13 +96,13 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
         ValueError: the run, the data or an option cannot be used; the message says why.
     """
     if fixed := sorted(set(options) - set(OPTIONS)):
-        raise ValueError(f"--evaluate {run}: trains nothing; leave --{fixed[0].replace('_', '-')} out")
+        raise ValueError(f"--evaluate {run}: trains nothing; leave {flag(fixed[0])} out")
     spec, network = load_run(run)
     file = run / "config.yaml"
     own = read_config(file) if file.exists() else {}
     if not options.get("data", own.get("data")):
         raise ValueError(f"--evaluate {run}: has no config.yaml that names its data; pass --data")
-    config = TrainConfig(**{"out": str(run), **own, **options})
+    config = TrainOptions(**{"out": str(run), **own, **options})
     source, known = open_source(config.data, config.download_dir), splits.read(run)
     wanted = choose(source.entries, split or "unseen", known or {}, config)
     left_out = _say_what_is_scored(run, source, known, wanted, split or "unseen")
@@ -111,8 +114,8 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
     return {"run": str(run), "data": config.data, "split": name, "left_out": left_out, **result}
 
 
-def choose(entries: Sequence[Entry], split: str, known: Mapping[str, str], config: TrainConfig) -> list[int]:
-    """Places of the images to score.
+def choose(entries: Sequence[Entry], split: str, known: Mapping[str, str], config: TrainOptions) -> list[int]:
+    """Indices of the images to score.
 
     Args:
         split: "unseen": all that the run owes nothing to, which are its test images and those that it has never seen
@@ -126,15 +129,15 @@ def choose(entries: Sequence[Entry], split: str, known: Mapping[str, str], confi
         brings_test = any(entry.split == "test" for entry in entries)
         fresh = ["test" if entry.split == "test" or not brings_test else "" for entry in entries]
         sides = [known.get(entry.key, own) for entry, own in zip(entries, fresh, strict=True)]
-        return [place for place, own in enumerate(sides) if own == "test"]
+        return [index for index, own in enumerate(sides) if own == "test"]
     sides = splits.cut_splits(entries, config.val_fraction, config.test_fraction, config.split_seed, known)
-    return [place for place, own in enumerate(sides) if own == split]
+    return [index for index, own in enumerate(sides) if own == split]
 
 
 def read_images(
-    source: Source, labels: tuple[str, ...], size: int, resize: int, wanted: Sequence[int], config: TrainConfig
+    source: Source, labels: tuple[str, ...], size: int, resize: int, wanted: Sequence[int], config: TrainOptions
 ) -> Split:
-    """Decodes the images of the places `wanted`; their targets are places in `labels`.
+    """Decodes the images of the indices `wanted`; their targets are indices in `labels`.
 
     Raises:
         DataError: no images, a class that is not among `labels`, or an image that cannot be read (unless
@@ -144,20 +147,20 @@ def read_images(
         raise DataError(
             f"{source.name}: the run does not know {', '.join(map(repr, strange))}; its classes are {', '.join(labels)}"
         )
-    rows = {place: row for row, place in enumerate(wanted)}
-    pixels = allocate(len(wanted), size, None, processes=distributed.local_world(), say=print)
+    rows = {index: row for row, index in enumerate(wanted)}
+    pixels = allocate(len(wanted), size, None, processes=distributed.local_world(), say=log.info)
     with reading_bar() as progress:
         bad = decode_all(source, rows, pixels, size, resize, workers=config.workers, progress=progress)
     for line in name_unreadable(source.entries, bad):
         if not config.skip_bad:
             raise DataError(f"{line} ({len(bad)} such images); mend them or pass --skip-bad")
-        print(f"left out {line}")
-    kept = [place for place in wanted if place not in bad]
+        log.info(f"left out {line}")
+    kept = [index for index in wanted if index not in bad]
     if not kept:
         raise DataError(f"{source.name}: no images to score in this split; pass --split {' or '.join(SPLITS)}")
-    targets = torch.tensor([labels.index(source.entries[place].label) for place in kept])
-    names = [source.entries[place].key for place in kept]
-    return Split(pixels, torch.tensor([rows[place] for place in kept]), targets, names)
+    targets = torch.tensor([labels.index(source.entries[index].label) for index in kept])
+    names = [source.entries[index].key for index in kept]
+    return Split(pixels, torch.tensor([rows[index] for index in kept]), targets, names)
 
 
 def _say_what_is_scored(
@@ -168,20 +171,20 @@ def _say_what_is_scored(
     present, scored = splits.overlap(entries, known or {}), splits.overlap((entries[i] for i in wanted), known or {})
     left_out = {name: present[name] - scored[name] for name in splits.LEARNED}
     if known is None:
-        print(f"{splits.no_record(run)}: images that it was trained on may be among those scored")
+        log.info(f"{splits.no_record(run)}: images that it was trained on may be among those scored")
     elif present[""] == len(entries):
-        print(f"none of the {len(entries):,} images has the name of one that the run has seen: all count as new")
+        log.info(f"none of the {len(entries):,} images has the name of one that the run has seen: all count as new")
     elif split == "unseen" and (words := splits.learned(left_out)):
-        print(
+        log.info(
             f"left out by name: {words}; scored: {scored['test']:,} test and {scored['']:,} new ones (or --split all)"
         )
     elif words := splits.learned(scored):
-        print(f"among those scored: {words}")
+        log.info(f"among those scored: {words}")
     return left_out
 
 
 def _name(entries: Sequence[Entry], wanted: Sequence[int], known: Mapping[str, str]) -> str:
     """What the unseen images are: the test split, all, or neither."""
-    if all("test" in (known.get(entries[place].key), entries[place].split) for place in wanted):
+    if all("test" in (known.get(entries[index].key), entries[index].split) for index in wanted):
         return "test"
     return "all" if len(wanted) == len(entries) else "unseen"

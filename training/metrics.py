@@ -19,22 +19,22 @@ def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) 
 
     Returns:
         Numbers 0..1 (the loss in nats), ready for JSON. With fewer than 5 classes "top5" counts them all; precision is
-        0 for a class that is never answered, and recall for one without images; "macro", their mean, leaves the
+        0 for a class that is never predicted, and recall for one without images; "macro", their mean, leaves the
         classes without images out. "baseline" is the accuracy of giving every image the label of the largest class;
         "most_predicted" the label that is predicted most, with its share.
     """
     predicted = logits.argmax(dim=1)
     best = logits.topk(min(5, len(labels)), dim=1).indices
-    right, answered, there = (
-        torch.bincount(answers, minlength=len(labels)).double()
-        for answers in (targets[predicted == targets], predicted, targets)
+    correct, given, present = (
+        torch.bincount(indices, minlength=len(labels)).double()
+        for indices in (targets[predicted == targets], predicted, targets)
     )
-    precision, recall = right / answered.clamp(min=1), right / there.clamp(min=1)
-    f1 = 2 * right / (answered + there).clamp(min=1)
-    share, most = (answered / len(targets)).max(dim=0)
+    precision, recall = correct / given.clamp(min=1), correct / present.clamp(min=1)
+    f1 = 2 * correct / (given + present).clamp(min=1)
+    share, most = (given / len(targets)).max(dim=0)
     per_class = {
         label: {"precision": float(p), "recall": float(r), "f1": float(f), "images": int(n)}
-        for label, p, r, f, n in zip(labels, precision, recall, f1, there, strict=True)
+        for label, p, r, f, n in zip(labels, precision, recall, f1, present, strict=True)
     }
     return {
         "accuracy": float((predicted == targets).float().mean()),
@@ -42,10 +42,10 @@ def score(logits: Tensor, targets: Tensor, labels: list[str] | tuple[str, ...]) 
         "loss": float(torch.nn.functional.cross_entropy(logits, targets)),
         "ece": expected_calibration_error(logits.softmax(dim=1), targets),
         "images": len(targets),
-        "baseline": float(there.max() / len(targets)),
+        "baseline": float(present.max() / len(targets)),
         "most_predicted": {"label": labels[int(most)], "share": float(share)},
         "macro": {
-            name: float(values[there > 0].mean())
+            name: float(values[present > 0].mean())
             for name, values in (("precision", precision), ("recall", recall), ("f1", f1))
         },
         "per_class": per_class,
@@ -75,6 +75,6 @@ def expected_calibration_error(probabilities: Tensor, targets: Tensor, bins: int
     """
     confidence, predicted = probabilities.max(dim=1)
     correct = (predicted == targets).float()
-    places = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are open below, closed above
-    gaps = torch.zeros(bins).scatter_add_(0, places, confidence - correct)
+    indices = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are open below, closed above
+    gaps = torch.zeros(bins).scatter_add_(0, indices, confidence - correct)
     return float(gaps.abs().sum() / len(targets))

@@ -55,7 +55,7 @@ def write_report(
 
 
 def confusion_matrix(predicted: Tensor, targets: Tensor, classes: int) -> np.ndarray:
-    """int64 (C, C): row the truth, column the answer."""
+    """int64 (C, C): row the truth, column the prediction."""
     return torch.bincount(targets * classes + predicted, minlength=classes**2).view(classes, classes).numpy()
 
 
@@ -102,7 +102,7 @@ def _draw_confusion(confusion: np.ndarray) -> Any:
     side = min(4 + 0.35 * len(confusion), 14)
     figure, axes = _figure(side + 1, side)
     image = axes.imshow(_shares(confusion), cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="answer, by the class's number", ylabel="truth", title="test images, each row adds up to 1")
+    axes.set(xlabel="prediction, by the class's number", ylabel="truth", title="test images, each row adds up to 1")
     figure.colorbar(image, ax=axes, shrink=0.8)
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
@@ -154,7 +154,7 @@ def _matrix(confusion: np.ndarray, labels: tuple[str, ...]) -> str:
         )
         rows.append(f"<tr><th>{html.escape(label)}</th>{cells}</tr>")
     return (
-        '<div class="matrix"><table><caption>rows: truth; columns: answer; shades: share of the row</caption>'
+        '<div class="matrix"><table><caption>rows: truth; columns: prediction; shades: share of the row</caption>'
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -163,21 +163,21 @@ def _confused(confusion: np.ndarray, labels: tuple[str, ...]) -> str:
     off = confusion - np.diag(np.diag(confusion))
     pairs = [divmod(int(i), len(labels)) for i in off.flatten().argsort()[::-1][:CONFUSIONS]]
     rows = [(labels[t], labels[a], int(off[t, a])) for t, a in pairs if off[t, a]]
-    return _table(("truth", "answer", "images"), rows) if rows else "<p>None.</p>"
+    return _table(("truth", "prediction", "images"), rows) if rows else "<p>None.</p>"
 
 
 def _mistakes(mistakes: list[int], test: Split, probabilities: Tensor, labels: tuple[str, ...]) -> str:
-    """Each image of mistakes.png with its answer, its truth and its file's name."""
+    """Each image of mistakes.png with its prediction, its truth and its file's name."""
     if not mistakes:
         return "<p>None.</p>"
     figures = []
-    for i, place in enumerate(mistakes):
-        answer, truth = labels[int(probabilities[place].argmax())], labels[int(test.targets[place])]
+    for i, index in enumerate(mistakes):
+        predicted, truth = labels[int(probabilities[index].argmax())], labels[int(test.targets[index])]
         left, top = i % COLUMNS * TILE, i // COLUMNS * TILE
-        name = test.names[place].encode(errors="replace").decode()  # it may be no UTF-8
+        name = test.names[index].encode(errors="replace").decode()  # it may be no UTF-8
         figures.append(
             f'<figure><img src="mistakes.png" alt="" style="object-position: -{left}px -{top}px"><figcaption>'
-            f"{html.escape(answer)} {float(probabilities[place].max()):.0%}<br>truth: {html.escape(truth)}<br>"
+            f"{html.escape(predicted)} {float(probabilities[index].max()):.0%}<br>truth: {html.escape(truth)}<br>"
             f"<small>{html.escape(name)}</small></figcaption></figure>"
         )
     return f'<div class="mistakes">{"".join(figures)}</div>'

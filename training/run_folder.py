@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
+import io
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dataset import splits
 from dataset.sample_images import refuse_links
 from dataset.sources import BUILT_IN
-from predictor.files import remove_leftovers
+from model import checkpoint
+from predictor.files import remove_leftovers, write_text
+from training.resume_state import FILE as CHECKPOINT
+from training.tensorboard import Board
 
 try:
     import fcntl
@@ -22,7 +28,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 RESULTS = ("model.pt", "spec.json", "metrics.json", "history.csv")
-CHECKPOINT = "last.ckpt"
 FILES = (*RESULTS, CHECKPOINT, "config.yaml", *(f"report/{n}" for n in ("index.html", "curves.png", "mistakes.png")))
 FOLDERS = ("report", "samples", "tensorboard")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit on the size of files
@@ -63,10 +68,45 @@ def claimed(out: Path, data: str, *, resume: bool = False, overwrite: bool = Fal
                 folder.rmdir()
 
 
-def begin(out: Path) -> None:
-    """Removes the results of an earlier run: one that ends early would leave another one's weights behind."""
-    for name in (*RESULTS, CHECKPOINT, splits.FILE):
+def begin(out: Path, *, resume: bool) -> None:
+    """Removes the results of an earlier run, unless it goes on: one that ends early would leave another's weights."""
+    for name in () if resume else (*RESULTS, CHECKPOINT, splits.FILE):
         (out / name).unlink(missing_ok=True)
+
+
+def recorded_splits(out: Path) -> dict[str, str] | None:
+    """The splits of a run that goes on, so that no image changes its side; None if it has not come to a checkpoint.
+
+    Raises:
+        ValueError: it has none.
+    """
+    known = splits.read(out)
+    if known is None and (out / CHECKPOINT).exists():
+        raise ValueError(f"--resume {splits.no_record(out)}; start a new run")
+    return known
+
+
+class EpochFiles:
+    """What is written after each epoch: last.ckpt, history.csv and, where it is installed, TensorBoard's events."""
+
+    def __init__(self, out: Path, history: Sequence[dict[str, float]]) -> None:
+        self._out, self._board = out, Board(out / "tensorboard", len(history))
+        if history:
+            write_history(history, out)  # the kill may have come between the two files
+
+    def write(self, state: Mapping[str, Any], history: Sequence[dict[str, float]]) -> None:
+        checkpoint.save(state, self._out / CHECKPOINT)
+        write_history(history, self._out)
+        self._board.write(history[-1])
+
+
+def write_history(history: Sequence[dict[str, float]], out: Path) -> None:
+    """history.csv, a row for each epoch."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(out / "history.csv", text.getvalue())
 
 
 def _check_kinds(out: Path, flag: str) -> None:

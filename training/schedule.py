@@ -9,19 +9,19 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 
 from training import distributed
-from training.config import TrainConfig
+from training.resolve import Plan
 
 
 class Schedule:
-    """Sets the learning rate before each step; a run ends after `config.epochs` or `config.minutes`, if both are given
-    after whichever comes first: then a slow machine, too, comes to the end of its learning rate.
+    """Sets the learning rate before each step; a run ends after `plan.epochs` or `plan.seconds`, whichever comes first,
+    so the schedule also completes on a slow machine.
 
     progress: how much of the run is done, 0..1, in steps or in time, as of the last step or `is_over`.
     interrupted: whether the run was (Ctrl-C), as all processes know it since the last step or `is_over`.
     """
 
-    def __init__(self, optimizer: Optimizer, config: TrainConfig, interrupted: Callable[[], bool]) -> None:
-        self._optimizer, self._config, self._interrupted = optimizer, config, interrupted
+    def __init__(self, optimizer: Optimizer, plan: Plan, interrupted: Callable[[], bool]) -> None:
+        self._optimizer, self._plan, self._interrupted = optimizer, plan, interrupted
         self._peaks = [group["lr"] for group in optimizer.param_groups]
         self._started = time.perf_counter()
         self.progress, self.interrupted = 0.0, False
@@ -40,6 +40,10 @@ class Schedule:
         """Takes the run as having lasted `seconds` so far."""
         self._started = time.perf_counter() - seconds
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes what has just lasted `seconds` as no part of the run."""
+        self._started += seconds
+
     @property
     def lr(self) -> float:
         return self._optimizer.param_groups[0]["lr"]
@@ -51,22 +55,20 @@ class Schedule:
     def before_step(self, epoch: int, done: float) -> bool:
         """Sets the learning rate for a step at the share `done` of an epoch; False if the run is over."""
         progress = self._look(epoch + done)
-        factor = lr_factor(self._config, self.progress, epoch)
+        factor = lr_factor(self._plan, self.progress, epoch)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         return progress < 1 and not self.interrupted
 
     def _look(self, epochs: float) -> float:
         """How much of the run is done, 0 to 1 or above, and whether it was interrupted: the same in all processes."""
-        spent = epochs / self._config.epoch_limit
-        if self._config.minutes:
-            spent = max(spent, self.seconds / (60 * self._config.minutes))
+        spent = max(epochs / self._plan.epochs, self.seconds / self._plan.seconds)
         progress, interrupted = distributed.from_first(spent, self._interrupted())
         self.progress, self.interrupted = min(progress, 1), bool(interrupted)
         return progress
 
 
-def lr_factor(config: TrainConfig, progress: float, epoch: int) -> float:
+def lr_factor(plan: Plan, progress: float, epoch: int) -> float:
     """The share of the peak learning rate.
 
     Args:
@@ -74,14 +76,14 @@ def lr_factor(config: TrainConfig, progress: float, epoch: int) -> float:
         epoch: epochs completed; the step schedule counts these.
     """
     # 1. from 0 to the peak, linearly
-    if progress < config.warmup:
-        return max(progress / config.warmup, 1e-3)
+    if progress < plan.warmup:
+        return max(progress / plan.warmup, 1e-3)
     # 2. from the peak down
-    rest = min((progress - config.warmup) / max(1 - config.warmup, 1e-9), 1)
-    if config.schedule == "cosine":
+    rest = min((progress - plan.warmup) / max(1 - plan.warmup, 1e-9), 1)
+    if plan.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * rest))
-    if config.schedule == "linear":
+    if plan.schedule == "linear":
         return 1 - rest
-    if config.schedule == "step":
-        return config.gamma ** (epoch // config.step_size)
+    if plan.schedule == "step":
+        return plan.gamma ** (epoch // plan.step_size)
     return 1.0

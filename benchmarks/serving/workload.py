@@ -17,7 +17,7 @@ from model import Classifier, ModelSpec, registry
 from predictor.files import write_text
 from predictor.pillow_preprocessing import crop, decode
 from train import train
-from training.config import TrainConfig
+from training.options import TrainOptions
 
 SMALL, LARGE = "small", "large"  # names of the models
 
@@ -26,7 +26,7 @@ def make_small(folder: Path) -> Path:
     """An export of simplecnn, trained on the digits; the large image sizes of the growth part resize to its 32 px."""
     run = folder / SMALL
     with contextlib.redirect_stdout(io.StringIO()):
-        train(TrainConfig(data="digits", arch="simplecnn", out=str(run)))
+        train(TrainOptions(data="digits", arch="simplecnn", out=str(run)))
         export_run(run, Options(name=SMALL))
     (run / "export" / "spec.json").write_text((run / "spec.json").read_text())
     return run / "export"

@@ -36,16 +36,6 @@ HUB_DATASETS = {
     "fashion-mnist": "zalando-datasets/fashion_mnist",
 }
 
-SETTINGS = (
-    *("optimizer", "lr", "weight_decay", "momentum", "batch_size", "label_smoothing", "schedule", "warmup"),
-    *("flip", "crop_padding", "jitter", "pretrained", "weights", "freeze", "seed"),
-)  # of config.yaml; its paths stay out of a file that is made to be published
-OF_STEP_SCHEDULE = ("step_size", "gamma")  # named with it
-# Named where they are not this.
-OFF = {
-    **{"unfreeze_at": 0, "mixup": 0, "cutmix": 0, "ema": 0, "low_res": 0, "clip_grad_norm": 0, "accumulate": 1},
-    "amp": "off",
-}
 SPLITS = ("train", "val", "test")
 GOLDEN_KINDS = {
     "samples": "samples of the data, as the network sees them and without their metadata",
@@ -176,7 +166,7 @@ def _values(facts: Facts) -> dict[str, Any]:
         "scores": _scores(test, len(spec.labels)) if test else [],
         "classes": _classes(test["per_class"]) if test else [],
         "splits": [(split, f"{metrics[split]['images']:,}") for split in SPLITS] if metrics else [],
-        "settings": _settings(facts.config),
+        "settings": _settings(metrics["train"].get("options", {})) if metrics else [],
         "compared": [_parity_cells(row) for row in facts.parity.get("rows", [])],
         "smaller": [_smaller_cells(row) for row in facts.parity.get("reduced", [])],
         "golden_kinds": GOLDEN_KINDS,
@@ -211,13 +201,6 @@ def _weakest(per_class: Mapping[str, Any]) -> list[tuple[float, str, int]]:
     return sorted((s["recall"], label, s["images"]) for label, s in seen.items() if s["recall"] < 1)[:WEAKEST]
 
 
-def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    keys = [key for key in SETTINGS if key in config]
-    keys += [key for key in OF_STEP_SCHEDULE if key in config and config.get("schedule") == "step"]
-    keys += [key for key, off in OFF.items() if config.get(key, off) != off]
-    return [(key, _setting(key, config[key])) for key in keys]
-
-
 def _smaller_cells(row: Mapping[str, Any]) -> Sequence[str]:
     low, high = row["interval"]
     verdict = "kept" if row["kept"] else "not written"
@@ -244,6 +227,11 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
 
 def _numbers(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
+
+
+def _settings(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Those that train.py names in metrics.json as worth showing."""
+    return [(key, _setting(key, value)) for key, value in options.items()]
 
 
 def _setting(key: str, value: Any) -> str:

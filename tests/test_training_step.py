@@ -1,6 +1,7 @@
-"""The parts of the recipe, each by what it does to a step or to the weights."""
+"""One step, and the parts of the recipe, each by what it does to a step or to the weights."""
 
 import copy
+import re
 import sys
 import types
 
@@ -13,13 +14,14 @@ from dataset.loading import load
 from dataset.splits import SPLITS
 from model import checkpoint, registry
 from predictor.files import sha256
+from tests.learning import Training
 from train import main
-from training import trainer as trainer_module
-from training.amp import amp_dtype
-from training.config import TrainConfig
-from training.ema import Ema
+from training import step
+from training.augmentation import Mix
+from training.optimizers import make_average
+from training.resolve import amp_dtype
+from training.start import near
 from training.tensorboard import Board
-from training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -28,22 +30,17 @@ def digits():
 
 
 def make(data, **options):
-    torch.manual_seed(0)
-    defaults = {"size": 32, "crop_padding": 4, "batch_size": 64, "optimizer": "sgd", "device": "cpu"}
-    config = TrainConfig(data="digits", out="x", **defaults | options)
-    network = registry.build(config.arch, 10, 32).to(config.device)
-    scale = torch.full((3,), 0.5, device=config.device), torch.full((3,), 0.25, device=config.device)
-    return Trainer(network, data, config, scale)
+    return Training(data, **{"crop_padding": 4, "batch_size": 64, "optimizer": "sgd"} | options)
 
 
 def weights(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-def after(steps, trainer):
-    for places in trainer._batches()[:steps]:
-        trainer.step(places)
-    return weights(trainer.network)
+def after(steps, training):
+    for indices in training.batches()[:steps]:
+        training.step(indices)
+    return weights(training.network)
 
 
 def share(got, expected, start):
@@ -66,18 +63,18 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(digits, options, acc
 
 def test_a_step_is_that_of_the_mean_loss(digits):
     """Without anything else on, a step is what PyTorch does with cross_entropy and SGD."""
-    trainer = make(digits, crop_padding=0, momentum=0.0, lr=0.1, weight_decay=0.0, label_smoothing=0.1)
-    network, start = copy.deepcopy(trainer.network), weights(trainer.network)
-    places = torch.arange(64)
-    loss, correct = trainer.step(places)
-    images = (digits.train.crops(places).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    training = make(digits, crop_padding=0, momentum=0.0, lr=0.1, weight_decay=0.0, label_smoothing=0.1)
+    network, start = copy.deepcopy(training.network), weights(training.network)
+    indices = torch.arange(64)
+    loss, correct = training.step(indices)
+    images = (digits.train.crops(indices).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
     logits = network(images)
-    expected = nn.functional.cross_entropy(logits, digits.train.targets[places], label_smoothing=0.1)
+    expected = nn.functional.cross_entropy(logits, digits.train.targets[indices], label_smoothing=0.1)
     expected.backward()
     torch.optim.SGD(network.parameters(), lr=0.1).step()
     assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
-    assert int(correct) == int((logits.argmax(dim=1) == digits.train.targets[places]).sum())
-    assert share(weights(trainer.network), weights(network), start) < 1e-3
+    assert int(correct) == int((logits.argmax(dim=1) == digits.train.targets[indices]).sum())
+    assert share(weights(training.network), weights(network), start) < 1e-3
 
 
 def test_images_too_many_for_the_gpu_stay_where_they_are(digits):
@@ -88,44 +85,44 @@ def test_images_too_many_for_the_gpu_stay_where_they_are(digits):
 
 
 def test_on_a_cpu_the_images_stay_where_they_are(digits):
-    assert make(digits).data is digits
+    assert near(torch.device("cpu"), digits) is digits
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_the_images_lie_there_and_the_steps_are_the_same(digits, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # and not TF32
-    trainer = make(digits, device="cuda")
-    assert trainer.data.train.pixels.is_cuda
+    training = make(digits, device="cuda")
+    training.data = near(torch.device("cuda"), digits)
+    assert training.data.train.pixels.is_cuda
     start = weights(make(digits).network)
-    assert share(after(3, trainer).cpu(), after(3, make(digits)), start) < 1e-2
+    assert share(after(3, training).cpu(), after(3, make(digits)), start) < 1e-2
 
 
 def test_the_gradients_norm_is_limited(digits):
-    trainer = make(digits, clip_grad_norm=0.01, momentum=0.0, lr=1.0, weight_decay=0.0)
-    before = weights(trainer.network)
-    assert float((after(1, trainer) - before).norm()) == pytest.approx(0.01, rel=1e-3)
+    training = make(digits, clip_grad_norm=0.01, momentum=0.0, lr=1.0, weight_decay=0.0)
+    before = weights(training.network)
+    assert float((after(1, training) - before).norm()) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_mixup_counts_both_labels(digits, monkeypatch):
     """With every image mixed half and half with its neighbour, the loss is the mean of the two labels' losses."""
-    monkeypatch.setattr(trainer_module, "draw_mix", lambda *_: trainer_module.Mix(0.5))
-    trainer = make(digits, crop_padding=0)
-    network, places = copy.deepcopy(trainer.network), torch.arange(10)
-    loss, _ = trainer.step(places)
-    images = (digits.train.crops(places).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
-    logits, targets = network((images + images.roll(1, 0)) / 2), digits.train.targets[places]
+    monkeypatch.setattr("training.step.draw_mix", lambda *_: Mix(0.5))
+    training = make(digits, crop_padding=0)
+    network, indices = copy.deepcopy(training.network), torch.arange(10)
+    loss, _ = training.step(indices)
+    images = (digits.train.crops(indices).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    logits, targets = network((images + images.roll(1, 0)) / 2), digits.train.targets[indices]
     losses = [nn.functional.cross_entropy(logits, labels).item() for labels in (targets, targets.roll(1))]
     assert float(loss) == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
 def test_the_first_part_of_a_run_sees_smaller_images(digits):
-    trainer = make(digits, arch="fastnet_small", epochs=4, low_res=0.375)
+    training = make(digits, arch="fastnet_small", epochs=4, low_res=0.375)
     sides = []
-    trainer.network.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
+    training.network.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
     for _ in range(3):
-        trainer.train_one_epoch()
-        trainer.history.append({})
-    steps = len(trainer._batches())
+        training.epoch()
+    steps = len(training.batches())
     small = -(-steps * 3 // 2)
     assert sides == [24] * small + [32] * (3 * steps - small)
 
@@ -139,20 +136,31 @@ def test_a_network_for_one_size_cannot_begin_with_smaller_images(tmp_path, capsy
 def test_the_average_follows_the_weights():
     network = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)
-    ema = Ema(network, 0.5)
+    average = make_average(network, 0.5)
     nn.init.ones_(network.weight)
     values = []
     for _ in range(6):
-        ema.update(network)
-        values.append(float(ema.network.weight.detach()))
+        average.update_parameters(network)
+        values.append(float(average.module.weight))
     assert values[0] == pytest.approx(0.9)  # 1 / 10 of the old one is kept at first
     assert values == sorted(values)
     assert values[-1] < 1
-    settled = Ema(nn.Linear(1, 1, bias=False), 0.5)
-    settled.steps = 1000
-    nn.init.zeros_(settled.network.weight)
-    settled.update(network)
-    assert float(settled.network.weight.detach()) == 0.5
+    settled = make_average(nn.Linear(1, 1, bias=False), 0.5)
+    settled.n_averaged.fill_(1000)
+    nn.init.zeros_(settled.module.weight)
+    settled.update_parameters(network)
+    assert float(settled.module.weight) == 0.5
+
+
+def test_statistics_are_averaged_too_and_counts_are_copied():
+    network = nn.BatchNorm1d(2)
+    average = make_average(network, 0.5)
+    average.n_averaged.fill_(1000)
+    network.running_mean.fill_(4.0)
+    network.num_batches_tracked.fill_(7)
+    average.update_parameters(network)
+    assert average.module.running_mean.tolist() == [2.0, 2.0]
+    assert int(average.module.num_batches_tracked) == 7
 
 
 def test_the_average_is_what_is_evaluated_and_kept(tmp_path):
@@ -165,33 +173,33 @@ def test_the_average_is_what_is_evaluated_and_kept(tmp_path):
 
 def test_amp_computes_in_the_type_that_it_names(digits):
     for amp, kind in (("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        trainer = make(digits, amp=amp)
+        training = make(digits, amp=amp)
         seen = []
-        trainer.network.classifier.register_forward_hook(lambda *args, seen=seen: seen.append(args[2].dtype))
-        assert trainer.scaler.is_enabled() == (amp == "fp16")
-        after(2, trainer)
+        training.network.classifier.register_forward_hook(lambda *args, seen=seen: seen.append(args[2].dtype))
+        assert training.learner.scaler.is_enabled() == (amp == "fp16")
+        after(2, training)
         assert set(seen) == {kind}
-        assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}
+        assert {p.dtype for p in training.network.parameters()} == {torch.float32}
 
 
 def test_amp_auto_is_bf16_where_the_device_computes_in_it(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for has in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, has=has: has)
-        assert amp_dtype("auto", gpu) is (torch.bfloat16 if has else None)
-        monkeypatch.setattr("training.amp.cpu_computes_bf16", lambda has=has: has)
-        assert amp_dtype("auto", cpu) is (torch.bfloat16 if has else None)
+        assert amp_dtype("auto", gpu) is (torch.bfloat16 if has else torch.float32)
+        monkeypatch.setattr("training.resolve.cpu_computes_bf16", lambda has=has: has)
+        assert amp_dtype("auto", cpu) is (torch.bfloat16 if has else torch.float32)
         assert amp_dtype("fp16", gpu) is torch.float16
     with pytest.raises(ValueError, match="--amp bf16: this GPU has no bfloat16; pass --amp fp16 or off"):
         amp_dtype("bf16", gpu)
 
 
 def test_channels_last_changes_the_layout_and_not_the_result(digits):
-    trainer = make(digits, channels_last=True)
-    assert trainer.network.features[3].weight.is_contiguous(memory_format=torch.channels_last)
+    training = make(digits, channels_last=True)
+    assert training.network.features[3].weight.is_contiguous(memory_format=torch.channels_last)
     seen = []
-    trainer.network.features[3].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    assert share(after(2, trainer), after(2, make(digits)), weights(make(digits).network)) < 1e-3
+    training.network.features[3].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    assert share(after(2, training), after(2, make(digits)), weights(make(digits).network)) < 1e-3
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -249,14 +257,14 @@ def test_everything_together_trains(tmp_path, capsys):
 
 def test_a_loss_that_is_no_number_names_the_step_the_rate_and_the_checkpoint(tmp_path, capsys, monkeypatch):
     """It begins at the third step of the second epoch."""
-    real, calls = Trainer._forward, []
+    real, calls = step.summed_loss, []
 
-    def forward(self, *arguments):
+    def summed_loss(*arguments):
         calls.append(None)
-        loss, correct = real(self, *arguments)
+        loss, correct = real(*arguments)
         return loss * (float("nan") if len(calls) == 41 + 3 else 1), correct
 
-    monkeypatch.setattr(Trainer, "_forward", forward)
+    monkeypatch.setattr(step, "summed_loss", summed_loss)
     out = tmp_path / "run"
     assert (
         main(["--data", "digits", "--epochs", "3", "--schedule", "constant", "--warmup", "0", "--out", str(out)]) == 2
@@ -272,16 +280,16 @@ def test_a_loss_that_is_no_number_names_the_step_the_rate_and_the_checkpoint(tmp
 
 def test_no_checkpoint_holds_what_the_last_step_of_an_epoch_broke(tmp_path, capsys, monkeypatch):
     """The loss of each step is still a number."""
-    real, calls = Trainer.step, []
+    calls = []
 
-    def step(self, *arguments):
+    def train_step(learner, *arguments, **keywords):
         calls.append(None)
-        found = real(self, *arguments)
+        found = step.train_step(learner, *arguments, **keywords)
         if len(calls) == 2 * 41:
-            next(self.network.parameters()).data.fill_(float("nan"))
+            next(learner.network.parameters()).data.fill_(float("nan"))
         return found
 
-    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr("training.epoch.train_step", train_step)
     out = tmp_path / "run"
     assert main(["--data", "digits", "--epochs", "3", "--out", str(out)]) == 2
     error = capsys.readouterr().err
@@ -294,7 +302,7 @@ def test_out_of_memory_outside_of_a_step_is_one_line_too(tmp_path, capsys, monke
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nSee more")
 
-    monkeypatch.setattr("training.trainer.evaluate", full)
+    monkeypatch.setattr("training.epoch.evaluate", full)
     assert main(["--data", "digits", "--epochs", "1", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "Tried to allocate 9.00 GiB. Pass a smaller --size" in error
@@ -313,30 +321,32 @@ def limit_memory(monkeypatch, images):
     monkeypatch.setattr(nn.Conv2d, "forward", forward)
 
 
-def test_the_part_that_fits_is_one_of_full_sized_images(digits):
-    trainer = make(digits, arch="fastnet_small", low_res=1.0)
-    sides = []
-    trainer.network.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
-    assert trainer.part_that_fits() == 32
-    assert sides == [32]
-
-
-def test_out_of_memory_names_a_batch_that_fits_and_it_does(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["--accumulate", "--batch-size"])
+def test_out_of_memory_says_what_to_halve_until_it_trains(tmp_path, capsys, monkeypatch, name):
     limit_memory(monkeypatch, 20)
-    arguments = ["--data", "digits", "--epochs", "1", "--batch-size", "64", "--out", str(tmp_path / "run")]
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert "out of memory with --batch-size 64, 64 images at a time; 16 fit" in error
-    assert "pass --accumulate 4, which learns the same (but for BatchNorm), or --batch-size 16" in error
-    assert error.count("\n") == 1
-    assert main([*arguments, "--accumulate", "4"]) == 0
-    assert main([*arguments, "--batch-size", "16", "--overwrite"]) == 0
+    arguments, given, tried = (
+        ["--data", "digits", "--epochs", "1", "--out", str(tmp_path / "run")],
+        {"--batch-size": 64},
+        [],
+    )
+    while main([*arguments, *(str(word) for pair in given.items() for word in pair)]) == 2:
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        advice = re.search(
+            r"with --batch-size (\d+), (\d+) images at a time; pass (--accumulate \d+), .* or (--batch-size \d+)$",
+            error,
+        )
+        tried.append(int(advice[2]))
+        given |= {name: next(words.split()[1] for words in advice.group(3, 4) if words.startswith(name))}
+        arguments = [*arguments, "--overwrite"] if "--overwrite" not in arguments else arguments
+    assert tried == [64, 32]
+    assert int(given[name]) == {"--accumulate": 4, "--batch-size": 16}[name]
 
 
 def test_out_of_memory_with_two_images(tmp_path, capsys, monkeypatch):
     limit_memory(monkeypatch, 1)
-    assert main(["--data", "digits", "--out", str(tmp_path / "run")]) == 2
-    assert "even with 2 images; pass a smaller --size" in capsys.readouterr().err
+    assert main(["--data", "digits", "--batch-size", "2", "--out", str(tmp_path / "run")]) == 2
+    assert "pass a smaller --size" in capsys.readouterr().err
 
 
 def test_evaluation_takes_smaller_batches_where_the_memory_ends(digits, monkeypatch):

@@ -1,10 +1,13 @@
-"""What the head of a frozen network sees of each image, computed once: training it then takes seconds."""
+"""A frozen backbone: what its head sees of each image is computed once, so that training the head takes seconds; and
+the backbone's return to learning.
+"""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +16,48 @@ from dataset.image_store import Data, free_memory
 from model.registry import head_name
 from model.tensor_preprocessing import normalise
 from training import distributed
-from training.augmentation import Draws
+from training.batchnorm import slow_norms
 from training.evaluation import evaluate
+from training.learner import Features, Learner, head_of
+from training.optimizers import BACKBONE_RATE
+from training.resolve import Plan
+from training.schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Features:
-    """float32, D for each image, in the order of the splits; on the CPU.
+def prepare_backbone(learner: Learner, data: Data, plan: Plan, schedule: Schedule, epoch: int) -> float:
+    """Sees to it, before an epoch, that a frozen backbone's features are there, or that it learns again.
 
-    train: (V, N, D); V is 2 where images are mirrored, their mirror images being the second view, else 1.
-    val: (M, D).
+    Args:
+        epoch: how many are done.
+
+    Returns:
+        The seconds that the features took, which the schedule leaves out; 0 where none were computed.
     """
-
-    train: Tensor
-    val: Tensor
-
-    def choose(self, places: Tensor, draws: Draws) -> Tensor:
-        """float32 (n, D) of the train split; each image or its mirror image, as `flip_and_shift` would decide."""
-        if len(self.train) == 1:
-            return self.train[0, places]
-        return self.train[(draws.uniform(places.device) < 0.5).long(), places]
+    if not learner.frozen:
+        return 0.0
+    if plan.unfreeze_at and epoch >= plan.unfreeze_at:
+        log.info(f"the backbone learns too from here, at {BACKBONE_RATE:g} times the learning rate")
+        for parameter in learner.frozen:
+            parameter.requires_grad_(True)
+        learner.frozen, learner.features = [], None
+        learner.slow_norms = slow_norms(learner.network)
+        learner.learn(learner.network, compiled=plan.compile)
+        return 0.0
+    if learner.features_tried or not plan.cache_features:
+        return 0.0
+    learner.features_tried, started = True, time.perf_counter()
+    found = compute_features(learner.network, data, learner.scale, plan.flip)
+    if isinstance(found, str):
+        log.info(f"the backbone sees all images in each epoch: {found}")
+        return 0.0
+    learner.features, seconds = found, time.perf_counter() - started
+    views = "images and mirror images" if plan.flip else "images"
+    log.info(f"features of the {views} computed in {seconds:.1f} s")
+    schedule.leave_out(seconds)
+    learner.learn(head_of(learner.network))
+    return seconds
 
 
 def compute_features(network: nn.Module, data: Data, scale: tuple[Tensor, Tensor], flip: bool) -> Features | str:

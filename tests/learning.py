@@ -1,0 +1,59 @@
+"""Training without a command or a run folder: a network, its plan and its schedule, for tests of each part."""
+
+import torch
+
+from model import registry
+from training.epoch import evaluate_val, make_row, shuffled, train_epoch
+from training.freezing import prepare_backbone
+from training.learner import make_learner
+from training.options import TrainOptions
+from training.resolve import resolve, resolve_reading
+from training.resume_state import Progress, collect, restore
+from training.schedule import Schedule
+from training.step import make_batch, train_step
+
+
+def make_plan(images=1293, flips=False, **options):
+    """The plan of these options, for so many training images."""
+    asked = TrainOptions(**{"data": "digits", "out": "x", "device": "cpu"} | options)
+    return resolve(asked, resolve_reading(asked), images=images, flips=flips, device=torch.device(asked.device))
+
+
+class Training:
+    """What `train.py` puts together before its loop, and the parts of the loop one by one."""
+
+    def __init__(self, data, network=None, **options):
+        self.data, self.plan = data, make_plan(len(data.train), **options)
+        torch.manual_seed(0)
+        network = network or registry.build(self.plan.arch, len(data.labels), self.plan.size)
+        self.scale = tuple(torch.full((3,), value, device=self.plan.device) for value in (0.5, 0.25))
+        self.learner = make_learner(network.to(self.plan.device), self.scale, self.plan)
+        self.schedule = Schedule(self.learner.optimizer, self.plan, lambda: False)
+        self.progress = Progress()
+
+    @property
+    def network(self):
+        return self.learner.network
+
+    def batches(self):
+        return shuffled(self.learner.generator, len(self.data.train), self.plan)
+
+    def step(self, indices):
+        return train_step(self.learner, make_batch(self.learner, self.data.train, indices, self.plan), self.plan)
+
+    def epoch(self):
+        done = len(self.progress.history)
+        prepare_backbone(self.learner, self.data, self.plan, self.schedule, done)
+        trained = train_epoch(self.learner, self.data.train, self.plan, self.schedule, done)
+        row = make_row(self.progress.history, trained, {"loss": 0.0, "accuracy": 0.0}, self.schedule)
+        self.progress.history.append(row)
+        return trained
+
+    def evaluate(self):
+        return evaluate_val(self.learner, self.data, self.plan)
+
+    def state(self):
+        return collect(self.learner, self.schedule, self.progress, self.data)
+
+    def restore(self, path):
+        self.progress = restore(path, self.learner, self.schedule, self.data)

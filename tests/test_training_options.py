@@ -1,0 +1,110 @@
+import math
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+import yaml
+
+from predictor.files import sha256
+from tests.learning import make_plan
+from train import main
+from training.options import flag, make_options, option_names, read_config, shown_on_card
+from training.resolve import Plan
+
+
+def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("data: digits\nout: runs/a\nepochs: 20\nlr: 3e-4\nbatch-size: 16\nfreeze: true\nminutes: null\n")
+    config = make_options(str(file), {"epochs": 5, "freeze": False})
+    assert (config.data, config.out, config.epochs, config.lr, config.batch_size) == ("digits", "runs/a", 5, 3e-4, 16)
+    assert (config.freeze, config.minutes, config.optimizer) == (False, None, "adamw")
+
+
+def test_a_runs_config_repeats_the_run(tmp_path, capsys):
+    options = ["--data", "digits", "--epochs", "1", "--seed", "5", "--lr", "0.002", "--no-flip", "--jitter", "0.1"]
+    assert main([*options, "--out", str(tmp_path / "a")]) == 0
+    assert main(["--config", str(tmp_path / "a" / "config.yaml"), "--out", str(tmp_path / "b")]) == 0
+    assert sha256(tmp_path / "a" / "model.pt") == sha256(tmp_path / "b" / "model.pt")
+    a, b = (yaml.safe_load((tmp_path / run / "config.yaml").read_text()) for run in "ab")
+    assert a | {"out": b["out"]} == b
+    assert (a["size"], a["batch_size"], a["lr"]) == (32, 32, 0.002)  # what was chosen stands there, not null
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", "'epoch' is no option; did you mean epochs?"),
+        ("zzz: 3", "'zzz' is no option; the names are those of the flags"),
+        ("epochs: ten", "'epochs' is 'ten'; it must be a whole number"),
+        ("epochs: 1.5", "'epochs' is 1.5; it must be a whole number"),
+        ("epochs: true", "'epochs' is True; it must be a whole number"),
+        ("accumulate: null", "'accumulate' is None; it must be a whole number"),
+        ("lr: fast", "'lr' is 'fast'; it must be a number"),
+        ("freeze: 1", "'freeze' is 1; it must be true or false"),
+        ("arch: 18", "'arch' is 18; it must be a text"),
+        ("epochs: 0", "--epochs 0: must be from 1"),
+        ("- epochs", "holds a list, not options"),
+        ("a: [", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(tmp_path, capsys, text, words):
+    file = tmp_path / "a.yaml"
+    if text is not None:
+        file.write_text(text + "\n")
+    assert main(["--config", str(file), "--data", "digits", "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_and_out_are_needed(capsys):
+    assert main(["--epochs", "2"]) == 2
+    assert "--data and --out: needed" in capsys.readouterr().err
+
+
+def test_every_option_survives_the_file(tmp_path):
+    config = make_options(None, {"data": "digits", "out": "x", "minutes": 2.5, "weights": "w.pt"})
+    config.save(tmp_path / "config.yaml")
+    assert make_options(None, read_config(tmp_path / "config.yaml")) == config
+
+
+def test_the_card_shows_the_recipe_and_what_was_switched_on_and_no_paths():
+    shown = shown_on_card(vars(make_options(None, {"data": "/secret", "out": "x", "mixup": 0.2})))
+    assert (shown["mixup"], shown["schedule"], shown["optimizer"]) == (0.2, "cosine", "adamw")
+    assert not {"cutmix", "step_size", "gamma", "data", "out", "download_dir", "device"} & set(shown)
+
+
+def test_the_card_shows_the_step_schedule_with_its_numbers():
+    for schedule, named in (("step", {"step_size": 7, "gamma": 0.3}), ("cosine", {})):
+        options = make_options(None, {"data": "digits", "out": "x", "schedule": schedule, "step_size": 7})
+        shown = shown_on_card(vars(options))
+        assert {name: shown[name] for name in ("step_size", "gamma") if name in shown} == named
+
+
+def test_every_option_has_a_place_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(flag(name) in said for name in option_names())
+
+
+def test_nothing_in_a_plan_is_optional_and_every_option_is_decided_or_used_before():
+    kinds = get_type_hints(Plan)
+    assert not [name for name, kind in kinds.items() if type(None) in get_args(kind)]
+    before = {"data", "out", "download_dir", "val_fraction", "test_fraction", "split_seed", "skip_bad", "workers"}
+    assert set(option_names()) - set(kinds) == before | {"pretrained", "weights", "minutes"}
+
+
+def test_a_plan_is_what_the_options_left_open():
+    plan = make_plan(images=9_999, flips=True, arch="resnet18")
+    assert (plan.size, plan.resize, plan.crop_padding, plan.flip, plan.batch_size) == (224, 256, 28, True, 32)
+    assert (plan.lr, plan.epochs, plan.seconds, plan.amp) == (3e-3, 10, math.inf, torch.float32)
+    many = make_plan(images=10_000, size=32, arch="resnet18", weights="w.pt", optimizer="sgd", minutes=2.0)
+    assert (many.batch_size, many.resize, many.epochs, many.seconds) == (64, 37, math.inf, 120)
+    assert many.lr == pytest.approx(0.005)  # for trained weights that learn on
+    assert make_plan(images=10_000, size=128, arch="resnet18").batch_size == 32
+    asked = make_plan(flip=False, lr=0.5, batch_size=7, crop_padding=0, epochs=3, amp="bf16")
+    assert (asked.flip, asked.lr, asked.batch_size, asked.crop_padding, asked.epochs) == (False, 0.5, 7, 0, 3)
+    assert asked.amp is torch.bfloat16

@@ -1,0 +1,178 @@
+"""What a training says on the terminal: lines on standard output, bars on standard error.
+
+The library speaks through `logging`, under the names of its packages, and `on_terminal` connects that to the terminal.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dataset.image_store import Data
+from training import distributed
+from training.metrics import one_label_for_all
+from training.options import TrainOptions
+from training.resolve import Plan
+from training.schedule import Schedule
+
+SECONDS_A_LINE = 30  # of progress inside an epoch, where there is no terminal
+
+log = logging.getLogger(__name__)
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stdout.write(record.getMessage() + "\n")  # as it is now: it may have been redirected
+        sys.stdout.flush()
+
+
+@contextmanager
+def on_terminal() -> Iterator[None]:
+    """In the block, what `dataset` and `training` have to say is printed."""
+    handler, loggers = _Lines(), [logging.getLogger(name) for name in ("dataset", "training")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
+@contextmanager
+def reading_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar of the images that are read in the block, from the first on; it is told how many are done, of how many."""
+    bar: tqdm[Any] | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:  # not before: what is printed until then would break it
+            bar = tqdm(total=total, desc="reading", unit="images", disable=not sys.stderr.isatty(), leave=False)
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+@contextmanager
+def epoch_progress(epoch: int, images: int, plan: Plan, schedule: Schedule) -> Iterator[Callable[[float, int], None]]:
+    """Gives a function of the loss and the images seen in this epoch: it moves a bar on a terminal, and says a line
+    now and then elsewhere.
+
+    Args:
+        epoch: how many are done; images: in each.
+    """
+    name = f"epoch {epoch + 1}" + (f"/{plan.epochs:g}" if math.isfinite(plan.epochs) else "")
+    if sys.stderr.isatty() and distributed.rank() == 0:
+        with tqdm(total=images, desc=name, unit=" images", leave=False) as bar:
+
+            def move(loss: float, seen: int) -> None:
+                bar.update(seen - bar.n)
+                bar.set_postfix_str(f"loss {loss:.3f}, run {tqdm.format_interval(schedule.left)} left", refresh=False)
+
+            yield move
+        return
+    started = said = time.perf_counter()
+
+    def tell(loss: float, seen: int) -> None:
+        nonlocal said
+        now = time.perf_counter()
+        if now - said < SECONDS_A_LINE:
+            return
+        said, rate = now, seen / (now - started)
+        left, run = (tqdm.format_interval(seconds) for seconds in ((images - seen) / rate, schedule.left))
+        log.info(
+            f"{name}: {seen:,} of {images:,} images, loss {loss:.3f}, {rate:,.1f} images/s, "
+            f"{left} left of the epoch, {run} of the run"
+        )
+
+    yield tell
+
+
+def announce(options: TrainOptions, plan: Plan, data: Data, seconds: float) -> None:
+    """What is about to be done. `seconds`: that reading the data took."""
+    if data.skipped:
+        log.info("\n  ".join((f"left out {len(data.skipped)} unreadable images:", *data.skipped)))
+    log.info(
+        f"{data.name}: {len(data.labels)} classes, {len(data.train):,} train, {len(data.val):,} val, "
+        f"{len(data.test):,} test images, read in {seconds:.1f} s"
+    )
+    lengths = [f"{plan.epochs:g} epochs"] if math.isfinite(plan.epochs) else []
+    lengths += [f"{plan.seconds / 60:g} minutes"] if math.isfinite(plan.seconds) else []
+    log.info(
+        f"{plan.arch} at {plan.size} px for {' or '.join(lengths)} on {plan.device}; batches of {plan.batch_size}, "
+        f"flip {'on' if plan.flip else 'off'}, shift {plan.crop_padding} px, jitter {plan.jitter:g}"
+    )
+    extras = [name.replace("_", " ") + ("" if on is True else f" {on}") for name, on in options.switched_on.items()]
+    if distributed.world() > 1:
+        extras.append(f"{distributed.world()} processes")
+    if extras:
+        log.info("with " + ", ".join(extras))
+
+
+def say_epoch(row: dict[str, float], val: dict[str, Any], stuck: str) -> str:
+    """How an epoch went.
+
+    Args:
+        row: of the history; val: the `score` of the val split.
+        stuck: what this function gave for the epoch before.
+
+    Returns:
+        The label that the network gives to nearly all val images, if it does; it is said once.
+    """
+    log.info(
+        f"epoch {row['epoch']:3}  loss {row['train_loss']:.4f}  train {row['train_accuracy']:.2%}  "
+        f"val {row['val_accuracy']:.2%}  {row['seconds']:.0f} s"
+    )
+    label = one_label_for_all(val)
+    if label and not stuck:
+        log.info(f"the network gives '{label}' to nearly all val images; if it stays so, pass a smaller --lr")
+    return label
+
+
+def summarise(out: Path, metrics: dict[str, Any]) -> None:
+    """What the training came to, and what comes next."""
+    test, trained = metrics["test"], metrics["train"]
+    log.info(
+        f"test: {test['accuracy']:.2%} of {test['images']:,} images ({beside_accuracy(test)}); "
+        f"best epoch {trained['best_epoch']:g}, {trained['seconds']:.0f} s, "
+        f"{trained['images_per_second']:,.0f} images/s"
+    )
+    if label := one_label_for_all(test):
+        log.info(f"the network gives '{label}' to nearly all test images; train longer, or with a smaller --lr")
+    log.info(f"report: {out / 'report' / 'index.html'}\nnext:   {export_command(out)}")
+
+
+def say_evaluation(scores: dict[str, Any]) -> None:
+    log.info(
+        f"{scores['data']}, {scores['split']}: {scores['accuracy']:.2%} of {scores['images']:,} images "
+        f"({beside_accuracy(scores)}, macro F1 {scores['macro']['f1']:.4f})"
+    )
+
+
+def beside_accuracy(scores: dict[str, Any]) -> str:
+    """What an accuracy is to be read with; of five classes or fewer all are among the top five."""
+    top5 = f"top-5 {scores['top5']:.2%}, " if len(scores["per_class"]) > 5 else ""
+    return f"the largest class alone {scores['baseline']:.2%}, {top5}calibration error {scores['ece']:.3f}"
+
+
+def export_command(out: Path) -> str:
+    """The next command, to be pasted as it is; with a name where export refuses the folder's own."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", out.resolve().name).lstrip("-._") or "model"
+    return shlex.join(["python", "-m", "export", str(out)] + (["--name", name] if name != out.resolve().name else []))

@@ -1,0 +1,154 @@
+"""One epoch: every training image once, in a new order; then the val split, evaluated."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataset.image_store import Data, Split
+from model.registry import train_mode
+from training import distributed
+from training.batchnorm import estimate_statistics
+from training.evaluation import evaluate
+from training.failures import Diverged
+from training.learner import Learner, head_of
+from training.resolve import Plan
+from training.schedule import Schedule
+from training.step import make_batch, share_of, train_step
+
+STEPS_A_LOOK = 50  # between two looks at the loss: reading it waits for the device
+SECONDS_A_LOOK = 10  # after which one process alone looks before that
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How an epoch went, over the images seen, augmented as they were: mean loss (nats) and accuracy (0..1).
+
+    share: how much of the epoch was done, 0..1, when the run ended in it.
+    """
+
+    loss: float
+    accuracy: float
+    steps: int
+    share: float
+    images: int
+    seconds: float
+
+
+def train_epoch(
+    learner: Learner,
+    split: Split,
+    plan: Plan,
+    schedule: Schedule,
+    epoch: int,
+    on_step: Callable[[float, int], None] = lambda loss, seen: None,
+) -> Trained:
+    """Trains on every image once, in a new order; ends earlier where the schedule says that the run is over.
+
+    Args:
+        epoch: how many are done.
+        on_step: called after each step with a recent loss and the images seen, to show progress.
+
+    Raises:
+        Diverged: the loss became infinite or NaN.
+    """
+    started = time.perf_counter()
+    train_mode(learner.network)
+    batches = shuffled(learner.generator, len(split), plan)
+    losses = torch.zeros(len(batches), device=plan.device)  # of this process's share of each batch
+    correct = torch.zeros((), device=plan.device)
+    rates: list[float] = []
+    shown, looked, seen = math.nan, started, 0
+    for step, indices in enumerate(batches):
+        if not schedule.before_step(epoch, step / len(batches)):
+            break
+        batch = make_batch(learner, split, indices, plan)
+        if step + 1 < len(batches) and not learner.features:
+            coming = batches[step + 1]
+            split.read_ahead(coming[share_of(len(coming))])
+        losses[step], hits = train_step(learner, batch, plan, smaller=schedule.progress < plan.low_res)
+        correct += hits
+        rates.append(schedule.lr)
+        seen += len(indices)
+        now = time.perf_counter()
+        slow = distributed.world() == 1 and now - looked >= SECONDS_A_LOOK  # several would have to agree on it
+        if step % STEPS_A_LOOK == 0 or slow:
+            shown, looked = finite(losses, rates, epoch)[step], now
+        on_step(shown, seen)
+    values = finite(losses, rates, epoch)
+    return Trained(
+        loss=sum(value * len(batch) for value, batch in zip(values, batches, strict=False)) / max(seen, 1),
+        accuracy=float(distributed.total(correct)) / max(seen, 1),
+        steps=len(rates),
+        share=len(rates) / len(batches),
+        images=seen,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def evaluate_val(learner: Learner, data: Data, plan: Plan) -> Tensor:
+    """Logits of the val split, float32 (M, C), on the CPU; by the average of the weights, if there is one.
+
+    BatchNorm's statistics are brought up to the weights before, where they would lag behind.
+    """
+    if learner.slow_norms:
+        batch = max(2, largest_part(plan, len(data.train)))
+        estimate_statistics(learner.averaged, learner.slow_norms, data.train, learner.scale, batch)
+    distributed.copy_buffers(learner.averaged)
+    if not learner.features:
+        return evaluate(learner.averaged, data.val, *learner.scale)
+    with torch.inference_mode():
+        return head_of(learner.averaged)(learner.features.val.to(plan.device)).cpu()
+
+
+def make_row(
+    history: Sequence[dict[str, float]], trained: Trained, val: dict[str, Any], schedule: Schedule
+) -> dict[str, float]:
+    """The history's row for the epoch that has just ended. A part of one counts as such: after 6 epochs and a half the
+    "epoch" is 6.5."""
+    before = history[-1]["epoch"] if history else 0
+    return {
+        "epoch": before + 1 if trained.share == 1 else round(before + min(max(trained.share, 0.01), 0.99), 2),
+        "lr": schedule.lr,
+        "train_loss": trained.loss,
+        "train_accuracy": trained.accuracy,
+        "val_loss": val["loss"],
+        "val_accuracy": val["accuracy"],
+        "seconds": round(schedule.seconds, 2),
+    }
+
+
+def shuffled(generator: torch.Generator, images: int, plan: Plan) -> tuple[Tensor, ...]:
+    """Indices of the images, in a new order, by batches. A last batch too small to be cut is left out."""
+    batches = torch.randperm(images, generator=generator).split(plan.batch_size)
+    parts = distributed.world() * plan.accumulate
+    if len(batches) > 1 and len(batches[-1]) < 2 * parts:  # BatchNorm has no variance of one image
+        batches = batches[:-1]
+    return batches
+
+
+def largest_part(plan: Plan, images: int) -> int:
+    """How many images at a time go through the network, at the most."""
+    return -(-min(plan.batch_size, images) // (distributed.world() * plan.accumulate))
+
+
+def finite(losses: Tensor, rates: list[float], epoch: int) -> list[float]:
+    """The loss of each step so far, one for each of `rates`, over all processes.
+
+    Raises:
+        Diverged: one of them is infinite or NaN.
+    """
+    values: list[float] = distributed.total(losses[: len(rates)]).tolist()
+    for step, value in enumerate(values):
+        if not math.isfinite(value):
+            raise Diverged(
+                f"the loss is {value} at step {step + 1} of {len(losses)} in epoch {epoch + 1}, "
+                f"at a learning rate of {rates[step]:.2g}"
+            )
+    return values

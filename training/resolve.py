@@ -1,0 +1,216 @@
+"""From what was asked for to what will be done: the one place where "auto" and None become values.
+
+`resolve_reading` decides what must be known before an image is decoded, `resolve` the rest. Everything that comes
+later reads the `Plan`, and has no default of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from model import registry
+from training import distributed
+from training.augmentation import shrunk
+from training.options import (
+    DEFAULT_BATCH,
+    DEFAULT_EPOCHS,
+    DEFAULT_LR,
+    FINE_TUNING_RATE,
+    LARGE_SIZE,
+    LARGER_BATCH,
+    MANY_IMAGES,
+    TrainOptions,
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read: `size` and `resize` in px, as in the spec, and `workers` threads."""
+
+    size: int
+    resize: int
+    crop_padding: int
+    workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run does. Most fields are the options of the same name (training/options.py); these are not:
+
+    epochs, seconds: after which the run ends, whichever comes first; infinite where it has no such limit.
+    device: where it computes; amp: the type that autocast computes in, float32 for none.
+    flips_only: whether no epoch augments images, beyond mirroring them.
+    """
+
+    arch: str
+    size: int
+    resize: int
+    freeze: bool
+    cache_features: bool
+    unfreeze_at: int
+    flips_only: bool
+
+    flip: bool
+    crop_padding: int
+    jitter: float
+    mixup: float
+    cutmix: float
+
+    epochs: float
+    seconds: float
+    batch_size: int
+    accumulate: int
+    optimizer: str
+    lr: float
+    weight_decay: float
+    momentum: float
+    label_smoothing: float
+    schedule: str
+    warmup: float
+    step_size: int
+    gamma: float
+    clip_grad_norm: float
+    ema: float
+    low_res: float
+    patience: int
+
+    device: torch.device
+    amp: torch.dtype
+    channels_last: bool
+    compile: bool
+    seed: int
+
+
+def resolve_reading(options: TrainOptions) -> Reading:
+    """What the architecture says about the images, where the options leave it open.
+
+    Raises:
+        ValueError: no such architecture, or it cannot take images of this size.
+    """
+    if options.arch not in registry.names():
+        registry.build(options.arch, 2, 32)  # raises, naming the close ones
+    own_size, own_resize = registry.default_size(options.arch)
+    size = options.size or own_size
+    resize = options.resize or round(size * own_resize / own_size)
+    if resize < size:
+        raise ValueError(f"--resize {resize}: must be at least --size {size}")
+    padding = options.crop_padding
+    if padding is None:
+        padding = 0 if options.flips_only else size // 8
+    if padding >= size:
+        raise ValueError(f"--crop-padding {padding}: must be below --size {size}")
+    network = registry.build(options.arch, 2, size)
+    if options.low_res and not registry.takes(network, 2, shrunk(size)):
+        raise ValueError(
+            f"--low-res {options.low_res}: {options.arch} of {size} px cannot take {shrunk(size)} px; pass --low-res 0"
+        )
+    return Reading(size, resize, padding, options.workers or os.cpu_count() or 1)
+
+
+def resolve(options: TrainOptions, reading: Reading, *, images: int, flips: bool, device: torch.device) -> Plan:
+    """The plan of a run.
+
+    Args:
+        images: how many there are to train on.
+        flips: whether the mirror image of one shows the same class.
+
+    Raises:
+        ValueError: the device or the number of images does not suit the options.
+    """
+    many_and_small = images >= MANY_IMAGES and reading.size < LARGE_SIZE
+    minutes = options.minutes or math.inf
+    decided = {
+        "size": reading.size,
+        "resize": reading.resize,
+        "crop_padding": reading.crop_padding,
+        "flip": flips if options.flip is None else options.flip,
+        "batch_size": options.batch_size or (LARGER_BATCH if many_and_small else DEFAULT_BATCH),
+        "lr": options.lr or default_lr(options),
+        "epochs": options.epochs or (math.inf if options.minutes else DEFAULT_EPOCHS),
+        "seconds": 60 * minutes,
+        "device": device,
+        "amp": amp_dtype(options.amp, device),
+    }
+    asked = {field.name: getattr(options, field.name) for field in fields(Plan) if field.name not in decided}
+    plan = Plan(**asked | decided)
+    _check_parts(plan, images)
+    return plan
+
+
+def recorded(options: TrainOptions, plan: Plan) -> TrainOptions:
+    """The options with what was chosen for them: as config.yaml holds them, so that a run can be repeated.
+
+    How long the run may take and the machine's own choices stay as they were asked for.
+    """
+    return replace(
+        options,
+        size=plan.size,
+        resize=plan.resize,
+        crop_padding=plan.crop_padding,
+        flip=plan.flip,
+        batch_size=plan.batch_size,
+        lr=plan.lr,
+    )
+
+
+def default_lr(options: TrainOptions) -> float:
+    """The peak learning rate where none is given."""
+    fine_tuned = (options.pretrained or options.weights) and not options.freeze
+    return DEFAULT_LR[options.optimizer] * (FINE_TUNING_RATE if fine_tuned else 1.0)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes a CUDA GPU, else Apple's, else the CPU.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and distributed.world() > 1:
+        gpus, processes = torch.cuda.device_count(), distributed.local_world()
+        if gpus and processes > gpus:
+            raise ValueError(f"{processes} processes for {gpus} GPUs; pass --nproc-per-node {gpus}, or --device cpu")
+        name = f"cuda:{distributed.local_rank()}"
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; pass --device auto or cpu") from None
+    return device
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype:
+    """The type that autocast computes in; float32 for no autocast.
+
+    Raises:
+        ValueError: the GPU has no bfloat16.
+    """
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if amp == "bf16" and not has_bf16:
+        raise ValueError("--amp bf16: this GPU has no bfloat16; pass --amp fp16 or off")
+    if amp == "auto":
+        is_fast = has_bf16 if device.type == "cuda" else device.type == "cpu" and cpu_computes_bf16()
+        amp = "bf16" if is_fast else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether the processor multiplies in bfloat16; others convert, which is slower than float32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)  # the last one is ARM's
+
+
+def _check_parts(plan: Plan, images: int) -> None:
+    smallest, parts = min(plan.batch_size, images), distributed.world() * plan.accumulate
+    if parts > 1 and smallest < 2 * parts:  # BatchNorm has no variance of one image
+        raise ValueError(
+            f"--batch-size {smallest}: must be at least {2 * parts}, 2 images for each of "
+            f"{distributed.world()} processes × {plan.accumulate} --accumulate"
+        )

@@ -1,0 +1,120 @@
+"""last.ckpt: all that changes while a network learns, so that a killed run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataset.image_store import Data
+from model import checkpoint
+from model.checkpoint import CheckpointError, load_into
+from training import distributed
+from training.learner import Learner
+from training.schedule import Schedule
+from training.selection import Best
+
+FILE = "last.ckpt"
+VERSION = 3  # of the file, and of what the options mean
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    history: a row for each epoch, as in history.csv.
+    images: trained on since the process began, in `train_seconds`, which evaluation is no part of.
+    features_seconds: that the features of a frozen backbone took, which is no part of the schedule's time.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: Best = field(default_factory=Best)
+    images: int = 0
+    train_seconds: float = 0.0
+    features_seconds: float = 0.0
+
+    def add(self, row: dict[str, float], images: int, seconds: float) -> None:
+        """Counts an epoch that trained on so many images in so many seconds."""
+        self.history.append(row)
+        self.images += images
+        self.train_seconds += seconds
+
+
+def collect(learner: Learner, schedule: Schedule, progress: Progress, data: Data) -> dict[str, Any]:
+    """What last.ckpt holds. Every process must call it, since each has random states of its own."""
+    average = learner.average
+    return {
+        "version": VERSION,
+        "epoch": len(progress.history),
+        "seconds": schedule.seconds,
+        "network": learner.network.state_dict(),
+        "ema": {"network": average.module.state_dict(), "steps": int(average.n_averaged) - 1} if average else None,
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": learner.scaler.state_dict(),
+        "generator": learner.generator.get_state(),
+        "random": distributed.gather(_random_states(learner.device)),
+        "best": dict(vars(progress.best)),
+        "history": progress.history,
+        "labels": data.labels,
+        "images": _fingerprint(data),
+    }
+
+
+def restore(path: Path, learner: Learner, schedule: Schedule, data: Data) -> Progress:
+    """Goes on from last.ckpt.
+
+    Raises:
+        CheckpointError: the file cannot be used, or is of other classes.
+    """
+    state = checkpoint.load(path)
+    if state.get("version") != VERSION:
+        raise CheckpointError(f"{path}: written by another version of train.py; start the run anew")
+    if state["labels"] != data.labels:
+        raise CheckpointError(f"{path}: {_differences(state['labels'], data.labels)}; give the run's own --data")
+    if state["images"] != _fingerprint(data):
+        log.info("the images are not those that the run began with: it goes on with the new ones")
+    load_into(learner.network, state["network"])
+    if learner.average:
+        load_into(learner.average.module, state["ema"]["network"])
+        learner.average.n_averaged.fill_(state["ema"]["steps"] + 1)
+    learner.optimizer.load_state_dict(state["optimizer"])
+    learner.scaler.load_state_dict(state["scaler"])
+    learner.generator.set_state(state["generator"])
+    if distributed.rank() < len(state["random"]):  # else: more processes than before
+        _set_random_states(state["random"][distributed.rank()], learner.device)
+    schedule.go_on_from(state["seconds"])
+    log.info(f"going on after epoch {state['history'][-1]['epoch']:g}, {state['seconds']:.0f} s")
+    return Progress(state["history"], Best(**state["best"]))
+
+
+def _fingerprint(data: Data) -> str:
+    names = "\n".join((*data.train.names, "", *data.val.names))
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
+
+def _random_states(device: torch.device) -> dict[str, Any]:
+    """The generators that dropout draws from."""
+    return {"cpu": torch.get_rng_state(), "gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and states["gpu"] is not None:
+        torch.cuda.set_rng_state(states["gpu"], device)
+
+
+def _differences(before: Sequence[str], now: Sequence[str]) -> str:
+    """How two lists of classes differ, class by class."""
+    parts = []
+    if gone := [label for label in before if label not in now]:
+        parts.append(f"the run has {', '.join(map(repr, gone))}, which the data has not")
+    if new := [label for label in now if label not in before]:
+        parts.append(f"the data has {', '.join(map(repr, new))}, which the run has not")
+    return "; ".join(parts) or f"the run's classes are in the order {', '.join(before)}, the data's in another"

@@ -1,0 +1,98 @@
+"""What a run begins with: the images, the weights to start from, the network before its first step."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dataset.image_store import Data, on_device
+from dataset.loading import load
+from dataset.sources import BUILT_IN
+from model import registry
+from model.fastnet import FastNet
+from model.registry import Pretrained
+from model.tensor_preprocessing import normalise
+from training import distributed
+from training.console import reading_bar
+from training.memory import keep_freed
+from training.options import LARGE_SIZE, TrainOptions
+from training.resolve import Plan, Reading
+
+WHITENED_BY = 5000  # images of up to 32 px; fewer of larger ones
+
+log = logging.getLogger(__name__)
+
+
+def read_weights(arch: str, size: int, *, published: bool, file: str | None) -> Pretrained | None:
+    """The weights to start from: those of `file`, else the published ones if wanted, else none.
+
+    Raises:
+        ValueError: they cannot be had, or do not fit the architecture.
+    """
+    if not (published or file):
+        return None
+    network = registry.build(arch, 2, size)
+    with nullcontext() if file else distributed.first_alone():  # they may be downloaded
+        pretrained = registry.read_pretrained(arch, Path(file) if file else None)
+    registry.load_pretrained(network, arch, pretrained)
+    return pretrained
+
+
+def make_network(
+    plan: Plan, data: Data, pretrained: Pretrained | None
+) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """The network on its device, with trained weights where there are some, and the mean and std that its pixels need.
+
+    The seed decides its random weights, and from here on what dropout draws.
+    """
+    if plan.device.type == "cpu" and plan.size < LARGE_SIZE:  # else memory is dear, and a step long
+        keep_freed()
+    torch.manual_seed(plan.seed)
+    network = registry.build(plan.arch, len(data.labels), plan.size)
+    mean: tuple[float, ...] = registry.IMAGENET_MEAN
+    std: tuple[float, ...] = registry.IMAGENET_STD
+    if pretrained:
+        mean, std = pretrained.mean, pretrained.std
+        fresh = registry.load_pretrained(network, plan.arch, pretrained)
+        log.info(f"weights: {pretrained.source}; from scratch: {', '.join(fresh) or 'nothing'}")
+    elif isinstance(network, FastNet):
+        wanted = max(100, WHITENED_BY * 32**2 // max(32, plan.size) ** 2)  # each has a patch for each pixel
+        some = data.train.crops(slice(None, None, -(-len(data.train) // wanted)))  # of every class
+        network.whiten(normalise(some, torch.tensor(mean), torch.tensor(std)))
+    network.to(plan.device)
+    if distributed.rank() > 0:
+        torch.manual_seed(plan.seed + distributed.rank())  # dropout draws differently in each process
+    return network, mean, std
+
+
+def read_data(options: TrainOptions, reading: Reading, known: dict[str, str] | None = None) -> Data:
+    """The images, decoded; see dataset.loading.load."""
+    out = Path(options.out).absolute()
+    alone = distributed.first_alone() if options.data in BUILT_IN else nullcontext()  # it may be downloaded
+    with alone, reading_bar() as bar:
+        return load(
+            options.data,
+            size=reading.size,
+            resize=reading.resize,
+            val_fraction=options.val_fraction,
+            test_fraction=options.test_fraction,
+            split_seed=options.split_seed,
+            skip_bad=options.skip_bad,
+            workers=reading.workers,
+            download_dir=options.download_dir,
+            scratch=next(folder for folder in (out, *out.parents) if folder.is_dir()),
+            processes=distributed.local_world(),
+            known=known,
+            say=log.info,
+            progress=bar,
+        )
+
+
+def near(device: torch.device, data: Data) -> Data:
+    """The data with its images on the GPU, if there is room."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return on_device(data, device, free)
