@@ -16,7 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from predictor.backends import HALF_TOLERANCE
+
 FILE = "golden.json"
+EXACT = 1e-3  # of a probability: fp32 in another runtime or processor; parity was proven within a tenth of it
+INT8 = 0.02  # the same for int8, or twice what it departs from fp32 on these images, if that is more
 RATIO_OF_NAN = 1e6  # the ratio where a probability is NaN, which TorchServe's metrics cannot hold
 
 
@@ -68,3 +72,15 @@ class Golden:
         if complaint:
             raise ValueError(complaint)
         return ratio
+
+
+def tolerance(file: str, seen: float) -> float:
+    """Of a probability: how far a crop graph may be from the golden answers.
+
+    Args:
+        file: its name.
+        seen: how far it was when it was exported.
+    """
+    if ".int8." in file:
+        return max(INT8, round(2 * seen, 3))
+    return HALF_TOLERANCE if ".fp16." in file else EXACT

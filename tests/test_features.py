@@ -109,7 +109,7 @@ def test_a_network_that_goes_on_after_its_last_layer_trains_all_the_same(digits,
 
 def test_features_that_do_not_fit_are_not_kept(digits, monkeypatch, caplog):
     caplog.set_level("INFO", "training")
-    monkeypatch.setattr(freezing, "free_memory", lambda: 1_000_000)
+    monkeypatch.setattr(freezing, "free_memory", lambda processes: 1_000_000)
     training = make(digits)
     training.epoch()
     assert training.learner.features is None

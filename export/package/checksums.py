@@ -32,6 +32,7 @@ from export.package.model_card import CARD
 from export.progress import one_line
 from export.proof import sessions
 from export.proof.runtimes import Runtime, run_exported_program, run_onnxruntime, run_torchscript
+from predictor import golden_check
 from predictor.backends import FILES, HALF_TOLERANCE
 from predictor.files import sha256, write_text
 from predictor.golden_check import FILE as GOLDEN
@@ -298,7 +299,7 @@ def _check_golden(folder: Path, names: list[str], specs: Mapping[str, ModelSpec]
         seen = _read_json(folder / MANIFEST)["golden_difference"]
         for name in names:
             served = FILES[serving_settings.backend_of(folder / serving_settings.CONFIG_FILE)].format(name)
-            allowed = {"cpu": golden_images.tolerance(served, float(seen.get(served, 0))), "gpu": HALF_TOLERANCE}
+            allowed = {"cpu": golden_check.tolerance(served, float(seen.get(served, 0))), "gpu": HALF_TOLERANCE}
             if found.tolerance != allowed:
                 findings.append(f"{GOLDEN}: allows {found.tolerance}, and an export {allowed}; export again")
 
@@ -425,7 +426,7 @@ def _compare_answers(folder: Path, name: str, specs: Mapping[str, ModelSpec], fi
             with _noting(file, findings):
                 got = run(folder, name, graph, [batch]).outputs[0]
                 _compare(file, script, got, expected, TOLERANCE * largest, findings)
-    for small, tolerance in (("int8", golden_images.INT8), ("fp16", HALF_TOLERANCE)):
+    for small, tolerance in (("int8", golden_check.INT8), ("fp16", HALF_TOLERANCE)):
         if {f"{name}.{small}.onnx", f"{name}.crops.{small}.onnx"} <= specs.keys():
             _compare_smaller(folder, name, small, tolerance, specs[script], findings)
 
@@ -448,7 +449,7 @@ def _compare_golden(folder: Path, name: str, spec: ModelSpec, findings: list[str
     crops = np.stack([read(body, spec.size, spec.resize) for body in found.bodies])
     for file, classify in golden_images.servable(folder, name).items():
         with _noting(file, findings):
-            tolerance = golden_images.tolerance(file, float(seen.get(file, 0)))
+            tolerance = golden_check.tolerance(file, float(seen.get(file, 0)))
             _compare(file, GOLDEN, classify(crops), found.expected, tolerance, findings)
 
 

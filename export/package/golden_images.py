@@ -21,15 +21,13 @@ from export.proof import sessions
 from model.serving_graphs import Classifier
 from predictor.backends import FILES, HALF_TOLERANCE, load
 from predictor.files import write_text
-from predictor.golden_check import FILE
+from predictor.golden_check import EXACT, FILE, tolerance
 from predictor.pillow_preprocessing import crop, decode, read
 from predictor.spec import ModelSpec
 
 IMAGES = 8
 SOURCES = ("samples", "synthetic")
 JPEG_QUALITY = 95
-EXACT = 1e-3  # of a probability: fp32 in another runtime or processor; parity was proven within a tenth of it
-INT8 = 0.02  # the same for int8, or twice what it departs from fp32 on these images, if that is more
 
 Classify = Callable[[np.ndarray], np.ndarray]  # crops uint8 (N, S, S, 3) to probabilities float32 (N, C)
 
@@ -88,18 +86,6 @@ def write(golden: Answered, folder: Path, name: str, backend: str) -> dict[str, 
     }
     write_text(folder / FILE, json.dumps(content, ensure_ascii=False) + "\n")
     return seen
-
-
-def tolerance(file: str, seen: float) -> float:
-    """Of a probability: how far a crop graph may be from the golden answers.
-
-    Args:
-        file: its name.
-        seen: how far it was when it was exported.
-    """
-    if ".int8." in file:
-        return max(INT8, round(2 * seen, 3))
-    return HALF_TOLERANCE if ".fp16." in file else EXACT
 
 
 def servable(folder: Path, name: str) -> dict[str, Classify]:
