@@ -309,12 +309,12 @@ def test_out_of_memory_outside_of_a_step_is_one_line_too(tmp_path, capsys, monke
     assert error.count("\n") == 1
 
 
-def limit_memory(monkeypatch, images):
+def limit_memory(monkeypatch, most):
     """A GPU whose memory holds so many images going through the network."""
     real = nn.Conv2d.forward
 
     def forward(self, images):
-        if self.in_channels == 3 and images.requires_grad is False and torch.is_grad_enabled() and len(images) > images:
+        if self.in_channels == 3 and images.requires_grad is False and torch.is_grad_enabled() and len(images) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
         return real(self, images)
 
