@@ -261,7 +261,7 @@ requests_of_json = (
 def test_json_of_any_kind_is_parsed_into_images_and_errors_and_answered(value, as_bytes):
     import numpy as np
 
-    from handler import request_parsing
+    from handler import errors, request_parsing
     from predictor.pillow_preprocessing import ImageError as Error
 
     shape, found = request_parsing.parse({"body": json.dumps(value).encode() if as_bytes else value}, {"body"}, 256)
@@ -273,4 +273,4 @@ def test_json_of_any_kind_is_parsed_into_images_and_errors_and_answered(value, a
     outcomes = {name: image if isinstance(image, Error) else {"7": 1.0} for name, image in found.items()}
     answer, cause = request_parsing.answer(shape, outcomes, "digits", "1.0")
     assert (cause is None) == any(isinstance(outcome, dict) for outcome in outcomes.values()) or "error" in answer
-    assert cause is None or (answer["code"], answer["type"]) == (request_parsing.STATUSES[cause][0], cause)
+    assert cause is None or (answer["code"], answer["type"]) == (errors.STATUSES[cause][0], cause)

@@ -123,7 +123,7 @@ def test_weights_that_cannot_be_had_are_said_before_an_image_is_read(options, ca
         raise AssertionError("the data was read first")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
-    monkeypatch.setattr("train.load", reads)
+    monkeypatch.setattr("training.start.load", reads)
     monkeypatch.chdir(tmp_path)
     checkpoint.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
     assert main(["--data", "digits", "--arch", "resnet18", "--size", "32", *options, "--out", "run"]) == 2
