@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
+from predictor.files import sync_folder
+
 EXPORT = "export"
 STAGED = "archive"  # the folder in it that torch-model-archiver takes whole; an export's alone
 FAILED = "export.failed"  # the graphs of an export whose parity failed, to look at
@@ -216,7 +218,7 @@ def _swap(new: Path, target: Path, aside: Path) -> None:
             f"{target}: cannot be replaced as a whole ({error.strerror}); if it is a mount or a link, export a copy of "
             "the run, and copy the files over"
         ) from None
-    _sync(target.parent)
+    sync_folder(target.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -264,14 +266,4 @@ def _flush(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         elif path.is_dir():
-            _sync(path)
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_folder(path)
