@@ -145,11 +145,11 @@ what lies where
   TorchScript and ONNX     {out}/export/{name}.pt  {name}.onnx  {name}.crops.onnx  {name}.pixels.onnx
   proof of parity          {out}/export/parity.json
   TorchServe archive       {out}/export/{name}.mar
-  images to try          {out}/samples/
+  images to try            {out}/samples/
 
 next
   {serve_command(out):65}  keeps it running
-  .venv/bin/python train.py --data YOUR_IMAGES --out runs/NAME     one folder of images for each class
+  .venv/bin/python train.py --data YOUR_IMAGES --out runs/NAME       one folder of images for each class
   .venv/bin/python -m export runs/NAME"""
     )
     return 0
