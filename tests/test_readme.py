@@ -49,7 +49,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shell(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    ours = ("JAVA_HOME", "PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")  # torch sets the last one in its own process
+    # The last four are set by torch in its own process, and by the `make` that may have started this test.
+    ours = ("JAVA_HOME", "PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR", "MAKELEVEL", "MAKEFLAGS", "MFLAGS")
     variables = {k: v for k, v in os.environ.items() if k not in ours} | environment
     command = ["bash", "-euo", "pipefail", "-c", script]
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=280, check=False)
