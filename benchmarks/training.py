@@ -37,6 +37,7 @@ from dataset.image_store import Data, Split
 from dataset.loading import load
 from model import registry
 from model.fastnet import FastNet, ShiftNorm
+from predictor.spec import PixelRule
 from train import train
 from training.evaluation import evaluate
 from training.memory import keep_freed
@@ -203,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = options.only.split(",") if options.only else [*runs] if options.ablate else ["classic", *RUNS]
     if unknown := sorted(set(wanted) - {"classic", *runs}):
         parser.error(f"--only: nothing is called {unknown[0]!r}; there are {', '.join(('classic', *runs))}")
-    data = load(options.data, size=32, resize=32) if "classic" in wanted else None
+    data = load(options.data, rule=PixelRule.square(32)) if "classic" in wanted else None
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in wanted}
     machine = describe("torch", "torchvision", "pillow")
     for seed in range(options.rounds):

@@ -18,6 +18,7 @@ from torch import Tensor
 from dataset.image_store import FilePixels
 from dataset.sources import DataError, Entry, ImageInput, Source, Unreadable, printable
 from predictor.pillow_preprocessing import ImageError, crop, read
+from predictor.spec import PixelRule
 
 DECODED_TOGETHER = 16  # images that a thread decodes before it asks for more, which costs as much as a tiny one
 TOGETHER_BYTES = 1 << 20  # of their files at the most, but for the last: large ones are decoded one by one
@@ -28,8 +29,7 @@ def decode_all(
     source: Source,
     rows: Mapping[int, int],
     crops: Tensor | FilePixels,
-    size: int,
-    resize: int,
+    rule: PixelRule,
     *,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -54,7 +54,7 @@ def decode_all(
                 unreadable[index] = image.reason
                 continue
             try:
-                square = read(image, size, resize) if isinstance(image, bytes) else crop(image, size, resize)
+                square = read(image, rule) if isinstance(image, bytes) else crop(image, rule)
             except (ImageError, MemoryError) as error:
                 unreadable[index] = _reason(error)
                 continue

@@ -14,6 +14,7 @@ from dataset.decoding import as_file, decode_all, name_unreadable, unreadable_im
 from dataset.image_store import Data, FilePixels, Split, allocate
 from dataset.sample_images import choose_samples, name_samples
 from dataset.sources import DataError, ImageInput, Source, open_source, printable
+from predictor.spec import PixelRule
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +22,7 @@ logger = logging.getLogger(__name__)
 def load(
     data: str,
     *,
-    size: int,
-    resize: int,
+    rule: PixelRule,
     val_fraction: float = 0.1,
     test_fraction: float = 0.1,
     split_seed: int = 0,
@@ -55,7 +55,7 @@ def load(
     for warning in splits.check_splits(source.name, source.entries, assigned):
         say(warning)
     sampled = choose_samples(source.entries, assigned)
-    crops = allocate(len(assigned), size, scratch, processes=processes, say=say)
+    crops = allocate(len(assigned), rule.height, scratch, processes=processes, say=say)
     files: dict[int, bytes] = {}
 
     def keep_sample(index: int, image: ImageInput) -> None:
@@ -63,9 +63,7 @@ def load(
             files[index] = as_file(image)
 
     rows = {index: index for index in range(len(assigned))}
-    unreadable = decode_all(
-        source, rows, crops, size, resize, workers=workers, progress=progress, on_decoded=keep_sample
-    )
+    unreadable = decode_all(source, rows, crops, rule, workers=workers, progress=progress, on_decoded=keep_sample)
     skipped = name_unreadable(source.entries, unreadable)
     if skipped and not skip_bad:
         raise unreadable_images(data, skipped, len(assigned))

@@ -223,7 +223,7 @@ class ClassifierHandler:
 
     def _read_elsewhere(self, file: bytes) -> np.ndarray:
         assert self.decoder is not None
-        return self.decoder.read(file, self.predictor.spec.size, self.predictor.spec.resize)
+        return self.decoder.read(file, self.predictor.spec.rule)
 
     def _explain(self, image: ImageInput, outcome: Outcome, until: float) -> Outcome:
         """Label, probability and PNG (bytes) of one image's explanation, or its ImageError."""

@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from predictor.pillow_preprocessing import MAX_PIXELS, NO_MEMORY, ImageError, read
+from predictor.spec import PixelRule
 
 BATCH_SECONDS = 1.5  # that the images of a batch may wait for the child, all together
 SECONDS = 1.0  # of the processor, for one image
@@ -79,7 +80,7 @@ class DecoderProcess:
     def begin_batch(self) -> None:
         self._left = BATCH_SECONDS * _scale(self._max_pixels)
 
-    def read(self, body: bytes, size: int, resize: int) -> np.ndarray:
+    def read(self, body: bytes, rule: PixelRule) -> np.ndarray:
         """`pillow_preprocessing.read` in the child.
 
         Raises:
@@ -91,7 +92,7 @@ class DecoderProcess:
             try:
                 if self._left <= 0:
                     raise _no_time()
-                return self._ask(body, size, resize, started + self._left)
+                return self._ask(body, rule, started + self._left)
             finally:
                 self._left -= time.monotonic() - started
 
@@ -99,17 +100,17 @@ class DecoderProcess:
         """Kills the child."""
         self._end()
 
-    def _ask(self, body: bytes, size: int, resize: int, until: float) -> np.ndarray:
+    def _ask(self, body: bytes, rule: PixelRule, until: float) -> np.ndarray:
         if self._child.poll() is not None:  # killed between two images
             self._restart()
         try:
             self._until_ready(until)
             most = -1 if self._max_pixels is None else self._max_pixels
-            self._send(_REQUEST.pack(len(body), size, resize, most), until)
+            self._send(_REQUEST.pack(len(body), rule.height, rule.resize, most), until)
             self._send(body, until)
             kind, length = _REPLY.unpack(self._receive(_REPLY.size, until))
-            if kind == CROP and length == size * size * 3:
-                return np.frombuffer(self._receive(length, until), np.uint8).reshape(size, size, 3)
+            if kind == CROP and length == rule.height * rule.width * 3:
+                return np.frombuffer(self._receive(length, until), np.uint8).reshape(rule.height, rule.width, 3)
             if kind == REFUSED and length <= MAX_MESSAGE:
                 raise _refusal(self._receive(length, until))
         except TimeoutError:
@@ -230,7 +231,7 @@ def main(descriptor: int) -> None:
         while len(head := requests.read(_REQUEST.size)) == _REQUEST.size:
             length, size, resize, most = _REQUEST.unpack(head)
             body = requests.read(length)
-            kind, reply = _outcome(body, size, resize, None if most < 0 else most)
+            kind, reply = _outcome(body, PixelRule.square(size, resize), None if most < 0 else most)
             connection.sendall(_REPLY.pack(kind, len(reply)) + reply)
             del body, reply
 
@@ -245,18 +246,18 @@ def _limit() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     warnings.simplefilter("ignore")
     with contextlib.suppress(ImageError):  # Pillow loads its readers now
-        read(b"RIFF", 1, 1)
+        read(b"RIFF", PixelRule.square(1))
 
 
-def _outcome(body: bytes, size: int, resize: int, max_pixels: int | None) -> tuple[int, bytes]:
+def _outcome(body: bytes, rule: PixelRule, max_pixels: int | None) -> tuple[int, bytes]:
     """Kind and content of the reply."""
     scale = _scale(max_pixels)
     signal.setitimer(signal.ITIMER_PROF, SECONDS * scale)
     try:
-        crop = _attempt(body, size, resize, max_pixels, MEMORY)
+        crop = _attempt(body, rule, max_pixels, MEMORY)
         if isinstance(crop, ImageError) and (crop.cause == "truncated" or str(crop) == NO_MEMORY):
             with _alone():  # some libraries call a lack of memory damage
-                crop = _attempt(body, size, resize, max_pixels, int(ALONE_MEMORY * scale))
+                crop = _attempt(body, rule, max_pixels, int(ALONE_MEMORY * scale))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     if isinstance(crop, ImageError):
@@ -264,10 +265,10 @@ def _outcome(body: bytes, size: int, resize: int, max_pixels: int | None) -> tup
     return CROP, crop.tobytes()
 
 
-def _attempt(body: bytes, size: int, resize: int, max_pixels: int | None, room: int) -> np.ndarray | ImageError:
+def _attempt(body: bytes, rule: PixelRule, max_pixels: int | None, room: int) -> np.ndarray | ImageError:
     try:
         with _memory(room):
-            return read(body, size, resize, max_pixels)
+            return read(body, rule, max_pixels)
     except ImageError as error:
         return error.bare()
     except MemoryError:

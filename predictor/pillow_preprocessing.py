@@ -30,6 +30,7 @@ from predictor.image_headers import (
     refusal_of_unopened,
     tiff_tags,
 )
+from predictor.spec import PixelRule
 
 try:
     import simplejpeg
@@ -89,8 +90,7 @@ def decode(body: bytes, max_pixels: int | None = MAX_PIXELS) -> Image.Image:
 
 def read(
     body: bytes,
-    size: int,
-    resize: int,
+    rule: PixelRule,
     max_pixels: int | None = MAX_PIXELS,
     elsewhere: Callable[[bytes], np.ndarray] | None = None,
 ) -> np.ndarray:
@@ -102,43 +102,44 @@ def read(
         elsewhere: reads what is not plain, see `is_plain`, in the place of this process.
 
     Returns:
-        uint8 (size, size, 3), RGB.
+        uint8 (height, width, 3), RGB.
 
     Raises:
         ImageError: see there for the causes.
     """
-    if size * size <= SMALL and (pixels := _small_jpeg(body, max_pixels)) is not None:
+    if rule.height * rule.width <= SMALL and (pixels := _small_jpeg(body, max_pixels)) is not None:
         height, width, _ = pixels.shape
-        if (height, width) == (size, size) and crop_box(width, height, size, resize) == (0, 0, size, size):
+        if (height, width) == (rule.height, rule.width) and crop_box(width, height, rule) == (0, 0, width, height):
             return pixels
-        return crop(Image.fromarray(pixels), size, resize)
+        return crop(Image.fromarray(pixels), rule)
     if elsewhere is not None and body and not is_plain(body):
         return elsewhere(body)
     try:
         image, method = _loaded(body, max_pixels)
         if image.width * image.height > STRIP:
-            return _crop_in_strips(image, method, size, resize)
-        return crop(_to_rgb(image if method is None else image.transpose(method)), size, resize)
+            return _crop_in_strips(image, method, rule)
+        return crop(_to_rgb(image if method is None else image.transpose(method)), rule)
     except MemoryError:
         raise ImageError("too_many_pixels", NO_MEMORY) from None
 
 
-def crop_box(width: int, height: int, size: int, resize: int) -> tuple[int, int, int, int]:
+def crop_box(width: int, height: int, rule: PixelRule) -> tuple[int, int, int, int]:
     """The centred square that the network sees, in the image's own pixels: left, top, right, bottom."""
-    side = max(1, (2 * min(width, height) * size + resize) // (2 * resize))  # rounds half up
+    side = max(1, (2 * min(width, height) * rule.height + rule.resize) // (2 * rule.resize))  # rounds half up
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
 
 
-def crop(image: Image.Image, size: int, resize: int) -> np.ndarray:
+def crop(image: Image.Image, rule: PixelRule) -> np.ndarray:
     """The pixel rule of the spec, the reference that `model.tensor_preprocessing.resize_crop` equals bit for bit.
 
     Returns:
-        uint8 (size, size, 3), RGB.
+        uint8 (height, width, 3), RGB.
     """
-    box = crop_box(*image.size, size, resize)
+    size = rule.width, rule.height
+    box = crop_box(*image.size, rule)
     square = image if box == (0, 0, *image.size) else image.crop(box)
-    return np.asarray(square if square.size == (size, size) else square.resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(square if square.size == size else square.resize(size, Image.Resampling.BILINEAR))
 
 
 def _small_jpeg(body: bytes, max_pixels: int | None) -> np.ndarray | None:
@@ -219,22 +220,22 @@ def _orientation(image: Image.Image) -> int:
     return int(found[2]) if found else 0
 
 
-def _crop_in_strips(image: Image.Image, method: Image.Transpose | None, size: int, resize: int) -> np.ndarray:
+def _crop_in_strips(image: Image.Image, method: Image.Transpose | None, rule: PixelRule) -> np.ndarray:
     """`crop` of an image that is still to be turned and to become RGB: strip by strip, to the same bit.
 
     Pillow resizes in two passes, rows first and rounded, so the first can be made of strips.
     """
     is_on_side = method is not None and method.name in ("TRANSPOSE", "TRANSVERSE", "ROTATE_90", "ROTATE_270")
     width, height = image.size[::-1] if is_on_side else image.size
-    left, top, right, bottom = crop_box(width, height, size, resize)
+    left, top, right, bottom = crop_box(width, height, rule)
     rows = max(1, STRIP // (right - left))
-    narrow = Image.new("RGB", (size, bottom - top))
+    narrow = Image.new("RGB", (rule.width, bottom - top))
     for start in range(top, bottom, rows):
         end = min(start + rows, bottom)
         strip = image.crop(_stored((left, start, right, end), width, height, method))
         strip = _to_rgb(strip if method is None else strip.transpose(method))
-        narrow.paste(strip.resize((size, end - start), Image.Resampling.BILINEAR), (0, start - top))
-    return np.asarray(narrow.resize((size, size), Image.Resampling.BILINEAR))
+        narrow.paste(strip.resize((rule.width, end - start), Image.Resampling.BILINEAR), (0, start - top))
+    return np.asarray(narrow.resize((rule.width, rule.height), Image.Resampling.BILINEAR))
 
 
 def _stored(

@@ -57,7 +57,7 @@ class Predictor:
         """
         self.spec, self.golden, self.topk, self.max_pixels = spec, golden, topk, max_pixels
         self.probabilities = classify_crops
-        self._size, self._resize, self._labels, self._device = spec.size, spec.resize, spec.labels, device
+        self._rule, self._labels, self._device = spec.rule, spec.labels, device
 
     @classmethod
     def load(cls, folder: Path, name: str, settings: Mapping[str, Any], *, gpu: int | None = None) -> Predictor:
@@ -103,11 +103,11 @@ class Predictor:
         Raises:
             ImageError: see there for the causes.
         """
-        return read(body, self._size, self._resize, self.max_pixels, elsewhere)
+        return read(body, self._rule, self.max_pixels, elsewhere)
 
     def crop(self, pixels: np.ndarray) -> np.ndarray:
         """The same of an image that is decoded already, uint8 (H, W, 3), RGB."""
-        return crop(Image.fromarray(pixels), self._size, self._resize)
+        return crop(Image.fromarray(pixels), self._rule)
 
     def rank(self, probabilities: np.ndarray) -> list[Prediction]:
         """Probabilities float32 (N, C) to N predictions of the best labels."""
@@ -145,7 +145,7 @@ class Predictor:
         self.golden.check(self._of_golden, self._device)
 
     def _of_golden(self, bodies: list[bytes]) -> np.ndarray:
-        return self.probabilities(np.stack([read(body, self._size, self._resize) for body in bodies]))
+        return self.probabilities(np.stack([read(body, self._rule) for body in bodies]))
 
     def _decoded(self, body: bytes) -> np.ndarray | ImageError:
         try:

@@ -22,6 +22,22 @@ class SpecError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PixelRule:
+    """How an image becomes the pixels that the network sees; `ModelSpec` says it in words.
+
+    height, width, resize: px.
+    """
+
+    height: int
+    width: int
+    resize: int
+
+    @classmethod
+    def square(cls, size: int, resize: int | None = None) -> PixelRule:
+        return cls(height=size, width=size, resize=resize or size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """What a trained classifier is, in everything that others must agree on.
 
@@ -50,6 +66,10 @@ class ModelSpec:
         for name in ("labels", "mean", "std"):  # JSON has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _check(self)
+
+    @property
+    def rule(self) -> PixelRule:
+        return PixelRule.square(self.size, self.resize)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"

@@ -155,7 +155,7 @@ def label_of(run: Path, body: bytes) -> str:
     Not the true one: whether a network is right about one image is luck, and may depend on how a processor rounds.
     """
     spec, network = load_run(run)
-    crops = torch.from_numpy(crop(decode(body), spec.size, spec.resize)[None].copy())
+    crops = torch.from_numpy(crop(decode(body), spec.rule)[None].copy())
     with torch.inference_mode():
         probabilities = Classifier(network, spec).eval().classify_crops(crops)
     return spec.labels[int(probabilities.argmax())]

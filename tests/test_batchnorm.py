@@ -7,6 +7,7 @@ from torch import nn
 from dataset.loading import load
 from model import registry
 from model.tensor_preprocessing import normalise
+from predictor.spec import PixelRule
 from tests.learning import Training
 from train import learn
 from training import batchnorm
@@ -18,7 +19,7 @@ SCALE = torch.full((3,), 0.5), torch.full((3,), 0.25)
 
 @pytest.fixture(scope="module")
 def digits():
-    return load("digits", size=32, resize=32)
+    return load("digits", rule=PixelRule.square(32))
 
 
 class Slow(nn.Module):

@@ -9,6 +9,7 @@ import pytest
 from dataset import decoding, splits
 from dataset.loading import load, read_split
 from dataset.sources import DataError
+from predictor.spec import PixelRule
 from tests.folders import make_folder
 from train import main
 
@@ -19,7 +20,7 @@ def test_unreadable_images_stop_the_run_with_all_their_names(tmp_path):
     (folder / "blue" / "page.png").write_text("<html>")
     (folder / "blue" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
     with pytest.raises(DataError, match=r"3 of 18 images cannot be read.*--skip-bad") as caught:
-        load(str(folder), size=16, resize=16)
+        load(str(folder), rule=PixelRule.square(16))
     for name in ("red/broken.jpg", "blue/page.png", "blue/phone.heic: HEIC is not supported"):
         assert name in str(caught.value)
 
@@ -27,7 +28,7 @@ def test_unreadable_images_stop_the_run_with_all_their_names(tmp_path):
 def test_skip_bad_leaves_them_out_and_lists_them(tmp_path):
     folder = make_folder(tmp_path, count=5)
     (folder / "red" / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    data = load(str(folder), size=16, resize=16, skip_bad=True)
+    data = load(str(folder), rule=PixelRule.square(16), skip_bad=True)
     assert len(data.train) + len(data.val) + len(data.test) == 15
     assert len(data.skipped) == 1
     assert data.skipped[0].startswith("red/broken.jpg: ")
@@ -38,7 +39,7 @@ def test_a_class_of_which_nothing_is_readable_is_named(tmp_path):
     for path in (folder / "red").iterdir():
         path.write_bytes(b"nothing")
     with pytest.raises(DataError, match="'red' has no readable training image"):
-        load(str(folder), size=16, resize=16, skip_bad=True)
+        load(str(folder), rule=PixelRule.square(16), skip_bad=True)
 
 
 def long_png(width):
@@ -70,7 +71,7 @@ def test_what_training_says_of_a_file_speaks_of_files_and_not_of_requests(tmp_pa
     folder = make_folder(tmp_path / "pics", count=20)
     for name, (body, _) in NO_IMAGES.items():
         (folder / "red" / name).write_bytes(body)
-    lines = dict(line.split(": ", 1) for line in load(str(folder), size=8, resize=8, skip_bad=True).skipped)
+    lines = dict(line.split(": ", 1) for line in load(str(folder), rule=PixelRule.square(8), skip_bad=True).skipped)
     assert lines.keys() == {f"red/{name}" for name in NO_IMAGES}
     for name, (_, words) in NO_IMAGES.items():
         assert words in lines[f"red/{name}"]
@@ -87,7 +88,7 @@ def test_an_image_that_takes_too_much_memory_is_an_unreadable_one(tmp_path, monk
         return real(body, *sizes)
 
     monkeypatch.setattr(decoding, "read", read)
-    data = load(str(folder), size=8, resize=8, skip_bad=True)
+    data = load(str(folder), rule=PixelRule.square(8), skip_bad=True)
     assert data.skipped == ["red/3.jpg: the image is too long or too large to be decoded"]
 
 

@@ -10,6 +10,7 @@ from dataset.image_store import FilePixels, allocate, free_memory
 from dataset.loading import load
 from dataset.sources import DataError
 from model import checkpoint
+from predictor.spec import PixelRule
 from tests.folders import make_folder
 from train import main
 from training.options import TrainOptions
@@ -19,14 +20,14 @@ from training.start import read_data
 
 def test_what_does_not_fit_in_memory_is_kept_in_a_file(tmp_path, monkeypatch):
     folder = make_folder(tmp_path, count=6)
-    expected = load(str(folder), size=16, resize=16)
+    expected = load(str(folder), rule=PixelRule.square(16))
 
     class Little:
         available = 1000
 
     monkeypatch.setattr(image_store.psutil, "virtual_memory", lambda: Little)
     said = []
-    got = load(str(folder), size=16, resize=16, scratch=tmp_path, say=said.append)
+    got = load(str(folder), rule=PixelRule.square(16), scratch=tmp_path, say=said.append)
     assert f"they stream from a temporary file in {tmp_path}" in said[-1]
     assert torch.equal(got.train.crops(slice(None)), expected.train.crops(slice(None)))
 
@@ -40,7 +41,7 @@ def test_a_disk_without_room_for_the_file_is_an_error_before_anything_is_read(tm
 
     monkeypatch.setattr(image_store.shutil, "disk_usage", lambda folder: Full)
     with pytest.raises(DataError, match=r"has room for 0.0 GB; choose another disk \(--out\)"):
-        load(str(folder), size=16, resize=16, scratch=tmp_path)
+        load(str(folder), rule=PixelRule.square(16), scratch=tmp_path)
 
 
 def test_a_run_that_streams_ends_with_the_bits_of_one_that_does_not(tmp_path, monkeypatch):

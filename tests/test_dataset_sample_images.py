@@ -6,6 +6,7 @@ import zipfile
 
 from dataset.loading import load
 from dataset.sample_images import save_samples
+from predictor.spec import PixelRule
 from tests.conftest import reports
 from tests.folders import as_zip, make_folder
 from train import main
@@ -14,7 +15,7 @@ from training.report import write_report
 
 def test_samples_are_whole_files_of_the_val_split(tmp_path):
     folder = make_folder(tmp_path / "pets", count=10)
-    data = load(str(as_zip(folder, tmp_path / "pets.zip", wrapped=True)), size=16, resize=16)
+    data = load(str(as_zip(folder, tmp_path / "pets.zip", wrapped=True)), rule=PixelRule.square(16))
     assert len(data.samples) == len(data.val)
     assert {name.split("-")[0] for name in data.samples} == {name.split("/")[0] for name in data.val.names}
     files = {path.read_bytes() for path in folder.rglob("*.jpg")}
@@ -33,7 +34,7 @@ def test_labels_that_are_mathematics_or_longer_than_a_file_name_are_trained_on(t
     for name in ("confusion.png", "mistakes.png"):
         assert (tmp_path / "run" / "report" / name).read_bytes().startswith(b"\x89PNG")
     written = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
-    val = load(str(target), size=8, resize=8).val
+    val = load(str(target), rule=PixelRule.square(8)).val
     assert len(written) == len(val)  # although two labels begin alike
     assert {name.rpartition("-")[0] for name in written} <= {"_5__", "l" * 80}
 

@@ -14,6 +14,7 @@ from dataset.loading import load, read_split
 from dataset.sources import DataError, Entry, open_source
 from dataset.splits import check_splits, cut_splits
 from export.proof import images
+from predictor.spec import PixelRule
 from tests.folders import COLOURS, as_tar, as_zip, image, make_folder
 from train import main
 
@@ -113,7 +114,8 @@ def repack(kind, folder, tmp_path):
 def test_training_sees_the_same_images_in_the_same_order_from_a_folder_and_an_archive(trained, tmp_path):
     folder, _, known = trained
     names = [
-        load(str(data), size=8, resize=8).train.names for data in (folder, as_zip(folder, tmp_path / "p.zip", True))
+        load(str(data), rule=PixelRule.square(8)).train.names
+        for data in (folder, as_zip(folder, tmp_path / "p.zip", True))
     ]
     assert names[0] == names[1] == sorted(key for key, side in known.items() if side == "train")
 

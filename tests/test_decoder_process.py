@@ -15,12 +15,13 @@ from PIL import Image
 
 from predictor.pillow_preprocessing import MAX_PIXELS, is_plain
 from predictor.pillow_preprocessing import read as read_here
+from predictor.spec import PixelRule
 from tests.hostile_images import IMAGES, bmp_of_runs, tiff_of_fax
 from tests.kinds import BAD, GOOD, gradient, save
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="elsewhere the worker decodes everything itself")
 
-SIZE, RESIZE = 32, 36
+RULE = PixelRule.square(32, 36)
 MIB = 1 << 20
 
 
@@ -42,7 +43,7 @@ def ask(decoder):
     def outcome(body):
         decoder.begin_batch()
         try:
-            return decoder.read(body, SIZE, RESIZE)
+            return decoder.read(body, RULE)
         except ImageError as error:
             assert str(error)
             assert "\n" not in str(error)
@@ -92,7 +93,7 @@ def odd(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", GOOD)
 def test_a_good_image_is_the_same_crop_as_in_this_process(ask, name):
     body = GOOD[name][0]
-    np.testing.assert_array_equal(ask(body), read_here(body, SIZE, RESIZE))
+    np.testing.assert_array_equal(ask(body), read_here(body, RULE))
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -140,7 +141,7 @@ def test_a_photograph_of_48_megapixels_is_read_in_the_child_upright(ask):
     exif[0x0112] = 6
     body = save(gradient(800, 600).resize((8_000, 6_000)), "JPEG", exif=exif)
     assert not is_plain(body)
-    np.testing.assert_array_equal(ask(body), read_here(body, SIZE, RESIZE))
+    np.testing.assert_array_equal(ask(body), read_here(body, RULE))
 
 
 def test_what_is_slow_for_the_processor_is_refused_and_the_next_image_is_answered(odd):
@@ -149,9 +150,9 @@ def test_what_is_slow_for_the_processor_is_refused_and_the_next_image_is_answere
     for body, cause in ((b"slow", "too_slow"), (b"crash", "truncated"), (b"sense", "truncated")):
         odd.begin_batch()
         with pytest.raises(ImageError) as caught:
-            odd.read(body, SIZE, RESIZE)
+            odd.read(body, RULE)
         assert caught.value.cause == cause, body
-        assert odd.read(GOOD["bmp"][0], SIZE, RESIZE).shape == (SIZE, SIZE, 3)
+        assert odd.read(GOOD["bmp"][0], RULE).shape == (RULE.height, RULE.width, 3)
 
 
 def test_a_batch_has_a_time_and_what_comes_later_is_to_ask_again(odd, monkeypatch):
@@ -163,12 +164,12 @@ def test_a_batch_has_a_time_and_what_comes_later_is_to_ask_again(odd, monkeypatc
     first = odd._child
     for body in (b"slow", GOOD["bmp"][0]):  # the first takes more than is left of the batch, not yet of the processor
         with pytest.raises(ImageError) as caught:
-            odd.read(body, SIZE, RESIZE)
+            odd.read(body, RULE)
         assert caught.value.cause == "no_time"
     assert first.returncode == -signal.SIGKILL
     monkeypatch.setattr(decoder_process, "BATCH_SECONDS", 60)
     odd.begin_batch()
-    assert odd.read(GOOD["bmp"][0], SIZE, RESIZE).shape == (SIZE, SIZE, 3)
+    assert odd.read(GOOD["bmp"][0], RULE).shape == (RULE.height, RULE.width, 3)
 
 
 def test_a_child_that_was_killed_is_replaced(decoder, ask):
@@ -223,9 +224,9 @@ def test_threads_share_a_child(decoder):
     decoder.begin_batch()
     bodies = [save(gradient(40 + i, 30), "BMP") for i in range(24)]
     with ThreadPoolExecutor(6) as pool:
-        crops = list(pool.map(lambda body: decoder.read(body, SIZE, RESIZE), bodies))
+        crops = list(pool.map(lambda body: decoder.read(body, RULE), bodies))
     for body, crop in zip(bodies, crops, strict=True):
-        np.testing.assert_array_equal(crop, read_here(body, SIZE, RESIZE))
+        np.testing.assert_array_equal(crop, read_here(body, RULE))
 
 
 def test_an_operator_who_allows_larger_images_allows_what_they_take():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from export.graphs import torchscript
 from predictor.pillow_preprocessing import crop, decode
+from predictor.spec import PixelRule
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def explainer(exported):
 
 @pytest.fixture(scope="module")
 def crops(run):
-    return [crop(decode(path.read_bytes()), 32, 32) for path in sorted((run / "samples").iterdir())[:12]]
+    return [crop(decode(path.read_bytes()), PixelRule.square(32)) for path in sorted((run / "samples").iterdir())[:12]]
 
 
 def test_they_add_up_to_the_difference_of_the_logits(explainer, crops, exported, monkeypatch):

@@ -22,7 +22,7 @@ from export.proof.runtimes import INSTALLED
 from model import Classifier, checkpoint, load_run, registry
 from predictor.files import sha256
 from predictor.pillow_preprocessing import crop
-from predictor.spec import ModelSpec
+from predictor.spec import ModelSpec, PixelRule
 from tests.conftest import PROJECT, label_of
 from tests.kinds import gradient, save
 
@@ -330,7 +330,7 @@ def test_the_pixel_graph_applies_the_temperature_and_the_specs_pixel_rule(run, s
     _, network = load_run(run)
     warm = ModelSpec(**{**vars(spec), "temperature": 2.0, "resize": 40})
     image = gradient(50, 45)
-    pixels = torch.from_numpy(crop(image, 32, 40).copy())[None]
+    pixels = torch.from_numpy(crop(image, PixelRule.square(32, 40)).copy())[None]
     planes = (pixels.permute(0, 3, 1, 2) / 255 - torch.tensor(spec.mean).view(3, 1, 1)) / torch.tensor(spec.std).view(
         3, 1, 1
     )

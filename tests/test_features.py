@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks import resume as kills
 from dataset.loading import load
 from model import checkpoint, registry
+from predictor.spec import PixelRule
 from tests.folders import make_folder
 from tests.learning import Training
 from tests.test_distributed import torchrun
@@ -25,7 +26,7 @@ SCALE = torch.full((3,), 0.5), torch.full((3,), 0.25)
 
 @pytest.fixture(scope="module")
 def digits():
-    return load("digits", size=32, resize=32, val_fraction=0.5)
+    return load("digits", rule=PixelRule.square(32), val_fraction=0.5)
 
 
 def make(data, arch="fastnet_small", **options):

@@ -15,6 +15,7 @@ from launcher import Ports, ServerError, serving
 from model import Classifier, load_run
 from predictor import pillow_preprocessing
 from predictor.golden_check import FILE, Golden
+from predictor.spec import PixelRule
 from tests.conftest import replace_in_archive
 from tests.kinds import gradient, save
 
@@ -31,9 +32,12 @@ def right(golden):
 def test_they_are_samples_of_the_run_with_the_answers_of_pytorch(content, run, exported):
     assert len(content["images"]) == export_golden.IMAGES
     assert content["source"] == "samples"
-    samples = [pillow_preprocessing.read(path.read_bytes(), 32, 32) for path in sorted((run / "samples").iterdir())]
+    samples = [
+        pillow_preprocessing.read(path.read_bytes(), PixelRule.square(32))
+        for path in sorted((run / "samples").iterdir())
+    ]
     for body in Golden(exported).bodies:
-        crop = pillow_preprocessing.read(body, 32, 32).astype(int)
+        crop = pillow_preprocessing.read(body, PixelRule.square(32)).astype(int)
         assert min(np.abs(crop - sample).mean() for sample in samples) < 4  # grey levels, of JPEG
     assert content["tolerance"] == {"cpu": 1e-3, "gpu": 0.02}
     with zipfile.ZipFile(exported / "digits.mar") as archive:
@@ -93,7 +97,8 @@ def test_both_decoders_are_checked_on_upright_images(made):
     golden = made({"a.jpg": photo, "b.jpg": photo})
     assert [body[:4] for body in golden.bodies] == [b"\xff\xd8\xff\xe0", b"\x89PNG"]
     np.testing.assert_array_equal(
-        pillow_preprocessing.read(golden.bodies[1], 32, 32), pillow_preprocessing.read(photo, 32, 32)
+        pillow_preprocessing.read(golden.bodies[1], PixelRule.square(32)),
+        pillow_preprocessing.read(photo, PixelRule.square(32)),
     )
 
 

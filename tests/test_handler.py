@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from predictor.pillow_preprocessing import crop, decode
+from predictor.spec import PixelRule
 from tests.conftest import PROJECT, replace_in_archive
 from tests.kinds import BAD, GOOD, gradient, save
 
@@ -635,7 +636,7 @@ def test_the_pixels_are_those_of_the_spec(ask, monkeypatch):
     monkeypatch.setattr(ask.handler.predictor, "infer", lambda crops: seen.append(crops) or [{"7": 1.0} for _ in crops])
     body = save(gradient(61, 45), "PNG")
     ask({"body": body})
-    np.testing.assert_array_equal(seen[0][0], crop(decode(body), 32, 32))
+    np.testing.assert_array_equal(seen[0][0], crop(decode(body), PixelRule.square(32)))
 
 
 def test_topk_is_a_setting_and_never_more_than_the_labels(unpacked, sample):

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from predictor import image_headers, pillow_preprocessing
 from predictor.pillow_preprocessing import MAX_PIXELS, ImageError, crop, decode, is_plain, read
+from predictor.spec import PixelRule
 from tests.hostile_images import IMAGES, exif_of_rationals, jpeg_of_markers, png, png_header, png_pixels, tiff
 from tests.kinds import BAD, GOOD, gradient, save
 
@@ -163,16 +164,16 @@ def test_read_is_the_crop_of_decode(width, height, size, margin, kind, is_square
     """Also where a JPEG file is its own crop, and goes another way."""
     image = gradient(size, size) if is_square else gradient(width, height)
     body, resize = save(image, kind), round(size * margin)
-    got = read(body, size, resize)
+    got = read(body, PixelRule.square(size, resize))
     assert (got.shape, got.dtype) == ((size, size, 3), np.uint8)
-    np.testing.assert_array_equal(got, crop(decode(body), size, resize))
+    np.testing.assert_array_equal(got, crop(decode(body), PixelRule.square(size, resize)))
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_read_refuses_what_decode_refuses(name):
     body, cause = BAD[name]
     with pytest.raises(ImageError) as caught:
-        read(body, 32, 32)
+        read(body, PixelRule.square(32))
     assert caught.value.cause == cause
 
 
@@ -270,8 +271,8 @@ def test_a_crop_made_in_strips_is_the_crop_of_the_whole(width, height, size, mar
     body = save(image, "PNG" if mode in ("P", "LA", "1") else "TIFF", exif=exif)
     resize = max(1, round(size * margin))
     with mock.patch.object(pillow_preprocessing, "STRIP", strip):
-        got = read(body, size, resize)
-    np.testing.assert_array_equal(got, crop(decode(body), size, resize))
+        got = read(body, PixelRule.square(size, resize))
+    np.testing.assert_array_equal(got, crop(decode(body), PixelRule.square(size, resize)))
 
 
 @pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
@@ -316,7 +317,7 @@ def test_a_side_that_is_too_long_is_refused_before_it_is_decoded(name, monkeypat
 )
 def test_what_a_header_promises_is_looked_at_before_pillow_opens_it(name, cause, reason, monkeypatch):
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was opened"))
-    for attempt in (decode, lambda body: read(body, 32, 36)):
+    for attempt in (decode, lambda body: read(body, PixelRule.square(32, 36))):
         with pytest.raises(ImageError, match=reason) as caught:
             attempt(IMAGES[name])
         assert caught.value.cause == cause
@@ -330,7 +331,7 @@ def test_a_tiff_whose_directory_is_nowhere_is_damaged():
         assert caught.value.cause == "truncated"
 
 
-@pytest.mark.parametrize("attempt", [decode, lambda body: read(body, 32, 36)])
+@pytest.mark.parametrize("attempt", [decode, lambda body: read(body, PixelRule.square(32, 36))])
 def test_a_lack_of_memory_is_a_cause_too(attempt, monkeypatch):
     def full(self):
         raise MemoryError

@@ -7,6 +7,7 @@ from PIL import Image
 
 from model.tensor_preprocessing import _to_levels, _weights, normalise, resize_crop
 from predictor.pillow_preprocessing import crop, crop_box
+from predictor.spec import PixelRule
 
 
 def noise(width: int, height: int, seed: int = 0, levels: int = 256) -> np.ndarray:
@@ -63,7 +64,7 @@ def test_the_crop_is_a_centred_square_inside_the_image(width, height, rule):
 
 def test_a_long_thin_image_costs_no_more_than_its_square():
     image = Image.new("RGB", (1, 30_000), "red")  # resizing its short edge to 256 would make 2 gigapixels
-    assert crop(image, 224, 256).shape == (224, 224, 3)
+    assert crop(image, PixelRule.square(224, 256)).shape == (224, 224, 3)
 
 
 def test_normalise_is_the_formula_and_gives_planes():

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dataset.loading import load
-from predictor.spec import ModelSpec
+from predictor.spec import ModelSpec, PixelRule
 from training.metrics import calibrated_score
 from training.report import TILE, write_report
 
@@ -17,7 +17,7 @@ LABELS = ("猫", "🦊 fox", "$5_$", "a <b>")
 
 def report(folder, labels, wrong=3):
     """Of a classifier of the first digits that is wrong about some; files have names."""
-    whole = load("digits", size=16, resize=16)
+    whole = load("digits", rule=PixelRule.square(16))
 
     def few(split, count):
         targets = torch.arange(count) % len(labels)

@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks import resume as kills
 from dataset.loading import load
 from model import checkpoint
+from predictor.spec import PixelRule
 from tests.conftest import Clock
 from tests.folders import make_folder
 from tests.learning import Training
@@ -72,7 +73,7 @@ class Restless(nn.Module):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load("digits", size=32, resize=32)
+    return load("digits", rule=PixelRule.square(32))
 
 
 def make(data, **options):

@@ -69,7 +69,7 @@ def test_a_snippet_answers_as_the_handler_would(snippet, kind, run, exported, tm
     session = onnxruntime.InferenceSession(exported / "digits.crops.onnx", providers=["CPUExecutionProvider"])
 
     def answer(image: Image.Image) -> np.ndarray:
-        return session.run(["probabilities"], {"images": crop(image, spec.size, spec.resize)[None]})[0][0]
+        return session.run(["probabilities"], {"images": crop(image, spec.rule)[None]})[0][0]
 
     expected = answer(decode(body))
     with (tmp_path / "naive").open("wb+") as file:

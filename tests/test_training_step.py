@@ -14,6 +14,7 @@ from dataset.loading import load
 from dataset.splits import SPLITS
 from model import checkpoint, registry
 from predictor.files import sha256
+from predictor.spec import PixelRule
 from tests.learning import Training
 from train import main
 from training import step
@@ -26,7 +27,7 @@ from training.tensorboard import Board
 
 @pytest.fixture(scope="module")
 def digits():
-    return load("digits", size=32, resize=32)
+    return load("digits", rule=PixelRule.square(32))
 
 
 def make(data, **options):

@@ -18,6 +18,7 @@ from dataset.image_store import Split, allocate
 from dataset.sources import DataError, Entry, Source, open_source
 from model import load_run
 from model.tensor_preprocessing import normalise
+from predictor.spec import PixelRule
 from training import distributed
 from training.console import reading_bar
 from training.metrics import calibrated_score
@@ -106,7 +107,7 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
     source, known = open_source(config.data, config.download_dir), splits.read(run)
     wanted = choose(source.entries, split or "unseen", known or {}, config)
     left_out = _say_what_is_scored(run, source, known, wanted, split or "unseen")
-    images = read_images(source, spec.labels, spec.size, spec.resize, wanted, config)
+    images = read_images(source, spec.labels, spec.rule, wanted, config)
     mean, std = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
     logits = evaluate(network.to(device), images, mean, std)
     result = calibrated_score(logits, images.targets, spec.labels, spec.temperature)
@@ -135,7 +136,7 @@ def choose(entries: Sequence[Entry], split: str, known: Mapping[str, str], confi
 
 
 def read_images(
-    source: Source, labels: tuple[str, ...], size: int, resize: int, wanted: Sequence[int], config: TrainOptions
+    source: Source, labels: tuple[str, ...], rule: PixelRule, wanted: Sequence[int], config: TrainOptions
 ) -> Split:
     """Decodes the images of the indices `wanted`; their targets are indices in `labels`.
 
@@ -148,9 +149,9 @@ def read_images(
             f"{source.name}: the run does not know {', '.join(map(repr, strange))}; its classes are {', '.join(labels)}"
         )
     rows = {index: row for row, index in enumerate(wanted)}
-    pixels = allocate(len(wanted), size, None, processes=distributed.local_world(), say=log.info)
+    pixels = allocate(len(wanted), rule.height, None, processes=distributed.local_world(), say=log.info)
     with reading_bar() as progress:
-        bad = decode_all(source, rows, pixels, size, resize, workers=config.workers, progress=progress)
+        bad = decode_all(source, rows, pixels, rule, workers=config.workers, progress=progress)
     for line in name_unreadable(source.entries, bad):
         if not config.skip_bad:
             raise DataError(f"{line} ({len(bad)} such images); mend them or pass --skip-bad")

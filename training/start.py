@@ -16,6 +16,7 @@ from model import registry
 from model.fastnet import FastNet
 from model.registry import Pretrained
 from model.tensor_preprocessing import normalise
+from predictor.spec import PixelRule
 from training import distributed
 from training.console import reading_bar
 from training.memory import keep_freed
@@ -76,8 +77,7 @@ def read_data(options: TrainOptions, reading: Reading, known: dict[str, str] | N
     with alone, reading_bar() as bar:
         return load(
             options.data,
-            size=reading.size,
-            resize=reading.resize,
+            rule=PixelRule.square(reading.size, reading.resize),
             val_fraction=options.val_fraction,
             test_fraction=options.test_fraction,
             split_seed=options.split_seed,

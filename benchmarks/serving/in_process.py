@@ -14,6 +14,7 @@ import numpy as np
 
 from predictor import backends
 from predictor.pillow_preprocessing import crop, decode
+from predictor.spec import PixelRule
 
 
 class InProcess:
@@ -25,7 +26,9 @@ class InProcess:
 
     def classify(self, bodies: Sequence[bytes]) -> np.ndarray:
         """Probabilities float32 (N, C)."""
-        return self.run(np.stack([crop(decode(body), self.spec["size"], self.spec["resize"]) for body in bodies]))
+        return self.run(
+            np.stack([crop(decode(body), PixelRule.square(self.spec["size"], self.spec["resize"])) for body in bodies])
+        )
 
     def best(self, bodies: Sequence[bytes]) -> list[tuple[str, float]]:
         rows = self.classify(bodies)

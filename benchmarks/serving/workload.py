@@ -43,7 +43,7 @@ def make_large(folder: Path) -> Path:
     export.mkdir()
     torchscript.save(classifier, spec, export / f"{LARGE}.pt")
     onnx.save(exported_program.trace(classifier), spec, export, LARGE)
-    crops = np.stack([crop(decode(body), spec.size, spec.resize) for body in photographs(8)])
+    crops = np.stack([crop(decode(body), spec.rule) for body in photographs(8)])
     quantization.make_int8(spec, export / f"{LARGE}.onnx", crops, export, LARGE)
     spec.save(export / "spec.json")
     write_text(export / "index_to_name.json", json.dumps({str(i): label for i, label in enumerate(labels)}))

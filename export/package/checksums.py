@@ -446,7 +446,7 @@ def _compare_smaller(
 def _compare_golden(folder: Path, name: str, spec: ModelSpec, findings: list[str]) -> None:
     """Each file that could serve against the archive's golden images."""
     seen, found = _read_json(folder / MANIFEST)["golden_difference"], Golden(folder)
-    crops = np.stack([read(body, spec.size, spec.resize) for body in found.bodies])
+    crops = np.stack([read(body, spec.rule) for body in found.bodies])
     for file, classify in golden_images.servable(folder, name).items():
         with _noting(file, findings):
             tolerance = golden_check.tolerance(file, float(seen.get(file, 0)))

@@ -23,7 +23,7 @@ from predictor.backends import FILES, HALF_TOLERANCE, load
 from predictor.files import write_text
 from predictor.golden_check import EXACT, FILE, tolerance
 from predictor.pillow_preprocessing import crop, decode, read
-from predictor.spec import ModelSpec
+from predictor.spec import ModelSpec, PixelRule
 
 IMAGES = 8
 SOURCES = ("samples", "synthetic")
@@ -49,7 +49,7 @@ def answered(run: Path, classifier: Classifier, spec: ModelSpec, source: str = "
         source: `samples` of the run, or `synthetic` images, with none of the user's.
     """
     bodies = [_encode(pixels, i) for i, pixels in enumerate(_SOURCES[source](run, spec))]
-    crops = np.stack([read(body, spec.size, spec.resize) for body in bodies])
+    crops = np.stack([read(body, spec.rule) for body in bodies])
     with torch.inference_mode():
         probabilities = classifier.classify_crops(torch.from_numpy(crops)).numpy()
     return Answered(source, bodies, [spec.labels[row.argmax()] for row in probabilities], crops, probabilities)
@@ -101,7 +101,7 @@ def servable(folder: Path, name: str) -> dict[str, Classify]:
 def _samples(run: Path, spec: ModelSpec) -> list[np.ndarray]:
     files = sorted(path for path in (run / "samples").iterdir() if path.is_file())
     chosen = [files[i * len(files) // IMAGES] for i in range(IMAGES)] if len(files) > IMAGES else files
-    return [crop(decode(path.read_bytes()), spec.resize, spec.resize) for path in chosen]
+    return [crop(decode(path.read_bytes()), PixelRule.square(spec.resize)) for path in chosen]
 
 
 def _synthetic(run: Path, spec: ModelSpec) -> list[np.ndarray]:

@@ -81,7 +81,7 @@ def verify(
     """
     _check_specs(folder, name, spec)
     names = [name for name, _ in images]
-    crops = torch.from_numpy(np.stack([crop(image, spec.size, spec.resize) for _, image in images]))
+    crops = torch.from_numpy(np.stack([crop(image, spec.rule) for _, image in images]))
     cases = _cases(classifier, crops, [np.asarray(image) for _, image in images])
     rows = []
     pairs = [(case, runtime) for case in cases.values() for runtime in runtimes]

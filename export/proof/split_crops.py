@@ -60,7 +60,7 @@ def _crops(bodies: list[bytes], spec: ModelSpec) -> list[np.ndarray | None]:
 
     def one(body: bytes) -> np.ndarray | None:
         try:
-            return read(body, spec.size, spec.resize)
+            return read(body, spec.rule)
         except ImageError:  # left out of training too, by --skip-bad
             return None
 
