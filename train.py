@@ -37,10 +37,11 @@ from training.epoch import evaluate_val, make_row, train_epoch
 from training.evaluation import evaluate_run
 from training.failures import Diverged, Interrupted, OutOfMemory, explained, way_back
 from training.freezing import prepare_backbone
+from training.head_fit import fit_head
 from training.interruption import interruptible
 from training.learner import Learner, make_learner
 from training.metrics import score
-from training.options import RECIPES, TrainOptions, make_options, resumed_options
+from training.options import RECIPES, TrainOptions, flag, make_options, resumed_options
 from training.report import write_report
 from training.resolve import Plan, pick_device, recorded, resolve, resolve_reading
 from training.results import score_splits, training_facts, write_results
@@ -118,11 +119,12 @@ def train(options: TrainOptions, resume: bool = False, overwrite: bool = False) 
         Diverged: the loss became infinite or NaN.
         OutOfMemory: of the GPU.
     """
-    if options.freeze and not (resume or options.pretrained or options.weights):
-        raise ValueError(
-            "--freeze: without trained weights the head would learn from random features; "
-            "pass --pretrained or --weights FILE, or leave --freeze out"
-        )
+    for name in ("freeze", "head_first", "hold_norms"):
+        if getattr(options, name) and not (resume or options.pretrained or options.weights):
+            raise ValueError(
+                f"{flag(name)}: without trained weights the head would learn from random features; "
+                f"pass --pretrained or --weights FILE, or leave {flag(name)} out"
+            )
     first = distributed.rank() == 0
     out = Path(options.out)
     with run_folder.claimed(out, options.data, resume=resume, overwrite=overwrite) if first else nullcontext():
@@ -184,7 +186,15 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
     history, last, images = progress.history, out / resume_state.FILE, len(data.train)
     files = run_folder.EpochFiles(out, history) if distributed.rank() == 0 else None
     stuck = ""  # on this label
-    for epoch in itertools.count(len(history)):
+
+    # The head alone, before anything else learns: the first result, which epochs have to beat
+    if plan.head_first and not history and (fitted := fit_head(learner, data, plan, schedule)):
+        row, val = fitted
+        progress.add(row, images=0, seconds=0)
+        stuck = console.say_epoch(row, val, stuck)
+        progress.best = snapshot(0, val, learner.averaged)
+
+    for epoch in itertools.count(progress.epochs):
         if history and schedule.is_over(epoch):
             break
         if history and is_out_of_patience(history, plan, schedule.progress):

@@ -27,6 +27,10 @@ OWN = ("simplecnn", *FASTNETS)
 # Densenet's published files say norm.1 where its layers are called norm1; torchvision's loader renames them too.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
+_NUMBERED = re.compile(
+    r"(?:[^.]+\.)*?[^.]*\d(?=\.)"
+)  # of a name, up to the first part that ends in a digit
+
 
 class SimpleCNN(nn.Module):
     """The classic small network (LeCun et al. 1998, with ReLU and max-pooling): conv 6/16, fc 120/84/N."""
@@ -158,13 +162,26 @@ def freeze_backbone(network: nn.Module) -> list[nn.Parameter]:
     return backbone
 
 
-def train_mode(network: nn.Module) -> None:
-    """`network.train()`, but BatchNorm whose parameters are frozen keeps its statistics."""
+def train_mode(network: nn.Module, *, hold_norms: bool = False) -> None:
+    """`network.train()`, but BatchNorm whose parameters are frozen keeps its statistics; with `hold_norms` any does."""
     network.train()
     for module in network.modules():
         own = list(module.parameters(recurse=False))
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and own and not own[0].requires_grad:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and own and (hold_norms or not own[0].requires_grad):
             module.eval()
+
+
+def layer_numbers(network: nn.Module) -> dict[str, int]:
+    """How deep each parameter lies, by name: 0 for the first layer. A block of a series, such as `layer3` or
+    `blocks.4`, counts as one layer, whatever it consists of."""
+    head, numbers, seen = head_name(network), dict[str, int](), dict[str, int]()
+    for name, _ in network.named_parameters():
+        if name.startswith(f"{head}."):
+            continue
+        numbered = _NUMBERED.match(name)
+        block = numbered.group() if numbered else name.partition(".")[0]
+        numbers[name] = seen.setdefault(block, len(seen))
+    return numbers | {name: len(seen) for name in head_names(network)}
 
 
 def head_names(network: nn.Module) -> list[str]:

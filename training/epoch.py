@@ -59,7 +59,7 @@ def train_epoch(
         Diverged: the loss became infinite or NaN.
     """
     started = time.perf_counter()
-    train_mode(learner.network)
+    train_mode(learner.network, hold_norms=plan.hold_norms)
     batches = shuffled(learner.generator, len(split), plan)
     losses = torch.zeros(len(batches), device=plan.device)  # of this process's share of each batch
     correct = torch.zeros((), device=plan.device)

@@ -42,7 +42,7 @@ def prepare_backbone(learner: Learner, data: Data, plan: Plan, schedule: Schedul
         for parameter in learner.frozen:
             parameter.requires_grad_(True)
         learner.frozen, learner.features = [], None
-        learner.slow_norms = slow_norms(learner.network)
+        learner.slow_norms = [] if plan.hold_norms else slow_norms(learner.network)
         learner.learn(learner.network, compiled=plan.compile)
         return 0.0
     if learner.features_tried or not plan.cache_features:

@@ -104,7 +104,7 @@ def make_learner(network: nn.Module, scale: tuple[Tensor, Tensor], plan: Plan) -
         scaler=torch.amp.GradScaler(plan.device.type, enabled=plan.amp is torch.float16),
         generator=torch.Generator().manual_seed(plan.seed),
         frozen=frozen,
-        slow_norms=slow_norms(network),
+        slow_norms=[] if plan.hold_norms else slow_norms(network),
     )
     learner.learn(network, compiled=plan.compile)
     return learner

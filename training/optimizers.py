@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from model.fastnet import ShiftNorm
+from model.registry import layer_numbers
 from training.muon import Muon
 from training.resolve import Plan
 
@@ -28,7 +29,7 @@ def make_optimizer(network: nn.Module, plan: Plan, backbone: Sequence[nn.Paramet
         return Muon(trainable, lr, plan.momentum, plan.weight_decay, shifts)
     groups = [
         {"params": [p for p in some if (p.ndim > 1) == matrices], "lr": rate, "weight_decay": decay}
-        for some, rate in ((trainable, lr), (backbone, BACKBONE_RATE * lr))
+        for some, rate in (*_by_rate(network, plan), (backbone, BACKBONE_RATE * lr))
         for matrices, decay in ((True, plan.weight_decay), (False, 0.0))
     ]
     groups = [group for group in groups if group["params"]]
@@ -36,6 +37,19 @@ def make_optimizer(network: nn.Module, plan: Plan, backbone: Sequence[nn.Paramet
         return torch.optim.SGD(groups, lr=lr, momentum=plan.momentum, nesterov=plan.momentum > 0)
     kind = torch.optim.Adam if plan.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, lr=lr)
+
+
+def _by_rate(network: nn.Module, plan: Plan) -> list[tuple[list[nn.Parameter], float]]:
+    """What is trainable, with its learning rate: the head has `plan.lr`, and the first layer `plan.layer_decay` of it
+    (discriminative fine-tuning, Howard and Ruder 2018)."""
+    if plan.layer_decay == 1:
+        return [([p for p in network.parameters() if p.requires_grad], plan.lr)]
+    numbers = layer_numbers(network)
+    last, layers = max(1, *numbers.values()), dict[int, list[nn.Parameter]]()
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            layers.setdefault(numbers[name], []).append(parameter)
+    return [(layers[n], plan.lr * plan.layer_decay ** (1 - n / last)) for n in sorted(layers, reverse=True)]
 
 
 def make_average(network: nn.Module, decay: float) -> AveragedModel:

@@ -112,6 +112,31 @@ class TrainOptions:
         high=1_000_000,
         card=IF_CHANGED,
     )
+    head_first: bool = _option(
+        False,
+        "network",
+        "fit the head to what the weights see of each image, by logistic regression, before the first epoch; kept if "
+        "no epoch is better",
+        card=IF_CHANGED,
+        announced=True,
+    )
+    hold_norms: bool = _option(
+        False,
+        "network",
+        "keep BatchNorm's statistics as the weights bring them: those of small batches are worse",
+        card=IF_CHANGED,
+        announced=True,
+    )
+    layer_decay: float = _option(
+        1.0,
+        "network",
+        "learning rate of the first layer as a share of the head's, those between them in geometric steps; 1: one rate "
+        "for all",
+        low=0,
+        high=1,
+        card=IF_CHANGED,
+        announced=True,
+    )
 
     flip: bool | None = _option(
         None, "augmentation", "mirror half of the images (default: on, but not for digits)", card=ALWAYS
@@ -268,6 +293,11 @@ class TrainOptions:
             _check(option.name, getattr(self, option.name), option.metadata)
         if self.unfreeze_at and not self.freeze:
             raise ValueError(f"--unfreeze-at {self.unfreeze_at}: there is nothing to end without --freeze; pass both")
+        if self.freeze and (self.head_first or self.layer_decay != 1):
+            name = "head_first" if self.head_first else "layer_decay"
+            raise ValueError(f"{flag(name)}: belongs to training all layers; leave it out, or --freeze")
+        if self.layer_decay != 1 and self.optimizer == "muon":
+            raise ValueError(f"--layer-decay {self.layer_decay}: muon has one rate for all; pass --optimizer adamw")
         if self.unfreeze_at and self.optimizer == "muon":
             raise ValueError("--unfreeze-at: muon sets the norms of all filters anew; pass --optimizer sgd or adamw")
         if self.flips_only:

@@ -54,6 +54,9 @@ class Plan:
     cache_features: bool
     unfreeze_at: int
     flips_only: bool
+    head_first: bool
+    hold_norms: bool
+    layer_decay: float
 
     flip: bool
     crop_padding: int

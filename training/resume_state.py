@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 class Progress:
     """How far a run has come.
 
-    history: a row for each epoch, as in history.csv.
+    history: a row for each epoch, as in history.csv; the first is of epoch 0 where the head was fitted before.
     images: trained on since the process began, in `train_seconds`, which evaluation is no part of.
     features_seconds: that the features of a frozen backbone took, which is no part of the schedule's time.
     """
@@ -39,6 +39,11 @@ class Progress:
     images: int = 0
     train_seconds: float = 0.0
     features_seconds: float = 0.0
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs were begun and are in the history."""
+        return sum(row["epoch"] > 0 for row in self.history)
 
     def add(self, row: dict[str, float], images: int, seconds: float) -> None:
         """Counts an epoch that trained on so many images in so many seconds."""

@@ -1,0 +1,95 @@
+"""The head of a network with trained weights, fitted before the first epoch: a multinomial logistic regression on what
+the weights see of each image.
+
+It takes seconds once the features are there, and is the first result of the run: an epoch is only kept if it is better.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from dataset.image_store import Data
+from training import distributed
+from training.freezing import compute_features
+from training.learner import Learner, head_of
+from training.metrics import score
+from training.resolve import Plan
+from training.schedule import Schedule
+
+# L2 penalties of the weights: from a head that hardly tells classes apart to one that knows all images by heart.
+PENALTIES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+ITERATIONS = 100  # of L-BFGS for each penalty, which begins where the one before has ended
+
+log = logging.getLogger(__name__)
+
+
+def fit_head(
+    learner: Learner, data: Data, plan: Plan, schedule: Schedule
+) -> tuple[dict[str, float], dict[str, Any]] | None:
+    """Fits the head, with the penalty that suits val best.
+
+    Returns:
+        The history's row, of epoch 0, and the `score` of val. None for a network that goes on after its last layer, or
+        whose features fill the memory: it keeps the head that it has.
+    """
+    features = compute_features(learner.network, data, learner.scale, flip=False)
+    if isinstance(features, str):
+        log.info(f"no head is fitted before the first epoch: {features}")
+        return None
+    seen, targets = features.train[0].to(plan.device), data.train.targets.to(plan.device)
+    best: tuple[tuple[float, float], nn.Linear, dict[str, Any]] | None = None
+    for head in regressions(seen, targets, len(data.labels)):
+        with torch.no_grad():
+            val = score(head(features.val.to(plan.device)).cpu(), data.val.targets, data.labels)
+        if best is None or (val["accuracy"], -val["loss"]) > best[0]:
+            best = (val["accuracy"], -val["loss"]), head, val
+    assert best is not None
+    _, head, val = best
+    weights = distributed.gather({name: value.cpu() for name, value in head.state_dict().items()})[0]  # one for all
+    for network in {learner.network, learner.averaged}:
+        head_of(network).load_state_dict(weights)
+    with torch.no_grad():
+        logits = head(seen)
+    row = {
+        "epoch": 0,
+        "lr": 0.0,
+        "train_loss": float(cross_entropy(logits, targets)),
+        "train_accuracy": float((logits.argmax(dim=1) == targets).float().mean()),
+        "val_loss": val["loss"],
+        "val_accuracy": val["accuracy"],
+        "seconds": round(schedule.seconds, 2),
+    }
+    return row, val
+
+
+def regressions(features: Tensor, targets: Tensor, classes: int) -> Iterator[nn.Linear]:
+    """A fitted head for each of PENALTIES, all in turn the same growing one, as a copy.
+
+    Args:
+        features: float32 (N, D); targets: int64 (N,), on the same device.
+    """
+    scale = features.std().clamp(min=1e-6)  # the penalty is for features of about 1
+    weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(classes, device=features.device, requires_grad=True)
+    scaled = features / scale
+    for penalty in PENALTIES:
+        solver = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+        def loss(penalty: float = penalty, solver: torch.optim.LBFGS = solver) -> Tensor:
+            solver.zero_grad()
+            value = cross_entropy(scaled @ weight.T + bias, targets) + penalty / 2 * weight.square().sum()
+            value.backward()
+            return value
+
+        solver.step(loss)
+        head = nn.Linear(features.shape[1], classes, device=features.device)
+        with torch.no_grad():
+            head.weight.copy_(weight / scale)
+            head.bias.copy_(bias)
+        yield head
