@@ -2,8 +2,8 @@
 
     python -m benchmarks.resume --kills 20
 
-Every bit of the weights, the optimizer, the moving average, the generators, the best epoch and the history must be the
-same; only the seconds may differ. Exits with 1 if anything else does.
+Every bit of the weights, the optimizer, the moving average, the best epoch and the history must be the same; only
+the seconds may differ. Exits with 1 if anything else does.
 """
 
 from __future__ import annotations

@@ -29,17 +29,18 @@ class Training:
         self.scale = tuple(torch.full((3,), value, device=self.plan.device) for value in (0.5, 0.25))
         self.learner = make_learner(network.to(self.plan.device), self.scale, self.plan)
         self.schedule = Schedule(self.learner.optimizer, self.plan, lambda: False)
-        self.progress = Progress()
+        self.progress, self.generator = Progress(), torch.Generator().manual_seed(0)
 
     @property
     def network(self):
         return self.learner.network
 
     def batches(self):
-        return shuffled(self.learner.generator, len(self.data.train), self.plan)
+        return shuffled(self.generator, len(self.data.train), self.plan)
 
     def step(self, indices):
-        return train_step(self.learner, make_batch(self.learner, self.data.train, indices, self.plan), self.plan)
+        batch = make_batch(self.learner, self.data.train, indices, self.plan, self.generator)
+        return train_step(self.learner, batch, self.plan)
 
     def epoch(self):
         done = len(self.progress.history)

@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import resume as kills
 from model import checkpoint, load_run
 from tests.conftest import PROJECT
 from train import main
@@ -46,7 +45,6 @@ def test_two_processes_learn_what_one_does(one, tmp_path):
     assert done.stdout.count("epoch   1") == 1  # only the first process speaks
     assert {path.name for path in out.iterdir()} == {path.name for path in one.iterdir()}  # and leaves nothing behind
     expected, got = (checkpoint.load(run / "last.ckpt") for run in (one, out))
-    assert len(got["random"]) == 2
     for a, b in zip(expected["history"], got["history"], strict=True):
         assert b["lr"] == a["lr"]
         for name in ("train_loss", "val_loss"):
@@ -74,7 +72,6 @@ def test_a_step_of_two_processes_is_that_of_one(one_step, tmp_path):
     for name, options in (("whole", []), ("parts", ["--accumulate", "4"])):
         assert main([*recipe, *options, "--out", str(tmp_path / name)]) == 0
         expected, got = (checkpoint.load(run / "last.ckpt") for run in (tmp_path / name, two))
-        assert kills._compare("generator", expected["generator"], got["generator"]) == []
         for key, weight in expected["network"].items():
             assert (weight - got["network"][key]).norm() <= 1e-5 * weight.norm()
         gradients = [

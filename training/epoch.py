@@ -18,6 +18,7 @@ from training.batchnorm import estimate_statistics
 from training.evaluation import evaluate
 from training.failures import Diverged
 from training.learner import Learner, head_of
+from training.randomness import order_generator, seed_dropout, step_generator
 from training.resolve import Plan
 from training.schedule import Schedule
 from training.step import make_batch, share_of, train_step
@@ -60,7 +61,7 @@ def train_epoch(
     """
     started = time.perf_counter()
     train_mode(learner.network, hold_norms=plan.hold_norms)
-    batches = shuffled(learner.generator, len(split), plan)
+    batches = shuffled(order_generator(plan.seed, epoch), len(split), plan)
     losses = torch.zeros(len(batches), device=plan.device)  # of this process's share of each batch
     correct = torch.zeros((), device=plan.device)
     rates: list[float] = []
@@ -68,10 +69,11 @@ def train_epoch(
     for step, indices in enumerate(batches):
         if not schedule.before_step(epoch, step / len(batches)):
             break
-        batch = make_batch(learner, split, indices, plan)
+        batch = make_batch(learner, split, indices, plan, step_generator(plan.seed, epoch, step))
         if step + 1 < len(batches) and not learner.features:
             coming = batches[step + 1]
             split.read_ahead(coming[share_of(len(coming))])
+        seed_dropout(plan.seed, epoch, step, distributed.rank())
         losses[step], hits = train_step(learner, batch, plan, smaller=schedule.progress < plan.low_res)
         correct += hits
         rates.append(schedule.lr)

@@ -42,7 +42,6 @@ class Learner:
 
     network: the weights that are trained; `averaged` is what is evaluated and kept: their EMA if there is one.
     scale: mean and std of the pixels, each (3,), on the network's device.
-    generator: of the order and the augmentation.
     frozen: parameters of the backbone that do not learn now.
     features: what the head sees of the images, while that is all that learns; else None. `features_tried`: whether
         they were to be computed already.
@@ -54,7 +53,6 @@ class Learner:
     scale: tuple[Tensor, Tensor]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    generator: torch.Generator
     average: AveragedModel | None
     frozen: list[nn.Parameter]
     slow_norms: list[str]
@@ -102,7 +100,6 @@ def make_learner(network: nn.Module, scale: tuple[Tensor, Tensor], plan: Plan) -
         average=make_average(network, plan.ema) if plan.ema else None,
         optimizer=make_optimizer(network, plan, frozen if plan.unfreeze_at else ()),
         scaler=torch.amp.GradScaler(plan.device.type, enabled=plan.amp is torch.float16),
-        generator=torch.Generator().manual_seed(plan.seed),
         frozen=frozen,
         slow_norms=[] if plan.hold_norms else slow_norms(network),
     )

@@ -9,18 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dataset.image_store import Data
 from model import checkpoint
 from model.checkpoint import CheckpointError, load_into
-from training import distributed
 from training.learner import Learner
 from training.schedule import Schedule
 from training.selection import Best
 
 FILE = "last.ckpt"
-VERSION = 3  # of the file, and of what the options mean
+VERSION = 4  # of the file, and of what the options mean
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +50,7 @@ class Progress:
 
 
 def collect(learner: Learner, schedule: Schedule, progress: Progress, data: Data) -> dict[str, Any]:
-    """What last.ckpt holds. Every process must call it, since each has random states of its own."""
+    """What last.ckpt holds."""
     average = learner.average
     return {
         "version": VERSION,
@@ -63,8 +60,6 @@ def collect(learner: Learner, schedule: Schedule, progress: Progress, data: Data
         "ema": {"network": average.module.state_dict(), "steps": int(average.n_averaged) - 1} if average else None,
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
-        "generator": learner.generator.get_state(),
-        "random": distributed.gather(_random_states(learner.device)),
         "best": dict(vars(progress.best)),
         "history": progress.history,
         "labels": data.labels,
@@ -91,9 +86,6 @@ def restore(path: Path, learner: Learner, schedule: Schedule, data: Data) -> Pro
         learner.average.n_averaged.fill_(state["ema"]["steps"] + 1)
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
-    learner.generator.set_state(state["generator"])
-    if distributed.rank() < len(state["random"]):  # else: more processes than before
-        _set_random_states(state["random"][distributed.rank()], learner.device)
     schedule.go_on_from(state["seconds"])
     log.info(f"going on after epoch {state['history'][-1]['epoch']:g}, {state['seconds']:.0f} s")
     return Progress(state["history"], Best(**state["best"]))
@@ -102,17 +94,6 @@ def restore(path: Path, learner: Learner, schedule: Schedule, data: Data) -> Pro
 def _fingerprint(data: Data) -> str:
     names = "\n".join((*data.train.names, "", *data.val.names))
     return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
-
-
-def _random_states(device: torch.device) -> dict[str, Any]:
-    """The generators that dropout draws from."""
-    return {"cpu": torch.get_rng_state(), "gpu": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-def _set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and states["gpu"] is not None:
-        torch.cuda.set_rng_state(states["gpu"], device)
 
 
 def _differences(before: Sequence[str], now: Sequence[str]) -> str:

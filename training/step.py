@@ -33,22 +33,23 @@ class Batch:
     whole: int
 
 
-def make_batch(learner: Learner, split: Split, indices: Tensor, plan: Plan) -> Batch:
+def make_batch(learner: Learner, split: Split, indices: Tensor, plan: Plan, generator: torch.Generator) -> Batch:
     """Draws the augmentation of a batch, and applies it to this process's share.
 
     Args:
         indices: int64 (B,), of the images in `split`; the same in every process.
+        generator: of the step (training/randomness.py); in the same state in every process.
     """
     rows = share_of(len(indices))
     chosen = indices[rows]
-    draws = Draws(learner.generator, len(indices), rows)
+    draws = Draws(generator, len(indices), rows)
     targets = split.targets[chosen].to(plan.device)
     if learner.features:
         return Batch(learner.features.choose(chosen, draws).to(plan.device), targets, None, len(indices))
     crops = split.crops(chosen).to(plan.device)
     crops = flip_and_shift(crops, plan.flip, plan.crop_padding, draws)
     crops = jitter(crops, plan.jitter, draws)
-    mix = draw_mix(plan.mixup, plan.cutmix, plan.size, learner.generator)
+    mix = draw_mix(plan.mixup, plan.cutmix, plan.size, generator)
     return Batch(crops, targets, mix, len(indices))
 
 
