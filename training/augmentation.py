@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
+
+ATTEMPTS = 10  # at a crop box that lies within its image, as torchvision's RandomResizedCrop
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Draws:
     def uniform(self, device: torch.device) -> Tensor:
         """float32 (n,), in 0..1."""
         return torch.rand(self.batch, generator=self.generator)[self.rows].to(device)
+
+    def table(self, columns: int) -> Tensor:
+        """float32 (n, columns), in 0..1, on the CPU."""
+        return torch.rand(self.batch, columns, generator=self.generator)[self.rows]
 
     def integers(self, low: int, high: int, device: torch.device) -> Tensor:
         """int64 (n, 1), from `low` up to and with `high`."""
@@ -59,6 +66,36 @@ def flip_and_shift(crops: Tensor, flip: bool, padding: int, draws: Draws) -> Ten
         columns = _mirror(columns + draws.integers(-padding, padding, crops.device), size)
     images = torch.arange(count, device=crops.device)
     return crops[images[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def random_boxes(shapes: Tensor, scale: float, ratio: tuple[float, float], draws: Draws) -> Tensor:
+    """The boxes of the random resized crop (Szegedy et al. 2015), as torchvision's RandomResizedCrop draws them.
+
+    Of ATTEMPTS boxes the first that lies within its image counts; where none does, the largest centred box whose aspect
+    ratio is in range. Positions and sides are not rounded to whole pixels.
+
+    Args:
+        shapes: int (n, 2), height and width of each image, px.
+        scale: the smallest share of an image's area; shares are uniform from there to 1.
+        ratio: the smallest and largest aspect ratio, width / height in px, such as (3 / 4, 4 / 3); log-uniform.
+
+    Returns:
+        float32 (n, 4): left, top, right, bottom, as shares 0..1 of the image's width and height; on the CPU.
+    """
+    areas, aspects, places = draws.table(ATTEMPTS), draws.table(ATTEMPTS), draws.table(2)
+    areas = scale + (1 - scale) * areas
+    low, high = (math.log(aspect) for aspect in ratio)
+    height, width = shapes.cpu().double().T
+    relative = torch.exp(low + (high - low) * aspects) * (height / width)[:, None]  # of the box to its image
+    sides = torch.stack([areas * relative, areas / relative], dim=2).sqrt()  # (n, ATTEMPTS, 2): width, height
+    fits = (sides <= 1).all(dim=2)
+    first = sides[torch.arange(len(sides)), fits.int().argmax(dim=1)]  # (n, 2)
+    aspect = (width / height).clamp(*ratio) * height / width
+    centred = torch.stack([aspect.clamp(max=1), (1 / aspect).clamp(max=1)], dim=1)
+    found = fits.any(dim=1, keepdim=True)
+    chosen = torch.where(found, first, centred)
+    corner = torch.where(found, places, 0.5) * (1 - chosen)
+    return torch.cat([corner, corner + chosen], dim=1).clamp(0, 1).float()
 
 
 def jitter(crops: Tensor, strength: float, draws: Draws) -> Tensor:
