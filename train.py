@@ -4,7 +4,8 @@
     python train.py --data DIR --arch resnet18 --pretrained --freeze --out runs/NAME
 
 DIR holds one folder of images for each class. Ctrl-C ends the training, keeps the best weights and writes everything;
-before the first epoch is over there are none, and nothing is written.
+before the first epoch is over there are none, and nothing is written. SIGTERM does the same, but first saves the state,
+so that --resume goes on at that very step.
 
     python train.py --resume runs/NAME                         goes on after a kill, as if there had been none
     python train.py --evaluate runs/NAME --data DIR            scores a run on any images
@@ -18,6 +19,7 @@ import itertools
 import json
 import logging
 import math
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -33,7 +35,7 @@ from model import checkpoint, registry
 from predictor.files import write_text
 from training import console, distributed, resume_state, run_folder
 from training.command_line import parse
-from training.epoch import evaluate_val, make_row, train_epoch
+from training.epoch import PartialEpoch, evaluate_val, make_row, train_epoch
 from training.evaluation import evaluate_run
 from training.failures import Diverged, Interrupted, OutOfMemory, explained, way_back
 from training.freezing import prepare_backbone
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as error:
         print(f"train.py: {error if error.args else 'interrupted'}", file=sys.stderr)
-        return 130  # as the shell has it for a program that SIGINT ended
+        return 128 + getattr(error, "number", signal.SIGINT)  # as the shell has it for a program that a signal ended
     return 0
 
 
@@ -115,7 +117,7 @@ def train(options: TrainOptions, resume: bool = False, overwrite: bool = False) 
     Raises:
         ValueError: the folder, the data, the architecture or an option cannot be used; nothing has been written then.
             Or the disk is full.
-        Interrupted: by Ctrl-C before there were weights to keep.
+        Interrupted: by Ctrl-C or SIGTERM before there were weights to keep.
         Diverged: the loss became infinite or NaN.
         OutOfMemory: of the GPU.
     """
@@ -150,7 +152,7 @@ def train_into(out: Path, options: TrainOptions, resume: bool) -> dict[str, Any]
 
     # Loop
     progress = Progress()
-    with interruptible(lambda: say_what_is_kept(progress)) as interrupted:
+    with interruptible(lambda number: say_what_is_kept(number, progress)) as interrupted:
         learner = make_learner(network, scale, plan)
         schedule = Schedule(learner.optimizer, plan, interrupted)
         if resume and (out / resume_state.FILE).exists():
@@ -175,10 +177,12 @@ def train_into(out: Path, options: TrainOptions, resume: bool) -> dict[str, Any]
 
 
 def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress: Progress, out: Path) -> None:
-    """Epoch after epoch until the schedule, Ctrl-C or `plan.patience` ends it; writes last.ckpt after each.
+    """Epoch after epoch until the schedule, a signal or `plan.patience` ends it.
 
-    Ctrl-C leaves the epoch that it cut short out. The end of the time does not: what there is of its last epoch is
-    evaluated, and stands in the history as a part of one.
+    Writes last.ckpt after each epoch, and within it where the schedule says so.
+
+    Ctrl-C and SIGTERM leave the epoch that they cut short out. The end of the time does not: what there is of its last
+    epoch is evaluated, and stands in the history as a part of one.
 
     Raises:
         ValueError, Interrupted, Diverged, OutOfMemory: as `train`.
@@ -186,6 +190,11 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
     history, last, images = progress.history, out / resume_state.FILE, len(data.train)
     files = run_folder.EpochFiles(out, history) if distributed.rank() == 0 else None
     stuck = ""  # on this label
+
+    def save(begun: PartialEpoch) -> None:
+        if files and has_finite_weights(learner):  # else the next step's loss says so
+            files.save(resume_state.collect(learner, schedule, progress, data, begun))
+        schedule.saved()
 
     # The head alone, before anything else learns: the first result, which epochs have to beat
     if plan.head_first and not history and (fitted := fit_head(learner, data, plan, schedule)):
@@ -195,19 +204,17 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
         progress.best = snapshot(0, val, learner.averaged)
 
     for epoch in itertools.count(progress.epochs):
-        if history and schedule.is_over(epoch):
-            break
-        if history and is_out_of_patience(history, plan, schedule.progress):
-            log.info(f"no better val accuracy for {plan.patience} epochs: stopping early")
+        begun, progress.begun = progress.begun, None
+        if history and not begun and is_finished(progress, plan, schedule):
             break
 
         # Train
         with explained(last, plan, epoch, images):
             progress.features_seconds += prepare_backbone(learner, data, plan, schedule, epoch)
-            with console.epoch_progress(epoch, images, plan, schedule) as show:
-                trained = train_epoch(learner, data.train, plan, schedule, epoch, show)
+            with console.epoch_progress(epoch, images, plan, schedule, begun.seen if begun else 0) as show:
+                trained = train_epoch(learner, data.train, plan, schedule, epoch, show, begun, save)
         if schedule.interrupted and not history:
-            raise Interrupted("interrupted before the first epoch was over: there are no weights to keep")
+            raise Interrupted(schedule.interrupted, last)
         if history and (schedule.interrupted or not trained.steps):
             break
         if not trained.steps:
@@ -224,15 +231,29 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
         # Keep the best, save
         if is_better(val, progress.best):
             progress.best = snapshot(row["epoch"], val, learner.averaged)
-        state = resume_state.collect(learner, schedule, progress, data)
         if files:  # in the first process
-            files.write(state, history)
+            files.write(resume_state.collect(learner, schedule, progress, data), history)
+        schedule.saved()
 
 
-def say_what_is_kept(progress: Progress) -> None:
-    """At the first Ctrl-C; before there is something to keep, the end says so."""
-    if progress.history:
-        print("interrupted: the best weights so far are kept; Ctrl-C again stops at once", file=sys.stderr)
+def is_finished(progress: Progress, plan: Plan, schedule: Schedule) -> bool:
+    """Whether no other epoch begins."""
+    if schedule.is_over(progress.epochs):
+        return True
+    if stuck := is_out_of_patience(progress.history, plan, schedule.progress):
+        log.info(f"no better val accuracy for {plan.patience} epochs: stopping early")
+    return stuck
+
+
+def has_finite_weights(learner: Learner) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in learner.network.parameters())
+
+
+def say_what_is_kept(number: int, progress: Progress) -> None:
+    """At the first signal; before there is something to keep, the end says so."""
+    if progress.history and distributed.local_rank() == 0:
+        again, state = ("SIGTERM", ", and the state for --resume") if number == signal.SIGTERM else ("Ctrl-C", "")
+        print(f"interrupted: the best weights so far are kept{state}; {again} again stops at once", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,7 @@ OWN = ("simplecnn", *FASTNETS)
 # Densenet's published files say norm.1 where its layers are called norm1; torchvision's loader renames them too.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
-_NUMBERED = re.compile(
-    r"(?:[^.]+\.)*?[^.]*\d(?=\.)"
-)  # of a name, up to the first part that ends in a digit
+_NUMBERED = re.compile(r"(?:[^.]+\.)*?[^.]*\d(?=\.)")  # of a name, up to the first part that ends in a digit
 
 
 class SimpleCNN(nn.Module):

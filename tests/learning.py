@@ -1,5 +1,8 @@
 """Training without a command or a run folder: a network, its plan and its schedule, for tests of each part."""
 
+import contextlib
+from unittest.mock import patch
+
 import torch
 
 from model import registry
@@ -17,6 +20,21 @@ def make_plan(images=1293, flips=False, **options):
     """The plan of these options, for so many training images."""
     asked = TrainOptions(**{"data": "digits", "out": "x", "device": "cpu"} | options)
     return resolve(asked, resolve_reading(asked), images=images, flips=flips, device=torch.device(asked.device))
+
+
+@contextlib.contextmanager
+def before_step(step, do):
+    """Calls `do` before that step of the runs in the block, from 0, counted over all their epochs."""
+    real, steps = Schedule.before_step, []
+
+    def counted(self, *arguments):
+        steps.append(None)
+        if len(steps) == step + 1:
+            do()
+        return real(self, *arguments)
+
+    with patch.object(Schedule, "before_step", counted):
+        yield
 
 
 class Training:
@@ -42,10 +60,12 @@ class Training:
         batch = make_batch(self.learner, self.data.train, indices, self.plan, self.generator)
         return train_step(self.learner, batch, self.plan)
 
-    def epoch(self):
-        done = len(self.progress.history)
+    def epoch(self, on_save=lambda begun: None):
+        """`on_save`: as `train_epoch`."""
+        done, begun, self.progress.begun = len(self.progress.history), self.progress.begun, None
         prepare_backbone(self.learner, self.data, self.plan, self.schedule, done)
-        trained = train_epoch(self.learner, self.data.train, self.plan, self.schedule, done)
+        given = {"begun": begun, "on_save": on_save}
+        trained = train_epoch(self.learner, self.data.train, self.plan, self.schedule, done, **given)
         row = make_row(self.progress.history, trained, {"loss": 0.0, "accuracy": 0.0}, self.schedule)
         self.progress.history.append(row)
         return trained
@@ -53,8 +73,8 @@ class Training:
     def evaluate(self):
         return evaluate_val(self.learner, self.data, self.plan)
 
-    def state(self):
-        return collect(self.learner, self.schedule, self.progress, self.data)
+    def state(self, begun=None):
+        return collect(self.learner, self.schedule, self.progress, self.data, begun)
 
     def restore(self, path):
         self.progress = restore(path, self.learner, self.schedule, self.data)

@@ -1,6 +1,8 @@
+import copy
 import json
 import random
 import shutil
+import signal
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ from model import checkpoint
 from predictor.spec import PixelRule
 from tests.conftest import Clock
 from tests.folders import make_folder
-from tests.learning import Training
+from tests.learning import Training, before_step
 from train import main, train
 from training.options import TrainOptions, make_options, resumed_options
 
 RECIPE = ["--data", "digits", "--epochs", "12", *kills.RECIPE[4:]]
+OFTEN = ["--checkpoint-minutes", "0.001"]  # some times in each epoch
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ def test_a_run_that_was_killed_twice_ends_as_if_it_had_not_been(tmp_path):
     latest = json.loads((whole / "metrics.json").read_text())["train"]["seconds"]
     for attempt in range(4):
         killed, moments = tmp_path / f"killed-{attempt}", random.Random(seed)
-        killed_after = kills.kill_and_resume(killed, RECIPE, 2, moments, latest / 2**attempt)
+        killed_after = kills.kill_and_resume(killed, [*RECIPE, *OFTEN], 2, moments, latest / 2**attempt)
         assert kills.differences(whole, killed) == [], (seed, killed_after)
         assert len((killed / "history.csv").read_text().splitlines()) == 13
         if killed_after and killed_after[0] < 12:
@@ -94,19 +97,45 @@ def make(data, **options):
     ],
     ids=str,
 )
-def test_a_restored_training_goes_on_bit_for_bit(digits, tmp_path, options):
-    first = make(digits, **options)
+def test_a_training_that_is_restored_within_an_epoch_goes_on_bit_for_bit(digits, tmp_path, options):
+    def save(begun):
+        if len(begun.rates) == 5:  # of 11 steps
+            checkpoint.save(first.state(begun), tmp_path / "last.ckpt")
+
+    first = make(digits, checkpoint_minutes=1e-9, **options)
     first.epoch()
-    checkpoint.save(first.state(), tmp_path / "last.ckpt")
-    first.epoch()
+    first.epoch(on_save=save)
     second = make(digits, **options)
     torch.rand(7)  # whatever has happened to the random numbers meanwhile
     second.restore(tmp_path / "last.ckpt")
+    before = copy.deepcopy(second.state(second.progress.begun))
     second.epoch()
     assert kills._compare("state", second.state(), first.state()) == []
-    third = make(digits, **options)
-    third.epoch()
-    assert kills._compare("state", third.state(), first.state()) != []  # the second epoch did change something
+    assert kills._compare("state", before, first.state()) != []  # the other steps did change something
+
+
+def sigterm():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_run_that_was_ended_within_each_epoch_ends_as_if_it_had_not_been(short, tmp_path, capsys):
+    """Before the sixth of 21 steps: by SIGTERM in the first and second epoch, by a kill in the third."""
+    out = tmp_path / "run"
+    with before_step(5, sigterm):
+        assert main([*RECIPE, "--epochs", "3", "--out", str(out)]) == 143
+    assert f"there are no weights to keep; --resume {out} goes on" in capsys.readouterr().err
+    assert not (out / "metrics.json").exists()
+    with before_step(21, sigterm):
+        assert main(["--resume", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "going on after epoch 0 and 5 steps of the next" in said.out
+    assert "interrupted: the best weights so far are kept, and the state for --resume" in said.err
+    assert json.loads((out / "metrics.json").read_text())["train"]["epochs"] == 1
+    with before_step(21, lambda: 1 / 0), pytest.raises(ZeroDivisionError):
+        main(["--resume", str(out), "--checkpoint-minutes", "1e-9"])
+    assert main(["--resume", str(out), "--checkpoint-minutes", "0"]) == 0
+    assert "going on after epoch 2 and 4 steps of the next" in capsys.readouterr().out  # the kill came before the save
+    assert kills.differences(short, out) == []
 
 
 def test_a_finished_run_is_left_as_it_is(short, copied, capsys):
@@ -146,14 +175,14 @@ def test_a_new_run_in_an_old_folder_leaves_nothing_of_the_old_one_behind(copied,
 
 
 def test_a_minutes_run_has_the_time_that_it_had_left(tmp_path, monkeypatch):
-    """By a clock on which each look takes a second; there is one before each of the 41 steps of an epoch."""
+    """By a clock on which each look takes a second; there is one before each of the 41 steps of an epoch, at least."""
     out = tmp_path / "run"
     monkeypatch.setattr("training.schedule.time", Clock())
     train(TrainOptions(data="digits", out=str(out), minutes=1))
     last = checkpoint.load(out / "last.ckpt")
     checkpoint.save(last | {"seconds": 40.0}, out / "last.ckpt")  # of 60 s
     again = train(resumed_options(out, None, {}), resume=True)
-    assert 60 <= again["train"]["seconds"] < 65  # and not as long as anew
+    assert 60 <= again["train"]["seconds"] < 70  # and not as long as anew
     assert again["train"]["epochs"] > last["history"][-1]["epoch"]
 
 

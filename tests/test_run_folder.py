@@ -19,6 +19,7 @@ from model import checkpoint
 from predictor import files
 from tests.conftest import PROJECT
 from tests.folders import make_folder
+from tests.learning import before_step
 from train import main, train
 from training import console, run_folder
 from training.console import export_command, on_terminal
@@ -195,35 +196,25 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_can_go_on(tmp_path, capsys, m
     assert (out / "metrics.json").exists()
 
 
-def interrupted_at(monkeypatch, step):
-    """Ctrl-C before that step of the run, from 0."""
-    real, steps = Schedule.before_step, []
-
-    def before_step(self, *arguments):
-        steps.append(None)
-        if len(steps) == step + 1:
-            signal.raise_signal(signal.SIGINT)
-        return real(self, *arguments)
-
-    monkeypatch.setattr(Schedule, "before_step", before_step)
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("step", [0, 5])
-def test_ctrl_c_in_the_first_epoch_writes_no_untrained_weights(tmp_path, capsys, monkeypatch, step):
-    interrupted_at(monkeypatch, step)
+def test_ctrl_c_in_the_first_epoch_writes_no_untrained_weights(tmp_path, capsys, step):
     out = tmp_path / "run"
-    assert main(["--data", "digits", "--out", str(out)]) == 130
+    with before_step(step, ctrl_c):
+        assert main(["--data", "digits", "--out", str(out)]) == 130
     error = capsys.readouterr().err
     assert error == "train.py: interrupted before the first epoch was over: there are no weights to keep\n"
     assert {path.name for path in out.iterdir() if path.is_file()} == {"splits.json.gz", "config.yaml"}
-    monkeypatch.undo()
     assert main([*DIGITS, "--out", str(out)]) == 0  # nothing is in the way
 
 
-def test_ctrl_c_in_a_later_epoch_leaves_that_one_out_and_writes_everything(tmp_path, capsys, monkeypatch):
-    interrupted_at(monkeypatch, 41 + 5)
+def test_ctrl_c_in_a_later_epoch_leaves_that_one_out_and_writes_everything(tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(["--data", "digits", "--out", str(out)]) == 0
+    with before_step(41 + 5, ctrl_c):
+        assert main(["--data", "digits", "--out", str(out)]) == 0
     assert "interrupted: the best weights so far are kept" in capsys.readouterr().err
     rows = list(csv.DictReader((out / "history.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1"]

@@ -53,7 +53,7 @@ def test_the_weights_are_a_state_dict_that_loads_without_running_code(run):
 def test_the_last_checkpoint_holds_what_a_resume_needs(run):
     last = checkpoint.load(run / "last.ckpt")
     assert set(last) == {
-        "version", "epoch", "seconds", "network", "ema", "optimizer", "scaler", "best", "history", "labels",
+        "version", "epoch", "seconds", "network", "ema", "optimizer", "scaler", "best", "history", "begun", "labels",
         "images",
     }  # fmt: skip
     assert last["epoch"] == 10
@@ -199,17 +199,17 @@ def test_help_and_list_archs(capsys):
     assert "mobilenet_v3_small" in capsys.readouterr().out.split()
 
 
-def test_ctrl_c_keeps_the_best_weights_and_writes_everything(tmp_path):
-    """After some epochs; tests/test_run_folder.py has the first one."""
+def test_sigterm_keeps_the_best_weights_and_writes_everything(tmp_path):
+    """As Ctrl-C, which tests/test_run_folder.py has, and the first epoch; tests/test_resume.py has what comes after."""
     out = tmp_path / "run"
     command = [sys.executable, "train.py", "--data", "digits", "--epochs", "100000", "--out", str(out)]
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         wait_for(out / "last.ckpt", child)
         time.sleep(0.4)
-        child.send_signal(signal.SIGINT)
+        child.send_signal(signal.SIGTERM)
         stdout, stderr = child.communicate(timeout=60)
     assert child.returncode == 0, stderr
-    assert "interrupted" in stderr
+    assert "interrupted: the best weights so far are kept, and the state for --resume" in stderr
     assert "test: " in stdout
     spec, _ = load_run(out)
     assert spec.metrics["accuracy"] > 0

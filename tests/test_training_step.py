@@ -279,22 +279,30 @@ def test_a_loss_that_is_no_number_names_the_step_the_rate_and_the_checkpoint(tmp
     assert all(value.isfinite().all() for value in last["network"].values())
 
 
-def test_no_checkpoint_holds_what_the_last_step_of_an_epoch_broke(tmp_path, capsys, monkeypatch):
-    """The loss of each step is still a number."""
+@pytest.mark.parametrize(
+    ("last", "minutes", "words"),
+    [
+        (2 * 41, "0", "the loss on val is nan after epoch 2"),
+        (41 + 5, "1e-9", "the loss is nan at step 6 of 41 in epoch 2"),
+    ],
+)
+def test_no_checkpoint_holds_what_the_step_before_it_broke(tmp_path, capsys, monkeypatch, last, minutes, words):
+    """The loss of each step until then is still a number."""
     calls = []
 
     def train_step(learner, *arguments, **keywords):
         calls.append(None)
         found = step.train_step(learner, *arguments, **keywords)
-        if len(calls) == 2 * 41:
+        if len(calls) == last:
             next(learner.network.parameters()).data.fill_(float("nan"))
         return found
 
     monkeypatch.setattr("training.epoch.train_step", train_step)
     out = tmp_path / "run"
-    assert main(["--data", "digits", "--epochs", "3", "--out", str(out)]) == 2
+    arguments = ["--data", "digits", "--epochs", "3", "--checkpoint-minutes", minutes, "--out", str(out)]
+    assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert "the loss on val is nan after epoch 2" in error
+    assert words in error
     assert f"the last good checkpoint is {out / 'last.ckpt'}, epoch 1" in error
     assert all(value.isfinite().all() for value in checkpoint.load(out / "last.ckpt")["network"].values())
 

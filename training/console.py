@@ -71,16 +71,19 @@ def reading_bar() -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def epoch_progress(epoch: int, images: int, plan: Plan, schedule: Schedule) -> Iterator[Callable[[float, int], None]]:
+def epoch_progress(
+    epoch: int, images: int, plan: Plan, schedule: Schedule, before: int = 0
+) -> Iterator[Callable[[float, int], None]]:
     """Gives a function of the loss and the images seen in this epoch: it moves a bar on a terminal, and says a line
     now and then elsewhere.
 
     Args:
         epoch: how many are done; images: in each.
+        before: of these, how many were seen before the run went on within the epoch.
     """
     name = f"epoch {epoch + 1}" + (f"/{plan.epochs:g}" if math.isfinite(plan.epochs) else "")
     if sys.stderr.isatty() and distributed.rank() == 0:
-        with tqdm(total=images, desc=name, unit=" images", leave=False) as bar:
+        with tqdm(total=images, initial=before, desc=name, unit=" images", leave=False) as bar:
 
             def move(loss: float, seen: int) -> None:
                 bar.update(seen - bar.n)
@@ -95,7 +98,7 @@ def epoch_progress(epoch: int, images: int, plan: Plan, schedule: Schedule) -> I
         now = time.perf_counter()
         if now - said < SECONDS_A_LINE:
             return
-        said, rate = now, seen / (now - started)
+        said, rate = now, (seen - before) / (now - started)
         left, run = (tqdm.format_interval(seconds) for seconds in ((images - seen) / rate, schedule.left))
         log.info(
             f"{name}: {seen:,} of {images:,} images, loss {loss:.3f}, {rate:,.1f} images/s, "

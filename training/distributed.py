@@ -1,7 +1,7 @@
 """The processes of one training run, as `torchrun` starts them. Where there is only one, everything here is trivial.
 
-Each process holds the network and all images, and works on its own part of every batch. Numbers that decide what
-happens next (the time, Ctrl-C) come from the first process, so that all do the same.
+Each process holds the network and all images, and works on its own part of every batch. They agree on the numbers that
+decide what happens next (the time, Ctrl-C), so that all do the same.
 """
 
 from __future__ import annotations
@@ -74,6 +74,15 @@ def from_first(*values: float) -> list[float]:
         return list(values)
     numbers = torch.tensor(values, dtype=torch.float64)
     distributed.broadcast(numbers, src=0)
+    return numbers.tolist()
+
+
+def largest(*values: float) -> list[float]:
+    """The largest of each value over the processes, in every process."""
+    if world() == 1:
+        return list(values)
+    numbers = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
     return numbers.tolist()
 
 

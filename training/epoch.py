@@ -42,6 +42,51 @@ class Trained:
     seconds: float
 
 
+@dataclass(frozen=True)
+class PartialEpoch:
+    """What the first steps of an epoch came to, in all processes together.
+
+    losses: float32 (steps,), of each batch, nats; rates: its learning rate.
+    correct: float32 (), predictions; seen: images; seconds: that this took.
+    """
+
+    losses: Tensor
+    rates: list[float]
+    correct: Tensor
+    seen: int
+    seconds: float
+
+
+class Tally:
+    """Counts what the steps of an epoch come to, in this process; `begun` stands for its first steps."""
+
+    def __init__(self, steps: int, device: torch.device, begun: PartialEpoch | None) -> None:
+        self.losses = torch.zeros(steps, device=device)  # of this process's share of each batch
+        self.correct = torch.zeros((), device=device)
+        self.rates: list[float] = list(begun.rates) if begun else []
+        self.seen = begun.seen if begun else 0
+        self._started = time.perf_counter() - (begun.seconds if begun else 0)
+        if begun and distributed.rank() == 0:  # it is of all processes already
+            self.losses[: len(begun.rates)] = begun.losses.to(device)
+            self.correct += begun.correct.to(device)
+
+    def add(self, loss: Tensor, correct: Tensor, rate: float, images: int) -> None:
+        self.losses[len(self.rates)] = loss
+        self.correct = self.correct + correct
+        self.rates.append(rate)
+        self.seen += images
+
+    def together(self, epoch: int) -> PartialEpoch:
+        """What it is in all processes, each of which must call this.
+
+        Raises:
+            Diverged: as `finite`.
+        """
+        losses = torch.tensor(finite(self.losses, self.rates, epoch))
+        seconds = time.perf_counter() - self._started
+        return PartialEpoch(losses, [*self.rates], distributed.total(self.correct).cpu(), self.seen, seconds)
+
+
 def train_epoch(
     learner: Learner,
     split: Split,
@@ -49,48 +94,51 @@ def train_epoch(
     schedule: Schedule,
     epoch: int,
     on_step: Callable[[float, int], None] = lambda loss, seen: None,
+    begun: PartialEpoch | None = None,
+    on_save: Callable[[PartialEpoch], None] = lambda begun: None,
 ) -> Trained:
     """Trains on every image once, in a new order; ends earlier where the schedule says that the run is over.
 
     Args:
         epoch: how many are done.
         on_step: called after each step with a recent loss and the images seen, to show progress.
+        begun: the epoch's first steps, where a run goes on within it.
+        on_save: called between two steps, in every process, where the state must be saved.
 
     Raises:
         Diverged: the loss became infinite or NaN.
     """
-    started = time.perf_counter()
     train_mode(learner.network, hold_norms=plan.hold_norms)
     batches = shuffled(order_generator(plan.seed, epoch), len(split), plan)
-    losses = torch.zeros(len(batches), device=plan.device)  # of this process's share of each batch
-    correct = torch.zeros((), device=plan.device)
-    rates: list[float] = []
-    shown, looked, seen = math.nan, started, 0
-    for step, indices in enumerate(batches):
-        if not schedule.before_step(epoch, step / len(batches)):
+    tally, first = Tally(len(batches), plan.device, begun), len(begun.rates) if begun else 0
+    shown, looked = math.nan, time.perf_counter()
+    for step, indices in enumerate(batches[first:], start=first):
+        goes_on = schedule.before_step(epoch, step / len(batches))
+        if schedule.must_save and step > first:
+            on_save(tally.together(epoch))
+        if not goes_on:
             break
         batch = make_batch(learner, split, indices, plan, step_generator(plan.seed, epoch, step))
         if step + 1 < len(batches) and not learner.features:
             coming = batches[step + 1]
             split.read_ahead(coming[share_of(len(coming))])
         seed_dropout(plan.seed, epoch, step, distributed.rank())
-        losses[step], hits = train_step(learner, batch, plan, smaller=schedule.progress < plan.low_res)
-        correct += hits
-        rates.append(schedule.lr)
-        seen += len(indices)
+        loss, correct = train_step(learner, batch, plan, smaller=schedule.progress < plan.low_res)
+        tally.add(loss, correct, schedule.lr, len(indices))
         now = time.perf_counter()
         slow = distributed.world() == 1 and now - looked >= SECONDS_A_LOOK  # several would have to agree on it
         if step % STEPS_A_LOOK == 0 or slow:
-            shown, looked = finite(losses, rates, epoch)[step], now
-        on_step(shown, seen)
-    values = finite(losses, rates, epoch)
+            shown, looked = finite(tally.losses, tally.rates, epoch)[step], now
+        on_step(shown, tally.seen)
+    done = tally.together(epoch)
     return Trained(
-        loss=sum(value * len(batch) for value, batch in zip(values, batches, strict=False)) / max(seen, 1),
-        accuracy=float(distributed.total(correct)) / max(seen, 1),
-        steps=len(rates),
-        share=len(rates) / len(batches),
-        images=seen,
-        seconds=time.perf_counter() - started,
+        loss=sum(value * len(batch) for value, batch in zip(done.losses.tolist(), batches, strict=False))
+        / max(done.seen, 1),
+        accuracy=float(done.correct) / max(done.seen, 1),
+        steps=len(done.rates),
+        share=len(done.rates) / len(batches),
+        images=done.seen,
+        seconds=done.seconds,
     )
 
 

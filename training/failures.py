@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,12 @@ from training.resolve import Plan
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C before there was anything to keep."""
+    """Ctrl-C or SIGTERM before there were weights to keep; `number` is the signal's."""
+
+    def __init__(self, number: int, last: Path) -> None:
+        go_on = f"; --resume {shlex.quote(str(last.parent))} goes on" if last.exists() else ""
+        super().__init__(f"interrupted before the first epoch was over: there are no weights to keep{go_on}")
+        self.number = number
 
 
 class Diverged(RuntimeError):
@@ -51,7 +57,8 @@ def explained(last: Path, plan: Plan, epoch: int, images: int) -> Iterator[None]
 
 def way_back(last: Path, epoch: int) -> str:
     """What a run that diverged after `epoch` epochs leaves, and what to do about it."""
-    kept = f"the last good checkpoint is {last}, epoch {epoch}" if epoch else "there is no checkpoint yet"
+    where = f"epoch {epoch}" if epoch else "in epoch 1"
+    kept = f"the last good checkpoint is {last}, {where}" if last.exists() else "there is no checkpoint yet"
     return f"{kept}; pass a smaller --lr, or --clip-grad-norm 1"
 
 

@@ -271,6 +271,15 @@ class TrainOptions:
         0, "optimisation", "stop after this many epochs without a better val accuracy; 0: never", low=0, high=1_000_000
     )
 
+    checkpoint_minutes: float = _option(
+        0.0,
+        "machine",
+        "save the state within epochs too, whenever this many minutes have passed since the last time; 0: after each "
+        "epoch only",
+        low=0,
+        high=1_000_000,
+        resumable=True,
+    )
     device: str = _option("auto", "machine", "auto, cpu, cuda, cuda:N or mps", resumable=True)
     amp: str = _option(
         "off",

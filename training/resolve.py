@@ -43,6 +43,7 @@ class Plan:
     """What a run does. Most fields are the options of the same name (training/options.py); these are not:
 
     epochs, seconds: after which the run ends, whichever comes first; infinite where it has no such limit.
+    checkpoint_seconds: between two states saved within an epoch; infinite for none there.
     device: where it computes; amp: the type that autocast computes in, float32 for none.
     flips_only: whether no epoch augments images, beyond mirroring them.
     """
@@ -66,6 +67,7 @@ class Plan:
 
     epochs: float
     seconds: float
+    checkpoint_seconds: float
     batch_size: int
     accumulate: int
     optimizer: str
@@ -136,6 +138,7 @@ def resolve(options: TrainOptions, reading: Reading, *, images: int, flips: bool
         "lr": options.lr or default_lr(options),
         "epochs": options.epochs or (math.inf if options.minutes else DEFAULT_EPOCHS),
         "seconds": 60 * minutes,
+        "checkpoint_seconds": 60 * options.checkpoint_minutes or math.inf,
         "device": device,
         "amp": amp_dtype(options.amp, device),
     }

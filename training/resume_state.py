@@ -12,6 +12,7 @@ from typing import Any
 from dataset.image_store import Data
 from model import checkpoint
 from model.checkpoint import CheckpointError, load_into
+from training.epoch import PartialEpoch
 from training.learner import Learner
 from training.schedule import Schedule
 from training.selection import Best
@@ -27,8 +28,9 @@ class Progress:
     """How far a run has come.
 
     history: a row for each epoch, as in history.csv; the first is of epoch 0 where the head was fitted before.
-    images: trained on since the process began, in `train_seconds`, which evaluation is no part of.
+    images: of the epochs that this process ended, trained on in `train_seconds`, which evaluation is no part of.
     features_seconds: that the features of a frozen backbone took, which is no part of the schedule's time.
+    begun: what the next epoch has come to already, where the state was saved within it.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -36,6 +38,7 @@ class Progress:
     images: int = 0
     train_seconds: float = 0.0
     features_seconds: float = 0.0
+    begun: PartialEpoch | None = None
 
     @property
     def epochs(self) -> int:
@@ -49,8 +52,10 @@ class Progress:
         self.train_seconds += seconds
 
 
-def collect(learner: Learner, schedule: Schedule, progress: Progress, data: Data) -> dict[str, Any]:
-    """What last.ckpt holds."""
+def collect(
+    learner: Learner, schedule: Schedule, progress: Progress, data: Data, begun: PartialEpoch | None = None
+) -> dict[str, Any]:
+    """What last.ckpt holds. `begun`: the epoch that the run is in, unless it is between two."""
     average = learner.average
     return {
         "version": VERSION,
@@ -62,6 +67,7 @@ def collect(learner: Learner, schedule: Schedule, progress: Progress, data: Data
         "scaler": learner.scaler.state_dict(),
         "best": dict(vars(progress.best)),
         "history": progress.history,
+        "begun": dict(vars(begun)) if begun else None,
         "labels": data.labels,
         "images": _fingerprint(data),
     }
@@ -80,6 +86,7 @@ def restore(path: Path, learner: Learner, schedule: Schedule, data: Data) -> Pro
         raise CheckpointError(f"{path}: {_differences(state['labels'], data.labels)}; give the run's own --data")
     if state["images"] != _fingerprint(data):
         log.info("the images are not those that the run began with: it goes on with the new ones")
+        state["begun"] = None  # the order of its images is another now: the epoch begins anew
     load_into(learner.network, state["network"])
     if learner.average:
         load_into(learner.average.module, state["ema"]["network"])
@@ -87,8 +94,10 @@ def restore(path: Path, learner: Learner, schedule: Schedule, data: Data) -> Pro
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
     schedule.go_on_from(state["seconds"])
-    log.info(f"going on after epoch {state['history'][-1]['epoch']:g}, {state['seconds']:.0f} s")
-    return Progress(state["history"], Best(**state["best"]))
+    history, begun = state["history"], PartialEpoch(**state["begun"]) if state["begun"] else None
+    inside = f" and {len(begun.rates):,} steps of the next" if begun else ""
+    log.info(f"going on after epoch {history[-1]['epoch'] if history else 0:g}{inside}, {state['seconds']:.0f} s")
+    return Progress(history, Best(**state["best"]), begun=begun)
 
 
 def _fingerprint(data: Data) -> str:

@@ -87,15 +87,21 @@ def recorded_splits(out: Path) -> dict[str, str] | None:
 
 
 class EpochFiles:
-    """What is written after each epoch: last.ckpt, history.csv and, where it is installed, TensorBoard's events."""
+    """What is written after each epoch: last.ckpt, history.csv and, where it is installed, TensorBoard's events.
+
+    Within an epoch it is last.ckpt alone.
+    """
 
     def __init__(self, out: Path, history: Sequence[dict[str, float]]) -> None:
         self._out, self._board = out, Board(out / "tensorboard", len(history))
         if history:
             write_history(history, out)  # the kill may have come between the two files
 
-    def write(self, state: Mapping[str, Any], history: Sequence[dict[str, float]]) -> None:
+    def save(self, state: Mapping[str, Any]) -> None:
         checkpoint.save(state, self._out / CHECKPOINT)
+
+    def write(self, state: Mapping[str, Any], history: Sequence[dict[str, float]]) -> None:
+        self.save(state)
         write_history(history, self._out)
         self._board.write(history[-1])
 

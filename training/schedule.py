@@ -1,8 +1,9 @@
-"""The learning rate over time, and when the time is over."""
+"""The learning rate over time, when the state is saved, and when the time is over."""
 
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable
 
@@ -17,14 +18,18 @@ class Schedule:
     so the schedule also completes on a slow machine.
 
     progress: how much of the run is done, 0..1, in steps or in time, as of the last step or `is_over`.
-    interrupted: whether the run was (Ctrl-C), as all processes know it since the last step or `is_over`.
+    interrupted: the number of the signal that ends the run, 0 for none; any process may have had it.
+    must_save: whether the state is to be saved now: it is time, or SIGTERM came.
+
+    These three are the same in all processes.
     """
 
-    def __init__(self, optimizer: Optimizer, plan: Plan, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, optimizer: Optimizer, plan: Plan, interrupted: Callable[[], int]) -> None:
         self._optimizer, self._plan, self._interrupted = optimizer, plan, interrupted
         self._peaks = [group["lr"] for group in optimizer.param_groups]
         self._started = time.perf_counter()
-        self.progress, self.interrupted = 0.0, False
+        self.progress, self.interrupted, self.must_save = 0.0, 0, False
+        self._saved = 0.0
 
     @property
     def seconds(self) -> float:
@@ -38,7 +43,11 @@ class Schedule:
 
     def go_on_from(self, seconds: float) -> None:
         """Takes the run as having lasted `seconds` so far."""
-        self._started = time.perf_counter() - seconds
+        self._started, self._saved = time.perf_counter() - seconds, seconds
+
+    def saved(self) -> None:
+        """Takes the state as having been saved now."""
+        self._saved = self.seconds
 
     def leave_out(self, seconds: float) -> None:
         """Takes what has just lasted `seconds` as no part of the run."""
@@ -50,7 +59,7 @@ class Schedule:
 
     def is_over(self, epochs: float) -> bool:
         """Whether the run ends here, `epochs` after its beginning."""
-        return self._look(epochs) >= 1 or self.interrupted
+        return self._look(epochs) >= 1 or self.interrupted > 0
 
     def before_step(self, epoch: int, done: float) -> bool:
         """Sets the learning rate for a step at the share `done` of an epoch; False if the run is over."""
@@ -61,10 +70,13 @@ class Schedule:
         return progress < 1 and not self.interrupted
 
     def _look(self, epochs: float) -> float:
-        """How much of the run is done, 0 to 1 or above, and whether it was interrupted: the same in all processes."""
-        spent = max(epochs / self._plan.epochs, self.seconds / self._plan.seconds)
-        progress, interrupted = distributed.from_first(spent, self._interrupted())
-        self.progress, self.interrupted = min(progress, 1), bool(interrupted)
+        """How much of the run is done, 0 to 1 or above; brings what all processes agree on up to date."""
+        seconds = self.seconds
+        spent = max(epochs / self._plan.epochs, seconds / self._plan.seconds)
+        is_due = seconds - self._saved >= self._plan.checkpoint_seconds
+        progress, interrupted, due = distributed.largest(spent, self._interrupted(), is_due)
+        self.progress, self.interrupted = min(progress, 1), int(interrupted)
+        self.must_save = bool(due) or self.interrupted == signal.SIGTERM
         return progress
 
 
