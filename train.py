@@ -121,7 +121,7 @@ def train(options: TrainOptions, resume: bool = False, overwrite: bool = False) 
         Diverged: the loss became infinite or NaN.
         OutOfMemory: of the GPU.
     """
-    for name in ("freeze", "head_first", "hold_norms"):
+    for name in ("freeze", "freeze_first", "head_first", "hold_norms"):
         if getattr(options, name) and not (resume or options.pretrained or options.weights):
             raise ValueError(
                 f"{flag(name)}: without trained weights the head would learn from random features; "

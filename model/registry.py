@@ -160,6 +160,15 @@ def freeze_backbone(network: nn.Module) -> list[nn.Parameter]:
     return backbone
 
 
+def freeze_first(network: nn.Module, share: float) -> None:
+    """Leaves the first layers, this share of all, as they are; what `layer_numbers` counts."""
+    numbers = layer_numbers(network)
+    last = max(1, *numbers.values())
+    for name, parameter in network.named_parameters():
+        if numbers[name] / last < share:
+            parameter.requires_grad_(False)
+
+
 def train_mode(network: nn.Module, *, hold_norms: bool = False) -> None:
     """`network.train()`, but BatchNorm whose parameters are frozen keeps its statistics; with `hold_norms` any does."""
     network.train()

@@ -121,6 +121,15 @@ def test_held_norms_keep_the_statistics_of_the_weights_and_learn_the_rest(data):
         assert {"bn1.weight", "conv1.weight"} <= changed
 
 
+def test_the_first_layers_keep_their_weights_and_the_others_learn(data):
+    training = Training(data, arch="resnet18", size=32, freeze_first=0.5)
+    before = {name: value.clone() for name, value in training.network.state_dict().items()}
+    training.epoch()
+    changed = {name for name, value in training.network.state_dict().items() if not torch.equal(value, before[name])}
+    assert not [name for name in changed if name.startswith(("conv1", "bn1", "layer1"))]  # statistics included
+    assert {"layer3.0.conv1.weight", "layer4.1.conv2.weight", "fc.weight"} <= changed
+
+
 def test_layers_are_counted_by_block_and_the_head_is_the_last():
     numbers = registry.layer_numbers(registry.build("resnet18", 3, 32))
     assert numbers["conv1.weight"] == 0

@@ -94,6 +94,8 @@ def make_learner(network: nn.Module, scale: tuple[Tensor, Tensor], plan: Plan) -
     if plan.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     frozen = registry.freeze_backbone(network) if plan.freeze else []
+    if plan.freeze_first:
+        registry.freeze_first(network, plan.freeze_first)
     learner = Learner(
         network=network,
         scale=scale,

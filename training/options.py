@@ -127,6 +127,15 @@ class TrainOptions:
         card=IF_CHANGED,
         announced=True,
     )
+    freeze_first: float = _option(
+        0.0,
+        "network",
+        "share of the layers, from the first on, that keep their weights: they are general, and cost most of the time",
+        low=0,
+        high=0.999,
+        card=IF_CHANGED,
+        announced=True,
+    )
     layer_decay: float = _option(
         1.0,
         "network",
@@ -302,8 +311,9 @@ class TrainOptions:
             _check(option.name, getattr(self, option.name), option.metadata)
         if self.unfreeze_at and not self.freeze:
             raise ValueError(f"--unfreeze-at {self.unfreeze_at}: there is nothing to end without --freeze; pass both")
-        if self.freeze and (self.head_first or self.layer_decay != 1):
-            name = "head_first" if self.head_first else "layer_decay"
+        mixed = {"head_first": self.head_first, "freeze_first": self.freeze_first, "layer_decay": self.layer_decay != 1}
+        if self.freeze and any(mixed.values()):
+            name = next(name for name, on in mixed.items() if on)
             raise ValueError(f"{flag(name)}: belongs to training all layers; leave it out, or --freeze")
         if self.layer_decay != 1 and self.optimizer == "muon":
             raise ValueError(f"--layer-decay {self.layer_decay}: muon has one rate for all; pass --optimizer adamw")

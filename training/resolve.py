@@ -57,6 +57,7 @@ class Plan:
     flips_only: bool
     head_first: bool
     hold_norms: bool
+    freeze_first: float
     layer_decay: float
 
     flip: bool
