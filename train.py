@@ -57,8 +57,8 @@ log = logging.getLogger("training.command")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     command, options = parse(arguments, __doc__)
-    if command.list_archs:
-        print("\n".join(registry.names()))
+    if command.list_archs is not None:
+        print("\n".join(registry.matching(command.list_archs)))
         return 0
     if command.list_recipes:
         print(RECIPES.read_text(encoding="utf-8"), end="")

@@ -55,16 +55,28 @@ def load(path: Path | str) -> dict[str, Any]:
 
 
 def load_state_dict(path: Path | str) -> dict[str, Tensor]:
-    """Reads a file that holds a state_dict and nothing else.
+    """Reads a state_dict: a `.safetensors` file, or one of PyTorch's, where it may be an entry of the outer dict.
 
     Raises:
         CheckpointError: as `load`, or an entry is not a tensor.
     """
-    values = load(path)
+    file: dict[str, Any] = _load_safetensors(path) if Path(path).suffix == ".safetensors" else load(path)
+    values = next((file[name] for name in ("state_dict", "model") if isinstance(file.get(name), dict)), file)
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: '{name}' is a {type(value).__name__}, not a tensor; pass a state_dict")
     return values
+
+
+def _load_safetensors(path: Path | str) -> dict[str, Tensor]:
+    import safetensors.torch
+
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; pass the path of a .safetensors file") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
 def load_into(network: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,9 @@
-"""Networks by name: `simplecnn`, `fastnet` and every torchvision classifier, each with a head for our labels."""
+"""Networks by name, each with a head for our labels: our own, torchvision's classifiers, and timm's as `timm/NAME`."""
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import pickle
 import re
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model import timm_models
 from model.checkpoint import load_into, load_state_dict
 from model.fastnet import FastNet
+from model.preset import IMAGENET_MEAN as IMAGENET_MEAN
+from model.preset import IMAGENET_STD as IMAGENET_STD
+from model.preset import Preset
 from predictor.files import sha256
-from predictor.spec import ModelSpec
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from predictor.spec import ModelSpec, PixelRule
 
 FASTNETS = {"fastnet": (64, 256, 256), "fastnet_small": (64, 128, 128)}  # channels of the blocks
 OWN = ("simplecnn", *FASTNETS)
@@ -60,8 +63,38 @@ class SimpleCNN(nn.Module):
 
 @lru_cache
 def names() -> tuple[str, ...]:
+    """Our own networks and torchvision's. timm's are `timm_models.names()`, which takes seconds to import."""
     models = _torchvision()
     return (*OWN, *models.list_models(module=models))
+
+
+def matching(pattern: str) -> list[str]:
+    """The names that a pattern such as `timm/*vit*` matches; without one, all but timm's, of which a line tells."""
+    if not pattern:
+        return [*names(), "timm/NAME (timm's: --list-archs 'timm/*')"]
+    return fnmatch.filter(timm_models.names() if is_timm(pattern) else names(), pattern)
+
+
+def check_name(arch: str) -> None:
+    """
+    Raises:
+        ValueError: no such architecture; the message names those that are spelt alike.
+    """
+    if is_timm(arch):
+        known, usual = timm_models.is_known(arch), ["timm/resnet18", "timm/mobilenetv3_small_050"]
+    else:
+        known, usual = arch in OWN or arch in names(), ["simplecnn", "resnet18", "mobilenet_v3_small"]
+    if known:
+        return
+    close = timm_models.alternatives(arch) if is_timm(arch) else difflib.get_close_matches(arch, names(), n=3)
+    raise ValueError(
+        f"--arch {arch}: no such architecture; did you mean {', '.join(close or usual)}? "
+        "(--list-archs; timm's: --list-archs 'timm/*')"
+    )
+
+
+def is_timm(arch: str) -> bool:
+    return arch.startswith(timm_models.PREFIX)
 
 
 def build(arch: str, classes: int, size: int) -> nn.Module:
@@ -70,59 +103,81 @@ def build(arch: str, classes: int, size: int) -> nn.Module:
     Raises:
         ValueError: no such architecture, or it cannot take images of this size; the message says what can.
     """
-    if arch not in OWN and arch not in names():
-        close = difflib.get_close_matches(arch, names(), n=3) or ["simplecnn", "resnet18", "mobilenet_v3_small"]
-        raise ValueError(f"--arch {arch}: no such architecture; did you mean {', '.join(close)}? (--list-archs)")
+    check_name(arch)
     try:
         network = _build(arch, classes, size)
         _check_shapes(network, classes, size)
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        best = default_size(arch)[0]
+        best = preset(arch).size
         raise ValueError(f"--size {size}: {arch} cannot take it ({reason}); --size {best} is its own") from None
     return network
 
 
-def default_size(arch: str) -> tuple[int, int]:
-    """The (size, resize) that the architecture was made for, px."""
+def preset(arch: str) -> Preset:
+    """The pixels that the architecture was made for."""
     if arch in OWN:
-        return 32, 32
-    preset = _torchvision().get_model_weights(arch).DEFAULT.transforms()
-    return preset.crop_size[0], preset.resize_size[0]
+        return Preset(32, 32)
+    if is_timm(arch):
+        return timm_models.preset(arch)
+    found = _torchvision().get_model_weights(arch).DEFAULT.transforms()
+    mean, std = tuple(found.mean), tuple(found.std)
+    if arch in ("googlenet", "inception_v3"):  # ported from TensorFlow; torchvision re-scales inside the network
+        mean = std = (0.5, 0.5, 0.5)
+    return Preset(found.crop_size[0], found.resize_size[0], mean, std, found.interpolation.value)
 
 
 def takes(network: nn.Module, classes: int, size: int) -> bool:
     """Whether the network gives logits for images of `size` px, which may not be those that it was built for."""
     try:
         _check_shapes(network, classes, size)
-    except (RuntimeError, ValueError, AssertionError):
+    except (RuntimeError, ValueError, AssertionError, TypeError):
         return False
     return True
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Trained weights to start from, by name, and the mean and std of the pixels that they were trained on."""
+    """Trained weights to start from, by name, and the pixels that they were trained on.
+
+    rule: how images became those pixels, where the weights were trained here; None for published ones, for which
+        `preset` has it.
+    """
 
     source: str  # what messages call them
     state: dict[str, Tensor]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str = "bilinear"
+    rule: PixelRule | None = None
+
+
+def has_installed_weights(arch: str) -> bool:
+    """Whether `--pretrained` works without a network: the weights are in an installed package or a download cache."""
+    if arch in OWN:
+        return False
+    if is_timm(arch):
+        return timm_models.installed_file(arch) is not None or timm_models.is_cached(arch)
+    return _downloaded(arch).exists()
 
 
 def read_pretrained(arch: str, weights: Path | None = None) -> Pretrained:
-    """Torchvision's weights of an architecture, downloaded unless they are there; or those of a state_dict file.
+    """An architecture's published weights, downloaded unless they are there; or those of a state_dict file.
 
     Raises:
         ValueError: there are none, or they cannot be had or read.
     """
+    own = preset(arch)
     if weights is None:
-        return Pretrained("torchvision's weights", _published(arch), *published_normalisation(arch))
+        source, state = _published(arch)
+        return Pretrained(source, state, own.mean, own.std, own.interpolation)
     state = {_OLD_DENSENET.sub(r"\1\2", name): value for name, value in load_state_dict(weights).items()}
     spec = weights.with_name("spec.json")
     if spec.is_file() and (made := ModelSpec.load(spec)).weights_sha256 == sha256(weights):
-        return Pretrained(str(weights), state, made.mean, made.std)
-    return Pretrained(str(weights), state, *published_normalisation(arch))
+        # A rule that names no filter means the bilinear one.
+        used = getattr(made.rule, "interpolation", "bilinear")
+        return Pretrained(str(weights), state, made.mean, made.std, used, made.rule)
+    return Pretrained(str(weights), state, own.mean, own.std, own.interpolation)
 
 
 def load_pretrained(network: nn.Module, arch: str, pretrained: Pretrained) -> list[str]:
@@ -132,20 +187,14 @@ def load_pretrained(network: nn.Module, arch: str, pretrained: Pretrained) -> li
         ValueError: they belong to another architecture.
     """
     own = network.state_dict()
-    fits = {n: value for n, value in pretrained.state.items() if n in own and own[n].shape == value.shape}
+    state = timm_models.adapted(network, pretrained.state) if is_timm(arch) else pretrained.state
+    fits = {n: value for n, value in state.items() if n in own and own[n].shape == value.shape}
     left = [name for name in own if name not in fits and not name.endswith(".num_batches_tracked")]  # old files lack it
     head = set(head_names(network))
     if missing := [name for name in left if name not in head]:
         raise ValueError(f"{pretrained.source}: not weights of {arch}: '{missing[0]}' is missing or has another shape")
     load_into(network, {**own, **fits})
     return left
-
-
-def published_normalisation(arch: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std that torchvision's weights of this architecture were trained with."""
-    if arch in ("googlenet", "inception_v3"):  # ported from TensorFlow; torchvision re-scales inside the network
-        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    return IMAGENET_MEAN, IMAGENET_STD
 
 
 def freeze_backbone(network: nn.Module) -> list[nn.Parameter]:
@@ -192,14 +241,27 @@ def layer_numbers(network: nn.Module) -> dict[str, int]:
 
 
 def head_names(network: nn.Module) -> list[str]:
-    """The names of the head's parameters."""
-    head = head_name(network)
-    return [f"{head}.{parameter}" for parameter, _ in network.get_submodule(head).named_parameters()]
+    """The names of the heads' parameters."""
+    heads = [(head, network.get_submodule(head)) for head in _heads(network)]
+    return [f"{head}.{parameter}" for head, module in heads for parameter, _ in module.named_parameters()]
 
 
 def head_name(network: nn.Module) -> str:
-    """The name of the head: the last linear or convolution layer, whatever it is called."""
-    return [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+    """The name of the head.
+
+    Raises:
+        ValueError: there are several, as in networks that were distilled from others.
+    """
+    heads = _heads(network)
+    if len(heads) != 1:
+        raise ValueError(f"the network has {len(heads)} heads, {', '.join(heads)}, and not one")
+    return heads[0]
+
+
+def _heads(network: nn.Module) -> list[str]:
+    if hasattr(network, "get_classifier"):  # timm's
+        return timm_models.head_names(network)
+    return [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1:]
 
 
 def _build(arch: str, classes: int, size: int) -> nn.Module:
@@ -207,6 +269,8 @@ def _build(arch: str, classes: int, size: int) -> nn.Module:
         return SimpleCNN(classes, size)
     if arch in FASTNETS:
         return FastNet(classes, FASTNETS[arch])
+    if is_timm(arch):
+        return timm_models.build(arch, classes, size)
     options: dict[str, Any] = {}
     if arch in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}  # the second heads only serve ImageNet training
@@ -229,21 +293,30 @@ def _check_shapes(network: nn.Module, classes: int, size: int) -> None:
     assert logits.shape == (2, classes), f"it gives {tuple(logits.shape)}"
 
 
-def _published(arch: str) -> dict[str, Tensor]:
-    """Torchvision's weights by today's names: only its own loader knows what each file lacks or calls otherwise."""
+def _published(arch: str) -> tuple[str, dict[str, Tensor]]:
+    """What messages call the published weights, and the weights."""
     if arch in OWN:
         raise ValueError(f"--pretrained: there are no published weights of {arch}; pass --weights FILE")
+    if is_timm(arch):
+        return timm_models.read_published(arch)
+    # By today's names: only torchvision's own loader knows what each file lacks or calls otherwise.
     try:
-        return _torchvision().get_model(arch, weights="DEFAULT", progress=True).state_dict()
+        network = _torchvision().get_model(arch, weights="DEFAULT", progress=True)
+        return "torchvision's weights", network.state_dict()
     except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    file = Path(torch.hub.get_dir(), "checkpoints", _torchvision().get_model_weights(arch).DEFAULT.url.split("/")[-1])
+    file = _downloaded(arch)
     if file.exists():  # it was there, or came
         raise ValueError(f"--pretrained: {file}: damaged ({reason}); delete it and try again")
     raise ValueError(
         f"--pretrained: torchvision's weights of {arch} cannot be downloaded ({reason}); "
         "download them where there is a network and pass --weights FILE"
     )
+
+
+def _downloaded(arch: str) -> Path:
+    """Where torchvision keeps the architecture's weights."""
+    return Path(torch.hub.get_dir(), "checkpoints", _torchvision().get_model_weights(arch).DEFAULT.url.split("/")[-1])
 
 
 def _torchvision() -> Any:

@@ -27,8 +27,7 @@ LABELS = 1013  # as no other layer has of anything
 @pytest.mark.parametrize("arch", [name for name in registry.names() if not name.startswith("regnet")])
 def test_every_architecture_gets_a_head_for_the_labels(arch):
     """On the meta device, without memory: regnets cannot be built there, two of them are among SMALL."""
-    size, resize = registry.default_size(arch)
-    assert resize >= size
+    size = registry.preset(arch).size
     with torch.device("meta"):
         network = registry._build(arch, LABELS, size).eval()
         assert network(torch.empty(2, 3, size, size)).shape == (2, LABELS)

@@ -54,7 +54,7 @@ def without_memory(monkeypatch):
 @pytest.mark.parametrize("arch", PUBLISHED)
 def test_published_weights_fit_every_architecture_that_has_some(arch, monkeypatch, tmp_path):
     """By names and shapes, from torchvision itself and from its file."""
-    size, _ = registry.default_size(arch)
+    size = registry.preset(arch).size
     with without_memory(monkeypatch):
         network = registry._build(arch, 1013, size)
         file = as_published(arch, network)

@@ -16,7 +16,13 @@ def parse(arguments: Sequence[str] | None, description: str | None) -> tuple[arg
     parser = argparse.ArgumentParser(
         prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--list-archs", action="store_true", help="print the names that --arch takes, and stop")
+    parser.add_argument(
+        "--list-archs",
+        nargs="?",
+        const="",
+        metavar="PATTERN",
+        help="print the names that --arch takes, and stop; 'timm/*' or 'timm/*vit*': those of timm's 1,200",
+    )
     parser.add_argument("--list-recipes", action="store_true", help="print what --recipe takes, and stop")
     parser.add_argument("--recipe", metavar="NAME", help="a set of options (--list-recipes); flags override it")
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")

@@ -88,16 +88,17 @@ def headless(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _obstacle(network: nn.Module, data: Data, scale: tuple[Tensor, Tensor], views: int) -> str:
+    try:
+        head = network.get_submodule(head_name(network))
+    except ValueError as error:
+        return str(error)
+    if not isinstance(head, nn.Linear):
+        return "its head is more than a linear layer"
     images = normalise(data.train.crops(slice(0, 2)).to(scale[0].device), *scale)
     logits = network.eval()(images)
     with headless(network):
         seen = network(images)
-    head = network.get_submodule(head_name(network))
-    if (
-        not isinstance(head, nn.Linear)
-        or seen.ndim != 2
-        or not torch.allclose(head(seen), logits, rtol=1e-4, atol=1e-5)
-    ):
+    if seen.ndim != 2 or not torch.allclose(head(seen), logits, rtol=1e-4, atol=1e-5):
         return "the network goes on after its last layer"
     needed = 4 * seen.shape[1] * (views * len(data.train) + len(data.val))
     # One answer for all processes, which compute the features together.

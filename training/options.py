@@ -83,7 +83,9 @@ class TrainOptions:
     )
 
     arch: str = _option(
-        "simplecnn", "network", "simplecnn, fastnet, fastnet_small or any torchvision classifier (--list-archs)"
+        "simplecnn",
+        "network",
+        "simplecnn, fastnet, fastnet_small, a torchvision classifier, or timm/NAME for one of timm's (--list-archs)",
     )
     size: int | None = _option(
         None, "network", "side of the square that the network sees, px (default: its own)", low=1, high=4096
@@ -95,8 +97,10 @@ class TrainOptions:
         low=1,
         high=8192,
     )
-    pretrained: bool = _option(False, "network", "start from torchvision's weights, or from --weights", card=ALWAYS)
-    weights: str | None = _option(None, "network", "a local state_dict of the architecture to start from", card=ALWAYS)
+    pretrained: bool = _option(False, "network", "start from published weights, or from --weights", card=ALWAYS)
+    weights: str | None = _option(
+        None, "network", "a state_dict of the architecture to start from: .pt, .pth or .safetensors", card=ALWAYS
+    )
     freeze: bool = _option(False, "network", "train the head only; BatchNorm statistics stay too", card=ALWAYS)
     cache_features: bool = _option(
         True,

@@ -98,11 +98,10 @@ def resolve_reading(options: TrainOptions) -> Reading:
     Raises:
         ValueError: no such architecture, or it cannot take images of this size.
     """
-    if options.arch not in registry.names():
-        registry.build(options.arch, 2, 32)  # raises, naming the close ones
-    own_size, own_resize = registry.default_size(options.arch)
-    size = options.size or own_size
-    resize = options.resize or round(size * own_resize / own_size)
+    registry.check_name(options.arch)
+    own = registry.preset(options.arch)
+    size = options.size or own.size
+    resize = options.resize or round(size * own.resize / own.size)
     if resize < size:
         raise ValueError(f"--resize {resize}: must be at least --size {size}")
     padding = options.crop_padding

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dataset.image_store import Data
 from dataset.sample_images import save_samples
+from model.registry import is_timm
 from predictor.files import sha256, write_text
 from predictor.spec import ModelSpec
 from training.calibration import fit_temperature
@@ -104,5 +106,6 @@ def make_spec(
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
-        },
+        }
+        | ({"timm": version("timm")} if is_timm(plan.arch) else {}),
     )
