@@ -44,12 +44,13 @@ from training.interruption import interruptible
 from training.learner import Learner, make_learner
 from training.metrics import score
 from training.options import RECIPES, TrainOptions, flag, make_options, resumed_options
+from training.preview import first_batch
 from training.report import write_report
 from training.resolve import Plan, pick_device, recorded, resolve, resolve_reading
 from training.results import score_splits, training_facts, write_results
 from training.resume_state import Progress
 from training.schedule import Schedule
-from training.selection import is_better, is_out_of_patience, snapshot
+from training.selection import MEASURES, is_better, is_out_of_patience, snapshot
 from training.start import make_network, near, read_data, read_weights
 
 log = logging.getLogger("training.command")
@@ -153,7 +154,7 @@ def train_into(out: Path, options: TrainOptions, resume: bool) -> dict[str, Any]
     # Loop
     progress = Progress()
     with interruptible(lambda number: say_what_is_kept(number, progress)) as interrupted:
-        learner = make_learner(network, scale, plan)
+        learner = make_learner(network, scale, plan, data.train.targets)
         schedule = Schedule(learner.optimizer, plan, interrupted)
         if resume and (out / resume_state.FILE).exists():
             progress = resume_state.restore(out / resume_state.FILE, learner, schedule, data)
@@ -171,7 +172,8 @@ def train_into(out: Path, options: TrainOptions, resume: bool) -> dict[str, Any]
     if distributed.rank() == 0:
         checkpoint.save(progress.best.network, out / "model.pt")
         spec = write_results(out, plan, data, mean, std, temperature, metrics)
-        write_report(out / "report", spec, metrics, out / "history.csv", data, calibrated)
+        shown = first_batch(learner, data.train, plan, data.labels)
+        write_report(out / "report", spec, metrics, out / "history.csv", data, calibrated, shown)
         console.summarise(out, metrics)
     return metrics
 
@@ -229,7 +231,7 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
         stuck = console.say_epoch(row, val, stuck)
 
         # Keep the best, save
-        if is_better(val, progress.best):
+        if is_better(val, progress.best, plan.select):
             progress.best = snapshot(row["epoch"], val, learner.averaged)
         if files:  # in the first process
             files.write(resume_state.collect(learner, schedule, progress, data), history)
@@ -241,7 +243,7 @@ def is_finished(progress: Progress, plan: Plan, schedule: Schedule) -> bool:
     if schedule.is_over(progress.epochs):
         return True
     if stuck := is_out_of_patience(progress.history, plan, schedule.progress):
-        log.info(f"no better val accuracy for {plan.patience} epochs: stopping early")
+        log.info(f"no better {MEASURES[plan.select]} for {plan.patience} epochs: stopping early")
     return stuck
 
 

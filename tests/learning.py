@@ -45,7 +45,7 @@ class Training:
         torch.manual_seed(0)
         network = network or registry.build(self.plan.arch, len(data.labels), self.plan.size)
         self.scale = tuple(torch.full((3,), value, device=self.plan.device) for value in (0.5, 0.25))
-        self.learner = make_learner(network.to(self.plan.device), self.scale, self.plan)
+        self.learner = make_learner(network.to(self.plan.device), self.scale, self.plan, data.train.targets)
         self.schedule = Schedule(self.learner.optimizer, self.plan, lambda: False)
         self.progress, self.generator = Progress(), torch.Generator().manual_seed(0)
 
@@ -54,7 +54,7 @@ class Training:
         return self.learner.network
 
     def batches(self):
-        return shuffled(self.generator, len(self.data.train), self.plan)
+        return shuffled(self.generator, self.data.train.targets, self.plan)
 
     def step(self, indices):
         batch = make_batch(self.learner, self.data.train, indices, self.plan, self.generator)
@@ -66,7 +66,8 @@ class Training:
         prepare_backbone(self.learner, self.data, self.plan, self.schedule, done)
         given = {"begun": begun, "on_save": on_save}
         trained = train_epoch(self.learner, self.data.train, self.plan, self.schedule, done, **given)
-        row = make_row(self.progress.history, trained, {"loss": 0.0, "accuracy": 0.0}, self.schedule)
+        val = {"loss": 0.0, "accuracy": 0.0, "macro": {"f1": 0.0}}
+        row = make_row(self.progress.history, trained, val, self.schedule)
         self.progress.history.append(row)
         return trained
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.transforms.v2 import functional
 
-from training.augmentation import Draws, draw_mix, flip_and_shift, jitter, random_boxes
+from training.augmentation import Draws, draw_mix, erase, flip_and_shift, jitter, random_boxes, rotate, turn
+from training.trivial_augment import OPERATIONS, trivial_augment
 
 
 def generator(seed=0):
@@ -23,10 +25,20 @@ def numbered(count=6, size=8):
     return torch.stack([columns, rows, torch.zeros_like(rows)], dim=2).expand(count, size, size, 3)
 
 
+def photographs(count, height=24, width=24):
+    """Smooth colour images with some noise, uint8: neighbouring pixels are alike, as in a photograph."""
+    small = torch.rand((count, 3, 6, 6), generator=generator(1)) * 230
+    smooth = torch.nn.functional.interpolate(small, size=(height, width), mode="bicubic").permute(0, 2, 3, 1)
+    noise = 8 * torch.rand((count, height, width, 3), generator=generator(2))
+    return (smooth + noise).clamp(0, 255).to(torch.uint8)
+
+
 def test_off_is_off():
     crops = numbered()
     assert flip_and_shift(crops, False, 0, draws(6)) is crops
     assert jitter(crops, 0.0, draws(6)) is crops
+    assert rotate(crops, 0.0, draws(6)) is crops
+    assert erase(crops, 0.0, draws(6)) is crops
 
 
 def test_flip_mirrors_about_half_of_the_images_and_leaves_the_others():
@@ -65,20 +77,28 @@ def test_jitter_changes_images_one_by_one_and_within_its_strength():
     assert means.max() <= 120
 
 
-AUGMENTATIONS = [lambda crops, d: flip_and_shift(crops, True, 3, d), lambda crops, d: jitter(crops, 0.3, d)]
+AUGMENTATIONS = {
+    "flip and shift": lambda crops, d: flip_and_shift(crops, True, 3, d),
+    "jitter": lambda crops, d: jitter(crops, 0.3, d),
+    "rotate": lambda crops, d: rotate(crops, 90, d),
+    "trivial": trivial_augment,
+    "erase": lambda crops, d: erase(crops, 0.5, d),
+}
 
 
-@pytest.mark.parametrize("augment", AUGMENTATIONS, ids=["flip and shift", "jitter"])
+@pytest.mark.parametrize("augment", AUGMENTATIONS.values(), ids=AUGMENTATIONS.keys())
 def test_the_seed_decides(augment):
-    crops = torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8)
+    crops = photographs(8)
     assert torch.equal(augment(crops, draws(8, 1)), augment(crops, draws(8, 1)))
     assert not torch.equal(augment(crops, draws(8, 1)), augment(crops, draws(8, 2)))
 
 
-@pytest.mark.parametrize("augment", AUGMENTATIONS, ids=["flip and shift", "jitter"])
+@pytest.mark.parametrize("augment", AUGMENTATIONS.values(), ids=AUGMENTATIONS.keys())
 def test_a_part_of_a_batch_is_augmented_as_in_the_whole(augment):
-    crops = torch.randint(0, 256, (8, 8, 8, 3), dtype=torch.uint8)
+    crops = photographs(8)
     whole = augment(crops, draws(8))
+    assert (whole.dtype, whole.shape) == (torch.uint8, crops.shape)
+    assert not torch.equal(whole, crops)
     for rows in (slice(0, 3), slice(3, 8), [7, 0, 2]):
         assert torch.equal(augment(crops[rows], draws(8, rows=rows)), whole[rows])
 
@@ -168,3 +188,96 @@ def test_random_boxes_of_a_part_of_a_batch_are_those_of_the_whole():
     for rows in (slice(0, 3), slice(3, 8), [7, 0, 2]):
         assert torch.equal(random_boxes(shapes[rows], 0.3, RATIO, draws(8, rows=rows)), whole[rows])
     assert not torch.equal(whole, random_boxes(shapes, 0.3, RATIO, draws(8, seed=1)))
+
+
+def test_an_image_turned_by_nothing_stays_and_by_right_angles_is_exact():
+    crops = photographs(4)
+    degrees = torch.tensor([0.0, 90.0, 180.0, -90.0])
+    assert torch.equal(turn(crops, torch.zeros(4)), crops)
+    for turned, crop, quarters in zip(turn(crops, degrees), crops, (0, 1, 2, -1), strict=True):
+        assert (turned.int() - crop.rot90(quarters).int()).abs().max() <= 1  # counter-clockwise
+
+
+def test_an_image_that_is_no_square_turns_without_being_distorted():
+    """In the middle, where no edge is mirrored, as torchvision turns it."""
+    crop = photographs(1, height=20, width=40)
+    turned = turn(crop, torch.tensor([30.0])).permute(0, 3, 1, 2).int()
+    bilinear = functional.InterpolationMode.BILINEAR
+    expected = functional.rotate(crop.permute(0, 3, 1, 2), 30.0, interpolation=bilinear).int()
+    assert (turned - expected)[..., 6:14, 16:24].abs().max() <= 1
+
+
+def test_images_turn_both_ways_by_no_more_than_was_asked(monkeypatch):
+    seen = []
+    monkeypatch.setattr("training.augmentation.turn", lambda crops, degrees: seen.append(degrees))
+    rotate(numbered(count=400), 15.0, draws(400))
+    (degrees,) = seen
+    assert -15 <= degrees.min() < -13
+    assert 13 < degrees.max() <= 15
+    assert len(degrees.unique()) > 300
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_erased_is_a_rectangle_of_noise(seed):
+    crops = torch.zeros((16, 32, 32, 3), dtype=torch.uint8)
+    got = erase(crops, 1.0, draws(16, seed))
+    changed = (got > 0).any(dim=3)  # noise that is black in all three channels is one pixel in 16 million
+    for image in changed:
+        down, across = image.any(dim=1).nonzero().flatten(), image.any(dim=0).nonzero().flatten()
+        height, width = int(down[-1] - down[0]) + 1, int(across[-1] - across[0]) + 1
+        assert image.sum() == height * width
+        # A share of 0.02 to 0.33 of the area; each side may be off by half a pixel both ways.
+        assert (height - 1) * (width - 1) <= 0.33 * 32**2
+        assert (height + 1) * (width + 1) >= 0.02 * 32**2
+    assert len(got[changed].unique()) > 100
+
+
+def test_images_are_erased_as_often_as_was_asked():
+    crops = torch.zeros((400, 8, 8, 3), dtype=torch.uint8)
+    erased = erase(crops, 0.25, draws(400)).flatten(1).any(dim=1).sum()
+    assert 60 < erased < 140
+
+
+def by_torchvision(name, image, level):
+    """What TrivialAugmentWide's operation of this name does to one image, uint8 (3, H, W)."""
+    shear, centre = math.degrees(math.atan(0.99 * level)), [0.0, 0.0]
+    shift = int(32 * level)
+    still = {"angle": 0.0, "scale": 1.0}
+    return {
+        "identity": lambda: image,
+        "shear x": lambda: functional.affine(image, translate=[0, 0], shear=[shear, 0.0], center=centre, **still),
+        "shear y": lambda: functional.affine(image, translate=[0, 0], shear=[0.0, shear], center=centre, **still),
+        "translate x": lambda: functional.affine(image, translate=[shift, 0], shear=[0.0, 0.0], **still),
+        "translate y": lambda: functional.affine(image, translate=[0, shift], shear=[0.0, 0.0], **still),
+        "rotate": lambda: functional.rotate(image, 135 * level),
+        "brightness": lambda: functional.adjust_brightness(image, 1 + 0.99 * level),
+        "colour": lambda: functional.adjust_saturation(image, 1 + 0.99 * level),
+        "contrast": lambda: functional.adjust_contrast(image, 1 + 0.99 * level),
+        "sharpness": lambda: functional.adjust_sharpness(image, 1 + 0.99 * level),
+        "posterize": lambda: functional.posterize(image, 8 - round(6 * abs(level))),
+        "solarize": lambda: functional.solarize(image, 255 * (1 - abs(level))),
+        "autocontrast": lambda: functional.autocontrast(image),
+        "equalize": lambda: functional.equalize(image),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_is_torchvisions(name):
+    """Of each image at its own strength. Where a position is on the edge between two pixels, either may be taken;
+    colours may be two levels apart, since torchvision rounds down, and in between."""
+    levels = torch.tensor([-1.0, -0.7, -0.4, -0.1, 0.0, 0.2, 0.5, 0.9, 1.0])
+    crops = photographs(len(levels), height=40, width=48)
+    got = OPERATIONS[name](crops, levels)
+    assert (got.dtype, got.shape) == (torch.uint8, crops.shape)
+    for image, crop, level in zip(got, crops, levels.tolist(), strict=True):
+        expected = by_torchvision(name, crop.permute(2, 0, 1), level).permute(1, 2, 0)
+        apart = (image.int() - expected.int()).abs()[1:-1, 1:-1]  # torchvision does not sharpen the outermost pixels
+        assert float((apart <= 2).float().mean()) > 0.98, level
+
+
+def test_every_operation_happens_and_each_to_some_images_of_a_batch():
+    crops = photographs(1).expand(600, -1, -1, -1)
+    got = trivial_augment(crops, draws(600))
+    kept = (got == crops).flatten(1).all(dim=1).sum()
+    assert 600 / 14 * 0.5 < kept < 600 / 14 * 4  # identity, and others at no strength
+    assert len(got.unique(dim=0)) > 200

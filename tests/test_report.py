@@ -15,7 +15,7 @@ from training.report import TILE, write_report
 LABELS = ("猫", "🦊 fox", "$5_$", "a <b>")
 
 
-def report(folder, labels, wrong=3):
+def report(folder, labels, wrong=3, batch=None):
     """Of a classifier of the first digits that is wrong about some; files have names."""
     whole = load("digits", rule=PixelRule.square(16))
 
@@ -39,7 +39,15 @@ def report(folder, labels, wrong=3):
     metrics = {"test": scores, "val": scores, "train": train}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of letters that its font lacks
-        write_report(folder / "report", spec, metrics, history, data, logits)
+        write_report(
+            folder / "report",
+            spec,
+            metrics,
+            history,
+            data,
+            logits,
+            batch or (torch.zeros((0, 16, 16, 3), dtype=torch.uint8), []),
+        )
     return (folder / "report" / "index.html").read_text(encoding="utf-8")
 
 
@@ -83,3 +91,14 @@ def test_very_many_classes_have_an_image_as_their_matrix(tmp_path):
     page = report(tmp_path / "run", tuple(f"class {i}" for i in range(41)))
     assert 'src="confusion.png"' in page
     assert 'class="matrix"' not in page
+
+
+def test_the_first_batch_is_shown_with_its_labels(tmp_path):
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 16, 16, 3) * 20
+    page = report(tmp_path / "run", LABELS, wrong=0, batch=(images, ["猫", "a <b>"] * 5))
+    assert page.count("<figure>") == 10
+    assert page.count("<figcaption>a &lt;b&gt;</figcaption>") == 5
+    assert 'src="batch.png" alt="" style="object-position: -128px -128px"' in page  # the tenth
+    with Image.open(tmp_path / "run" / "report" / "batch.png") as sheet:
+        assert sheet.size == (8 * TILE, 2 * TILE)
+        assert sheet.getpixel((TILE + 5, TILE + 5)) == (180, 180, 180)

@@ -91,6 +91,8 @@ def make(data, **options):
         {"ema": 0.9, "mixup": 0.2},
         {"optimizer": "sgd", "cutmix": 1.0},
         {"optimizer": "muon", "ema": 0.9, "label_smoothing": 0.2},
+        {"rotate": 20.0, "trivial": True, "erase": 0.3, "balance": "loss", "select": "macro-f1"},
+        {"balance": "sampler", "select": "loss"},
         {"channels_last": True},
         {"amp": "bf16"},
         {"amp": "fp16"},

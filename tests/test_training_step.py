@@ -4,6 +4,7 @@ import copy
 import re
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +16,18 @@ from dataset.splits import SPLITS
 from model import checkpoint, registry
 from predictor.files import sha256
 from predictor.spec import PixelRule
-from tests.learning import Training
+from tests.learning import Training, make_plan
 from train import main
 from training import step
 from training.augmentation import Mix
+from training.balance import class_weights, say_uneven
+from training.epoch import shuffled
 from training.optimizers import make_average
+from training.preview import first_batch
+from training.randomness import order_generator, step_generator
 from training.resolve import amp_dtype
 from training.start import near
+from training.step import make_batch
 from training.tensorboard import Board
 
 
@@ -53,7 +59,15 @@ def share(got, expected, start):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"mixup": 0.4}, {"cutmix": 1.0, "jitter": 0.2}, {"clip_grad_norm": 0.1}], ids=str
+    "options",
+    [
+        {},
+        {"mixup": 0.4},
+        {"cutmix": 1.0, "jitter": 0.2},
+        {"clip_grad_norm": 0.1},
+        {"balance": "loss", "rotate": 10.0, "trivial": True, "erase": 0.3, "label_smoothing": 0.1},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(digits, options, accumulate):
@@ -76,6 +90,75 @@ def test_a_step_is_that_of_the_mean_loss(digits):
     assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
     assert int(correct) == int((logits.argmax(dim=1) == digits.train.targets[indices]).sum())
     assert share(weights(training.network), weights(network), start) < 1e-3
+
+
+def uneven(data):
+    """The data with the class 0 ten times rarer in training."""
+    rare = (data.train.targets == 0).nonzero().flatten()
+    kept = torch.ones(len(data.train), dtype=torch.bool)
+    kept[rare[len(rare) // 10 :]] = False
+    names = [name for name, keep in zip(data.train.names, kept.tolist(), strict=True) if keep]
+    train = replace(data.train, rows=data.train.rows[kept], targets=data.train.targets[kept], names=names)
+    return replace(data, train=train)
+
+
+def test_a_balanced_loss_weights_each_image_by_its_class(digits):
+    rare = uneven(digits)
+    training = make(rare, crop_padding=0, balance="loss", label_smoothing=0.1)
+    network, indices = copy.deepcopy(training.network), torch.arange(64)
+    loss, _ = training.step(indices)
+    images, targets = rare.train.crops(indices).permute(0, 3, 1, 2), rare.train.targets[indices]
+    losses = nn.functional.cross_entropy(
+        network((images / 255 - 0.5) / 0.25), targets, label_smoothing=0.1, reduction="none"
+    )
+    weights = class_weights(rare.train.targets)[targets]
+    assert len(weights.unique()) > 1
+    assert float(loss) == pytest.approx(float((weights * losses).mean()), rel=1e-5)
+
+
+def test_class_weights_have_the_mean_one_and_give_each_class_the_same(digits):
+    targets = uneven(digits).train.targets
+    weights, counts = class_weights(targets), torch.bincount(targets)
+    assert float(weights[targets].mean()) == pytest.approx(1, rel=1e-5)
+    assert torch.allclose(weights * counts, torch.full((10,), len(targets) / 10))
+    assert class_weights(torch.tensor([0, 0, 2, 0])).tolist() == pytest.approx([2 / 3, 2, 2])  # none of class 1
+
+
+def test_the_sampler_draws_all_classes_alike_and_every_image_of_a_class(digits):
+    targets = torch.tensor([0] * 3600 + [1] * 360 + [3] * 40)  # none of class 2
+    drawn = torch.cat(shuffled(torch.Generator().manual_seed(0), targets, make_plan(balance="sampler")))
+    assert len(drawn) == 4000
+    counts = torch.bincount(targets[drawn], minlength=4)
+    assert counts[2] == 0
+    assert (counts[[0, 1, 3]] - 4000 / 3).abs().max() < 150  # five standard deviations
+    assert set(drawn[targets[drawn] == 3].tolist()) == set(range(3960, 4000))
+    again = torch.cat(shuffled(torch.Generator().manual_seed(0), targets, make_plan(balance="sampler")))
+    assert torch.equal(drawn, again)
+
+
+def test_very_unequal_classes_are_said_with_the_option_that_helps():
+    targets = torch.tensor([0] * 50 + [1] * 10 + [2] * 30)
+    line = say_uneven(targets, ("cat", "dog", "cow"))
+    assert "50 training images of 'cat', 10 of 'dog'; --balance loss or sampler" in line
+    assert say_uneven(targets[1:], ("cat", "dog", "cow")) == ""
+
+
+@pytest.mark.parametrize("options", [{}, {"cutmix": 1.0}, {"freeze": True, "crop_padding": 0}], ids=str)
+def test_the_report_shows_the_first_batch_and_leaves_the_training_alone(digits, options):
+    augmented = {} if "freeze" in options else {"trivial": True, "erase": 0.3}
+    training = make(digits, flip=True, batch_size=20, **augmented | options)
+    state = torch.get_rng_state()
+    images, captions = first_batch(training.learner, digits.train, training.plan, digits.labels)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (images.dtype, images.shape) == (torch.uint8, (20, 32, 32, 3))
+    order = shuffled(order_generator(0, 0), digits.train.targets, training.plan)[0]
+    batch = make_batch(training.learner, digits.train, order, training.plan, step_generator(0, 0, 0))
+    targets = [digits.labels[target] for target in batch.targets[1:].tolist()]
+    assert [caption.split()[0] for caption in captions] == targets
+    if batch.mix:
+        assert any("%" in caption for caption in captions)
+    else:
+        assert torch.equal(images, batch.inputs[1:])
 
 
 def test_images_too_many_for_the_gpu_stay_where_they_are(digits):

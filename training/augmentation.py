@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-ATTEMPTS = 10  # at a crop box that lies within its image, as torchvision's RandomResizedCrop
+ATTEMPTS = 10  # at a box that lies within its image, as torchvision's RandomResizedCrop
+ERASED, ERASED_RATIO = (0.02, 0.33), (1 / 3, 3.0)  # shares of an image's area, and aspect ratios
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Draws:
     def table(self, columns: int) -> Tensor:
         """float32 (n, columns), in 0..1, on the CPU."""
         return torch.rand(self.batch, columns, generator=self.generator)[self.rows]
+
+    def noise(self, height: int, width: int) -> Tensor:
+        """uint8 (height, width, 3), on the CPU: one image of noise for the whole batch."""
+        return torch.randint(256, (height, width, 3), generator=self.generator, dtype=torch.uint8)
 
     def integers(self, low: int, high: int, device: torch.device) -> Tensor:
         """int64 (n, 1), from `low` up to and with `high`."""
@@ -82,8 +87,13 @@ def random_boxes(shapes: Tensor, scale: float, ratio: tuple[float, float], draws
     Returns:
         float32 (n, 4): left, top, right, bottom, as shares 0..1 of the image's width and height; on the CPU.
     """
+    return _boxes(shapes, (scale, 1.0), ratio, draws)
+
+
+def _boxes(shapes: Tensor, share: tuple[float, float], ratio: tuple[float, float], draws: Draws) -> Tensor:
+    """As `random_boxes`, of a share of the area between two bounds."""
     areas, aspects, places = draws.table(ATTEMPTS), draws.table(ATTEMPTS), draws.table(2)
-    areas = scale + (1 - scale) * areas
+    areas = share[0] + (share[1] - share[0]) * areas
     low, high = (math.log(aspect) for aspect in ratio)
     height, width = shapes.cpu().double().T
     relative = torch.exp(low + (high - low) * aspects) * (height / width)[:, None]  # of the box to its image
@@ -110,16 +120,78 @@ def jitter(crops: Tensor, strength: float, draws: Draws) -> Tensor:
     if not strength:
         return crops
     pixels = crops.float()
-    luma = torch.tensor([0.299, 0.587, 0.114], device=crops.device)  # ITU-R BT.601, as Pillow's "L"
     for kind in ("brightness", "contrast", "saturation"):
-        grey = (pixels * luma).sum(dim=3, keepdim=True)  # (N, S, S, 1)
+        grey = luma(pixels)
         if kind == "brightness":
             anchor = torch.zeros_like(grey)
         else:
             anchor = grey.mean(dim=(1, 2), keepdim=True) if kind == "contrast" else grey
         factor = 1 + strength * (2 * draws.uniform(crops.device) - 1)
-        pixels = (anchor + (pixels - anchor) * factor[:, None, None, None]).clamp(0, 255)
+        pixels = blend(anchor, pixels, factor)
     return pixels.round().to(torch.uint8)
+
+
+def luma(pixels: Tensor) -> Tensor:
+    """float32 (N, H, W, 1) of RGB (N, H, W, 3): ITU-R BT.601, as Pillow's "L"."""
+    return (pixels * torch.tensor([0.299, 0.587, 0.114], device=pixels.device)).sum(dim=3, keepdim=True)
+
+
+def blend(anchor: Tensor, pixels: Tensor, factors: Tensor) -> Tensor:
+    """Pixels moved away from the anchor, or towards it, by each image's factor; within 0..255.
+
+    Args:
+        anchor: float32, as `pixels` or what broadcasts to it; pixels: float32 (N, H, W, 3); factors: float32 (N,).
+    """
+    return (anchor + (pixels - anchor) * factors[:, None, None, None]).clamp(0, 255)
+
+
+def rotate(crops: Tensor, degrees: float, draws: Draws) -> Tensor:
+    """Turns each image about its centre by up to `degrees` both ways, bilinearly, with mirrored edges.
+
+    Args:
+        crops: uint8 (N, H, W, 3).
+
+    Returns:
+        uint8 (N, H, W, 3).
+    """
+    if not degrees:
+        return crops
+    return turn(crops, degrees * (2 * draws.uniform(crops.device) - 1))
+
+
+def turn(crops: Tensor, degrees: Tensor) -> Tensor:
+    """Each image, uint8 (N, H, W, 3), turned counter-clockwise by its own angle, float32 (N,)."""
+    count, height, width = crops.shape[:3]
+    angles = degrees.deg2rad()
+    cos, sin, none = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    rows = [cos, -sin * height / width, none], [sin * width / height, cos, none]  # the grid's axes are each -1..1
+    matrices = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)  # (N, 2, 3)
+    grid = affine_grid(matrices, [count, 3, height, width], align_corners=False)
+    turned = grid_sample(crops.permute(0, 3, 1, 2).float(), grid, padding_mode="reflection", align_corners=False)
+    return turned.permute(0, 2, 3, 1).round().to(torch.uint8)
+
+
+def erase(crops: Tensor, share: float, draws: Draws) -> Tensor:
+    """Random erasing (Zhong et al. 2020): a rectangle of noise in this share of the images.
+
+    Args:
+        crops: uint8 (N, H, W, 3).
+        share: 0..1.
+
+    Returns:
+        uint8 (N, H, W, 3).
+    """
+    if not share:
+        return crops
+    height, width = crops.shape[1:3]
+    shapes = torch.tensor([[height, width]]).expand(len(crops), 2)
+    left, top, right, bottom = _boxes(shapes, ERASED, ERASED_RATIO, draws).to(crops.device).T[..., None]
+    chosen = draws.uniform(crops.device) < share
+    noise = draws.noise(height, width).to(crops.device)
+    x, y = ((torch.arange(n, device=crops.device) + 0.5) / n for n in (width, height))
+    across, down = (x >= left) & (x < right), (y >= top) & (y < bottom)  # (N, W) and (N, H)
+    erased = chosen[:, None, None] & down[:, :, None] & across[:, None, :]
+    return torch.where(erased[..., None], noise, crops)
 
 
 def shrink(images: Tensor) -> Tensor:

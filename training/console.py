@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dataset.image_store import Data
 from training import distributed
+from training.balance import say_uneven
 from training.metrics import one_label_for_all
 from training.options import TrainOptions
 from training.resolve import Plan
@@ -118,6 +119,8 @@ def announce(options: TrainOptions, plan: Plan, data: Data, seconds: float) -> N
     )
     lengths = [f"{plan.epochs:g} epochs"] if math.isfinite(plan.epochs) else []
     lengths += [f"{plan.seconds / 60:g} minutes"] if math.isfinite(plan.seconds) else []
+    if plan.balance == "none" and (line := say_uneven(data.train.targets, data.labels)):
+        log.info(line)
     log.info(
         f"{plan.arch} at {plan.size} px for {' or '.join(lengths)} on {plan.device}; batches of {plan.batch_size}, "
         f"flip {'on' if plan.flip else 'off'}, shift {plan.crop_padding} px, jitter {plan.jitter:g}"

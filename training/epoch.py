@@ -14,6 +14,7 @@ from torch import Tensor
 from dataset.image_store import Data, Split
 from model.registry import train_mode
 from training import distributed
+from training.balance import draw_evenly
 from training.batchnorm import estimate_statistics
 from training.evaluation import evaluate
 from training.failures import Diverged
@@ -99,6 +100,8 @@ def train_epoch(
 ) -> Trained:
     """Trains on every image once, in a new order; ends earlier where the schedule says that the run is over.
 
+    With `--balance sampler` as many images are drawn, some of them more than once.
+
     Args:
         epoch: how many are done.
         on_step: called after each step with a recent loss and the images seen, to show progress.
@@ -109,7 +112,7 @@ def train_epoch(
         Diverged: the loss became infinite or NaN.
     """
     train_mode(learner.network, hold_norms=plan.hold_norms)
-    batches = shuffled(order_generator(plan.seed, epoch), len(split), plan)
+    batches = shuffled(order_generator(plan.seed, epoch), split.targets, plan)
     tally, first = Tally(len(batches), plan.device, begun), len(begun.rates) if begun else 0
     shown, looked = math.nan, time.perf_counter()
     for step, indices in enumerate(batches[first:], start=first):
@@ -170,13 +173,22 @@ def make_row(
         "train_accuracy": trained.accuracy,
         "val_loss": val["loss"],
         "val_accuracy": val["accuracy"],
+        "val_macro_f1": val["macro"]["f1"],
         "seconds": round(schedule.seconds, 2),
     }
 
 
-def shuffled(generator: torch.Generator, images: int, plan: Plan) -> tuple[Tensor, ...]:
-    """Indices of the images, in a new order, by batches. A last batch too small to be cut is left out."""
-    batches = torch.randperm(images, generator=generator).split(plan.batch_size)
+def shuffled(generator: torch.Generator, targets: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """Indices of the images, in a new order, by batches. A last batch too small to be cut is left out.
+
+    Args:
+        targets: int64 (N,), of the training images.
+    """
+    if plan.balance == "sampler":
+        order = draw_evenly(generator, targets)
+    else:
+        order = torch.randperm(len(targets), generator=generator)
+    batches = order.split(plan.batch_size)
     parts = distributed.world() * plan.accumulate
     if len(batches) > 1 and len(batches[-1]) < 2 * parts:  # BatchNorm has no variance of one image
         batches = batches[:-1]

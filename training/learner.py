@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from model import registry
 from training import distributed
 from training.augmentation import Draws
+from training.balance import class_weights
 from training.batchnorm import slow_norms
 from training.optimizers import make_average, make_optimizer
 from training.resolve import Plan
@@ -45,6 +46,7 @@ class Learner:
     frozen: parameters of the backbone that do not learn now.
     features: what the head sees of the images, while that is all that learns; else None. `features_tried`: whether
         they were to be computed already.
+    class_weights: float32 (C,), what an image counts in the loss by its class; None where all count the same.
     forward: what a batch goes through: the network or, given features, its head; wrapped and compiled as wanted.
     ddp: what the processes share their gradients by; None where there is only one.
     """
@@ -58,6 +60,7 @@ class Learner:
     slow_norms: list[str]
     features: Features | None = None
     features_tried: bool = False
+    class_weights: Tensor | None = None
     forward: Callable[[Tensor], Tensor] = field(init=False)
     ddp: DistributedDataParallel | None = field(init=False)
 
@@ -84,12 +87,13 @@ def head_of(network: nn.Module) -> nn.Module:
     return network.get_submodule(registry.head_name(network))
 
 
-def make_learner(network: nn.Module, scale: tuple[Tensor, Tensor], plan: Plan) -> Learner:
+def make_learner(network: nn.Module, scale: tuple[Tensor, Tensor], plan: Plan, targets: Tensor) -> Learner:
     """A network that is ready for its first step.
 
     Args:
         network: on `plan.device`.
         scale: mean and std of the pixels, each (3,), there too.
+        targets: int64 (N,), of the training images.
     """
     if plan.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -104,6 +108,7 @@ def make_learner(network: nn.Module, scale: tuple[Tensor, Tensor], plan: Plan) -
         scaler=torch.amp.GradScaler(plan.device.type, enabled=plan.amp is torch.float16),
         frozen=frozen,
         slow_norms=[] if plan.hold_norms else slow_norms(network),
+        class_weights=class_weights(targets).to(plan.device) if plan.balance == "loss" else None,
     )
     learner.learn(network, compiled=plan.compile)
     return learner

@@ -165,6 +165,31 @@ class TrainOptions:
     jitter: float = _option(
         0.0, "augmentation", "brightness, contrast, saturation by ±this share; 0 for off", low=0, high=1, card=ALWAYS
     )
+    rotate: float = _option(
+        0.0,
+        "augmentation",
+        "turn by up to this many degrees, edges mirrored; 0 for off",
+        low=0,
+        high=180,
+        card=IF_CHANGED,
+        announced=True,
+    )
+    trivial: bool = _option(
+        False,
+        "augmentation",
+        "TrivialAugment: one of 14 operations of random strength on each image",
+        card=IF_CHANGED,
+        announced=True,
+    )
+    erase: float = _option(
+        0.0,
+        "augmentation",
+        "share of the images in which a rectangle becomes noise, such as 0.25; 0 for off",
+        low=0,
+        high=1,
+        card=IF_CHANGED,
+        announced=True,
+    )
 
     mixup: float = _option(
         0.0, "augmentation", "alpha of mixup, such as 0.2; 0 for off", low=0, high=10, card=IF_CHANGED, announced=True
@@ -280,8 +305,29 @@ class TrainOptions:
         card=IF_CHANGED,
         announced=True,
     )
+    balance: str = _option(
+        "none",
+        "optimisation",
+        "of unequal classes: loss weights each image's loss against its class's size; sampler draws images so that all "
+        "classes are equally likely",
+        choices=("none", "loss", "sampler"),
+        card=IF_CHANGED,
+        announced=True,
+    )
+    select: str = _option(
+        "accuracy",
+        "optimisation",
+        "measure on val by which the best epoch is kept",
+        choices=("accuracy", "macro-f1", "loss"),
+        card=IF_CHANGED,
+        announced=True,
+    )
     patience: int = _option(
-        0, "optimisation", "stop after this many epochs without a better val accuracy; 0: never", low=0, high=1_000_000
+        0,
+        "optimisation",
+        "stop after this many epochs without a better val accuracy (or --select's measure); 0: never",
+        low=0,
+        high=1_000_000,
     )
 
     checkpoint_minutes: float = _option(
@@ -324,10 +370,11 @@ class TrainOptions:
         if self.unfreeze_at and self.optimizer == "muon":
             raise ValueError("--unfreeze-at: muon sets the norms of all filters anew; pass --optimizer sgd or adamw")
         if self.flips_only:
-            for name in ("crop_padding", "jitter", "mixup", "cutmix", "low_res"):
-                if getattr(self, name):
+            for name in ("crop_padding", "rotate", "trivial", "jitter", "erase", "mixup", "cutmix", "low_res"):
+                if value := getattr(self, name):
+                    typed = flag(name) if value is True else f"{flag(name)} {value}"
                     raise ValueError(
-                        f"{flag(name)} {getattr(self, name)}: --freeze computes the features of each "
+                        f"{typed}: --freeze computes the features of each "
                         "image once; leave it out (or 0), or pass --no-cache-features, which is slower"
                     )
 

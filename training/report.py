@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +22,41 @@ from predictor.spec import ModelSpec
 
 MOST_NAMED_CLASSES = 40  # more rows and columns than this are shown without labels
 MISTAKES = 24
-COLUMNS = 8  # of mistakes.png
+COLUMNS = 8  # of batch.png and mistakes.png
 TILE = 128  # px, side of each of its images
 CONFUSIONS = 20  # rows of the table of confused pairs
 
 
 def write_report(
-    folder: Path, spec: ModelSpec, metrics: dict[str, Any], history: Path, data: Data, logits: Tensor
+    folder: Path,
+    spec: ModelSpec,
+    metrics: dict[str, Any],
+    history: Path,
+    data: Data,
+    logits: Tensor,
+    batch: tuple[Tensor, Sequence[str]],
 ) -> None:
-    """Writes `index.html`, `curves.png`, `confusion.png` and `mistakes.png` into `folder`.
+    """Writes `index.html`, `curves.png`, `batch.png`, `confusion.png` and `mistakes.png` into `folder`.
 
     Args:
         history: history.csv of the run.
         logits: float32 (N, C), of the N images of `data.test`.
+        batch: some augmented training images, uint8 (n, H, W, 3), and a caption for each.
     """
     probabilities = logits.softmax(dim=1)
     confusion = confusion_matrix(probabilities.argmax(dim=1), data.test.targets, len(spec.labels))
     mistakes = most_confident_mistakes(probabilities, data.test.targets)
     _save(folder / "curves.png", _draw_curves(history))
     _save(folder / "confusion.png", _draw_confusion(confusion))
-    with atomic_write(folder / "mistakes.png") as file:
-        _draw_tiles(data.test.crops(torch.tensor(mistakes, dtype=torch.int64))).save(file, "PNG")
+    tiles = {"batch.png": batch[0], "mistakes.png": data.test.crops(torch.tensor(mistakes, dtype=torch.int64))}
+    for name, images in tiles.items():
+        with atomic_write(folder / name) as file:
+            _draw_tiles(images).save(file, "PNG")
     page = _PAGE.format(
         title=html.escape(f"{spec.arch} on {spec.trained_on}"),
         tile=TILE,
         facts=_table((), _facts(spec, metrics)),
+        batch=_captioned("batch.png", [html.escape(caption) for caption in batch[1]]),
         matrix=_matrix(confusion, spec.labels),
         confused=_confused(confusion, spec.labels),
         mistakes=_mistakes(mistakes, data.test, probabilities, spec.labels),
@@ -170,17 +181,27 @@ def _mistakes(mistakes: list[int], test: Split, probabilities: Tensor, labels: t
     """Each image of mistakes.png with its prediction, its truth and its file's name."""
     if not mistakes:
         return "<p>None.</p>"
-    figures = []
-    for i, index in enumerate(mistakes):
+    captions = []
+    for index in mistakes:
         predicted, truth = labels[int(probabilities[index].argmax())], labels[int(test.targets[index])]
-        left, top = i % COLUMNS * TILE, i // COLUMNS * TILE
         name = test.names[index].encode(errors="replace").decode()  # it may be no UTF-8
-        figures.append(
-            f'<figure><img src="mistakes.png" alt="" style="object-position: -{left}px -{top}px"><figcaption>'
+        captions.append(
             f"{html.escape(predicted)} {float(probabilities[index].max()):.0%}<br>truth: {html.escape(truth)}<br>"
-            f"<small>{html.escape(name)}</small></figcaption></figure>"
+            f"<small>{html.escape(name)}</small>"
         )
-    return f'<div class="mistakes">{"".join(figures)}</div>'
+    return _captioned("mistakes.png", captions)
+
+
+def _captioned(file: str, captions: Sequence[str]) -> str:
+    """Each image of a file that `_draw_tiles` drew, with its caption in HTML."""
+    figures = []
+    for i, caption in enumerate(captions):
+        left, top = i % COLUMNS * TILE, i // COLUMNS * TILE
+        figures.append(
+            f'<figure><img src="{file}" alt="" style="object-position: -{left}px -{top}px">'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+    return f'<div class="tiles">{"".join(figures)}</div>'
 
 
 def _per_class(metrics: dict[str, Any], data: Data) -> str:
@@ -224,7 +245,7 @@ _PAGE = """<!doctype html>
   .matrix caption {{ text-align: left; }}
   .matrix td {{ text-align: right; padding: .2rem .5rem; background: rgb(31 119 180 / calc(var(--share) * 80%)); }}
   .matrix thead span {{ writing-mode: vertical-rl; }}
-  .mistakes {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
+  .tiles {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
   figure {{ margin: 0; width: {tile}px; overflow-wrap: anywhere; line-height: 1.3; }}
   figure img {{ width: {tile}px; height: {tile}px; object-fit: none; image-rendering: pixelated; }}
 </style>
@@ -232,6 +253,9 @@ _PAGE = """<!doctype html>
 {facts}
 <h2>Curves</h2>
 <img src="curves.png" alt="loss, accuracy and learning rate over the epochs">
+<h2>What training sees</h2>
+<p>Images of the first training batch, after augmentation: check that a person could still label them.</p>
+{batch}
 <h2>Confusion matrix</h2>
 {matrix}
 <h2>Most often confused</h2>

@@ -63,6 +63,9 @@ class Plan:
     flip: bool
     crop_padding: int
     jitter: float
+    rotate: float
+    trivial: bool
+    erase: float
     mixup: float
     cutmix: float
 
@@ -83,6 +86,8 @@ class Plan:
     clip_grad_norm: float
     ema: float
     low_res: float
+    balance: str
+    select: str
     patience: int
 
     device: torch.device

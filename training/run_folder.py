@@ -28,7 +28,12 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 RESULTS = ("model.pt", "spec.json", "metrics.json", "history.csv")
-FILES = (*RESULTS, CHECKPOINT, "config.yaml", *(f"report/{n}" for n in ("index.html", "curves.png", "mistakes.png")))
+FILES = (
+    *RESULTS,
+    CHECKPOINT,
+    "config.yaml",
+    *(f"report/{n}" for n in ("index.html", "curves.png", "batch.png", "mistakes.png")),
+)
 FOLDERS = ("report", "samples", "tensorboard")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit on the size of files
 

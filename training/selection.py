@@ -11,20 +11,39 @@ from torch import Tensor, nn
 
 from training.resolve import Plan
 
+MEASURES = {"accuracy": "val accuracy", "macro-f1": "val macro F1", "loss": "val loss"}  # as --select names them
+_COLUMNS = {"accuracy": "val_accuracy", "macro-f1": "val_macro_f1"}  # of the history
+
 
 @dataclass(frozen=True)
 class Best:
-    """The best epoch so far: its number, its val accuracy and loss, and its weights (a state_dict on the CPU)."""
+    """The best epoch so far: its number, its val accuracy, loss and macro F1, and its weights.
+
+    epoch: 0 while there is none; network: a state_dict on the CPU.
+    """
 
     epoch: float = 0
     accuracy: float = -1.0
     loss: float = 0.0
     network: dict[str, Tensor] = field(default_factory=dict)
+    macro_f1: float = -1.0
 
 
-def is_better(val: dict[str, Any], best: Best) -> bool:
-    """By accuracy; of two that are equal, as they often are on few images, by the lower loss."""
-    return (val["accuracy"], -val["loss"]) > (best.accuracy, -best.loss)
+def is_better(val: dict[str, Any], best: Best, select: str) -> bool:
+    """Whether an epoch is better than the best so far.
+
+    Args:
+        val: the `score` of the val split.
+        select: the measure that decides, a key of MEASURES. Of two epochs with the same accuracy or macro F1, as there
+            often are on few images, the lower loss is better; of two with the same loss, the higher accuracy.
+    """
+    rank = _rank(val["accuracy"], val["macro"]["f1"], val["loss"], select)
+    return not best.epoch or rank > _rank(best.accuracy, best.macro_f1, best.loss, select)
+
+
+def _rank(accuracy: float, macro_f1: float, loss: float, select: str) -> tuple[float, float]:
+    """The higher, the better."""
+    return {"accuracy": (accuracy, -loss), "macro-f1": (macro_f1, -loss), "loss": (-loss, accuracy)}[select]
 
 
 def snapshot(epoch: float, val: dict[str, Any], network: nn.Module) -> Best:
@@ -33,11 +52,13 @@ def snapshot(epoch: float, val: dict[str, Any], network: nn.Module) -> Best:
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in network.state_dict().items()
     }
-    return Best(epoch, val["accuracy"], val["loss"], weights)
+    return Best(epoch, val["accuracy"], val["loss"], weights, val["macro"]["f1"])
 
 
 def is_out_of_patience(history: Sequence[dict[str, float]], plan: Plan, progress: float) -> bool:
-    """Whether the val accuracy has not risen for `plan.patience` epochs; a lower loss is no gain.
+    """Whether the measure of `plan.select` has not improved for `plan.patience` epochs.
+
+    With accuracy or macro F1, a lower loss alone is no gain.
 
     What is yet to come counts: a backbone that is frozen still, and images of the full size.
 
@@ -47,6 +68,6 @@ def is_out_of_patience(history: Sequence[dict[str, float]], plan: Plan, progress
     """
     if not plan.patience or progress < plan.low_res:
         return False
-    accuracies = [row["val_accuracy"] for row in history]
-    gain = accuracies.index(max(accuracies)) + 1  # the last epoch with one
+    values = [-row["val_loss"] if plan.select == "loss" else row[_COLUMNS[plan.select]] for row in history]
+    gain = values.index(max(values)) + 1  # the last epoch with one
     return len(history) - max(gain, plan.unfreeze_at) >= plan.patience

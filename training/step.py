@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 from dataset.image_store import Split
 from model.tensor_preprocessing import normalise
 from training import distributed
-from training.augmentation import Draws, Mix, draw_mix, flip_and_shift, jitter, shrink
+from training.augmentation import Draws, Mix, draw_mix, erase, flip_and_shift, jitter, rotate, shrink
 from training.learner import Learner
 from training.resolve import Plan
+from training.trivial_augment import trivial_augment
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,22 @@ class Batch:
     whole: int
 
 
-def make_batch(learner: Learner, split: Split, indices: Tensor, plan: Plan, generator: torch.Generator) -> Batch:
+def make_batch(
+    learner: Learner,
+    split: Split,
+    indices: Tensor,
+    plan: Plan,
+    generator: torch.Generator,
+    rows: Tensor | None = None,
+) -> Batch:
     """Draws the augmentation of a batch, and applies it to this process's share.
 
     Args:
         indices: int64 (B,), of the images in `split`; the same in every process.
         generator: of the step (training/randomness.py); in the same state in every process.
+        rows: of the batch, in the place of this process's share.
     """
-    rows = share_of(len(indices))
+    rows = share_of(len(indices)) if rows is None else rows
     chosen = indices[rows]
     draws = Draws(generator, len(indices), rows)
     targets = split.targets[chosen].to(plan.device)
@@ -48,7 +57,10 @@ def make_batch(learner: Learner, split: Split, indices: Tensor, plan: Plan, gene
         return Batch(learner.features.choose(chosen, draws).to(plan.device), targets, None, len(indices))
     crops = split.crops(chosen).to(plan.device)
     crops = flip_and_shift(crops, plan.flip, plan.crop_padding, draws)
+    crops = rotate(crops, plan.rotate, draws)
+    crops = trivial_augment(crops, draws) if plan.trivial else crops
     crops = jitter(crops, plan.jitter, draws)
+    crops = erase(crops, plan.erase, draws)
     mix = draw_mix(plan.mixup, plan.cutmix, plan.size, generator)
     return Batch(crops, targets, mix, len(indices))
 
@@ -56,7 +68,9 @@ def make_batch(learner: Learner, split: Split, indices: Tensor, plan: Plan, gene
 def train_step(learner: Learner, batch: Batch, plan: Plan, *, smaller: bool = False) -> tuple[Tensor, Tensor]:
     """One step of the optimizer on a batch; this process takes its share of it, in `plan.accumulate` micro-batches.
 
-    The gradient is that of the mean loss over the whole batch, however it is cut.
+    The gradient is that of the mean loss over the whole batch, however it is cut. With `--balance loss` each image's
+    loss has the weight of its class. These weights have the mean 1 over the training images, not over each batch, so
+    that a batch with more images of rare classes counts more.
 
     Args:
         smaller: the network sees the images at three quarters of their size.
@@ -107,10 +121,17 @@ def summed_loss(
     predicted = logits.detach().argmax(dim=1)
     loss, correct = torch.zeros((), device=plan.device), torch.zeros((), device=plan.device)
     for weight, labels in wanted:
-        smoothing = plan.label_smoothing
-        loss = loss + weight * cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
+        loss = loss + weight * balanced_loss(logits.float(), labels, learner.class_weights, plan.label_smoothing)
         correct = correct + weight * (predicted == labels).sum()
     return loss, correct
+
+
+def balanced_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """The sum of the images' cross-entropies, each times the weight of its class, if there are weights, (C,)."""
+    if weights is None:
+        return cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+    # cross_entropy's own weights would apply, with label smoothing, to the classes that share an image's label.
+    return (weights[labels] * cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")).sum()
 
 
 def share_of(batch: int) -> Tensor:
