@@ -113,7 +113,7 @@ def test_a_balanced_loss_weights_each_image_by_its_class(digits):
     )
     weights = class_weights(rare.train.targets)[targets]
     assert len(weights.unique()) > 1
-    assert float(loss) == pytest.approx(float((weights * losses).mean()), rel=1e-5)
+    assert float(loss) == pytest.approx((weights * losses).mean().item(), rel=1e-5)
 
 
 def test_class_weights_have_the_mean_one_and_give_each_class_the_same(digits):

@@ -22,7 +22,8 @@ SHOWN = 32  # images at the most
 def first_batch(learner: Learner, split: Split, plan: Plan, labels: Sequence[str]) -> tuple[Tensor, list[str]]:
     """The first images of the run's first batch, augmented and mixed, and a caption for each.
 
-    Where features of a frozen backbone are cached, these are the images that they stand for; with `--unfreeze-at`, as they are augmented afterwards.
+    Where features of a frozen backbone are cached, these are the images that they stand for; with `--unfreeze-at`, as
+    they are augmented afterwards.
 
     Returns:
         uint8 (n, H, W, 3), on the CPU; the captions are labels, two with their shares where images are mixed.
