@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
 
 from dataset.sources import Entry
 from predictor.files import atomic_write, sha256, write_text
+from predictor.pillow_preprocessing import KINDS
 
 SAMPLES = 64  # images at the most
 SAMPLES_LIST = "samples.json"  # in the run folder: which files of RUN/samples a run has written
@@ -46,9 +51,18 @@ def name_samples(entries: Sequence[Entry], files: Mapping[int, bytes]) -> dict[s
         label = "".join(c if c.isalnum() else "_" for c in entries[index].label)
         label = label.encode()[:LABEL_BYTES].decode(errors="ignore")
         number = counts[label.casefold()]  # for each name, not each class: two long labels may begin alike
-        named[f"{label}-{number}{Path(entries[index].name).suffix.lower()}"] = body
+        named[f"{label}-{number}{_suffix(entries[index].name, body)}"] = body
         counts[label.casefold()] += 1
     return named
+
+
+def _suffix(name: str, body: bytes) -> str:
+    """As the file's name has it; as its format where a table or a data set names it without one."""
+    if suffix := PurePosixPath(name).suffix.lower():
+        return suffix
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(body), formats=KINDS) as image:
+        return f".{image.format}".lower()
+    return ""
 
 
 def save_samples(samples: dict[str, bytes], folder: Path, say: Callable[[str], None] = logger.warning) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dataset.sources import DataError, TarSource, Unreadable, open_source
+from dataset.sources import DataError, Unreadable, open_source
+from dataset.sources.archives import TarSource
 from tests.folders import COLOURS, as_tar, as_zip, image, make_folder
 
 
@@ -57,7 +58,7 @@ def test_a_large_compressed_archive_is_unpacked_twice_and_a_small_one_once(tmp_p
     monkeypatch.setattr(TarSource, "_members", lambda *given: passes.append(None) or real(*given))
     once = sorted(open_source(str(target)).read())
     assert len(passes) == 1
-    monkeypatch.setattr("dataset.sources.KEPT_BYTES", 3000)
+    monkeypatch.setattr("dataset.sources.archives.KEPT_BYTES", 3000)
     assert sum(len(body) for _, body in once) > 3000
     assert sorted(open_source(str(target)).read()) == once
     assert len(passes) == 3
@@ -261,7 +262,7 @@ def write_tar(target, members):
 
 @pytest.mark.parametrize("kept", [128 << 20, 0], ids=["kept in memory", "streamed"])
 def test_hard_linked_members_of_a_tar_are_images(tmp_path, monkeypatch, kept):
-    monkeypatch.setattr("dataset.sources.KEPT_BYTES", kept)
+    monkeypatch.setattr("dataset.sources.archives.KEPT_BYTES", kept)
     members = {"blob": b"one", "a/1.jpg": "blob", "a/2.jpg": b"two", "b/3.jpg": "a/2.jpg", "b/4.jpg": "elsewhere"}
     source = open_source(str(write_tar(tmp_path / "linked.tar", members)))
     bodies = {source.entries[i].name: body for i, body in source.read()}

@@ -67,7 +67,8 @@ class TrainOptions:
         MISSING,
         "data",
         "digits, cifar10, cifar100, mnist, fashion-mnist; or a folder, .zip, .tar, .tar.gz or .tar.xz "
-        "of images as CLASS/* or {train,val,test}/CLASS/*",
+        "of images as CLASS/* or {train,val,test}/CLASS/*; or a .csv or .parquet with the columns path and label; "
+        "or a folder that Hugging Face's save_to_disk has written",
         resumable=True,
     )
     out: str = _option(MISSING, "data", "run folder to write, e.g. runs/NAME")

@@ -293,7 +293,7 @@ def _file(out: Path, number: int) -> Path:
 
 
 def _parquet(rows: list[Row]) -> bytes:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from pyarrow import parquet
 
     types = {"probability": pyarrow.float64()}
