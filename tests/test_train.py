@@ -120,11 +120,11 @@ def test_training_starts_from_local_weights(tmp_path, run):
 
 
 def test_minutes_end_the_run_in_time(tmp_path, monkeypatch):
-    """By a clock on which each look takes a second; there is one before each step."""
+    """By a clock on which each look takes a second; there is one before each step, and some after an epoch."""
     monkeypatch.setattr("training.schedule.time", Clock())
     metrics = train(TrainOptions(data="digits", out=str(tmp_path / "run"), minutes=1))
     assert 1 < metrics["train"]["epochs"] < 2  # the second is cut short: an epoch has 41 steps
-    assert 60 <= metrics["train"]["seconds"] < 65
+    assert 60 <= metrics["train"]["seconds"] < 70
 
 
 def test_patience_stops_early(tmp_path, capsys):
