@@ -82,7 +82,7 @@ endif
 	@touch $@
 
 # Pins for every Python from 3.10 and every platform, with hashes, without an index's name. torch, torchvision and their
-# CUDA libraries stand in a file of their own, so that another build of them can be chosen.
+# CUDA libraries stand in a file of their own, so that another build of them can be chosen. The peers compute with the same.
 lock:
 	cat requirements.lock requirements-torch.lock > requirements.all  # pins are kept unless UPGRADE=--upgrade
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate --no-header \
@@ -91,7 +91,8 @@ lock:
 		{print > (torch ? "requirements-torch.lock" : "requirements.lock")}' requirements.all
 	rm requirements.all
 	$(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
-		$(UPGRADE) benchmarks/peers/requirements.in -o benchmarks/peers/requirements.lock
+		$(UPGRADE) -c requirements.lock -c requirements-torch.lock \
+		benchmarks/peers/requirements.in -o benchmarks/peers/requirements.lock
 
 clean:
 	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis
