@@ -1,0 +1,1 @@
+"""Our trainer on photographs against its peers; see __main__.py."""
