@@ -28,6 +28,7 @@ import train as trainer
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from clients.python.classify import Client
+from export.package import serving_settings
 from export.pipeline import Options, export_run
 from export.proof import images, parity
 from launcher import Ports, RunningServer, serving
@@ -48,6 +49,13 @@ sys.dont_write_bytecode = False
 
 # A shell's background job (`make test &`) ignores Ctrl-C, and so would the programs that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _backends_are_timed_briefly() -> Iterator[None]:
+    """Which one an export takes as the fastest is luck here anyway."""
+    with patch.object(serving_settings, "ROUNDS", 3):
+        yield
 
 
 @contextlib.contextmanager
