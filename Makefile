@@ -23,14 +23,15 @@ NUMERICAL = architectures augmentation backends calibration distributed evaluati
 	golden handler metrics preprocessing recipes reduced runtimes train training_step
 PARALLEL  = $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: demo test test-portable check serve bench bench-serving bench-reliability setup lock clean
+.PHONY: demo test test-portable check lint serve bench bench-serving bench-reliability setup lock clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
 	$(BIN)/python demo.py --at-least 0.95
 
-test: .venv/ready check
-	$(BIN)/python -m pytest $(PARALLEL)
+# mypy, half a minute on a fresh clone, runs beside the tests, which leave a core idle now and then.
+test: .venv/ready lint
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest $(PARALLEL); tests=$$?; wait $$types && exit $$tests
 
 # The variables do not reach ONNX Runtime: its integer kernels run on a processor without VNNI, which QEMU emulates.
 test-portable: .venv/ready
@@ -40,10 +41,12 @@ test-portable: .venv/ready
 		INT8_EMULATOR="qemu-x86_64 -cpu Haswell" $(BIN)/python -m pytest -m int8 tests/test_reduced.py; \
 	else echo "SKIPPED: int8 on a processor without VNNI; on x86-64: apt-get install qemu-user"; fi
 
-check: .venv/ready
+check: .venv/ready lint
+	$(BIN)/mypy
+
+lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 serve: .venv/ready
 	$(BIN)/python serve.py $(RUN) $(if $(PORT),--port $(PORT))
