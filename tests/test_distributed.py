@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from model import checkpoint, load_run
+from launcher import Ports
+from model import checkpoint, load_run, registry
 from tests.conftest import PROJECT
 from train import main
 from training import distributed
@@ -20,15 +21,41 @@ from training.resolve import pick_device
 RECIPE = ["--data", "digits", "--epochs", "2", "--batch-size", "60", "--optimizer", "sgd", "--flip", "--jitter", "0.1"]
 RECIPE += ["--mixup", "0.2", "--cutmix", "1"]
 ODD = ["--split-seed", "1"]  # 161 val images, 80 and 81 of them
+ONE_STEP = [*RECIPE, "--epochs", "1", "--batch-size", "1293", "--warmup", "0"]  # all training images: 646 and 647
 
 
-def torchrun(*arguments, processes=2):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launcher, "train.py", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
+def torchrun(script, *arguments, cwd=PROJECT):
+    """With two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    command = [*launcher, script, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=250, check=False)
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory):
+    """Options of a training of the head alone, and from the second epoch on of everything."""
+    torch.manual_seed(0)
+    weights = tmp_path_factory.mktemp("weights") / "weights.pt"
+    checkpoint.save(registry.build("fastnet_small", 10, 32).state_dict(), weights)
+    options = ["--data", "digits", "--arch", "fastnet_small", "--optimizer", "sgd", "--freeze", "--unfreeze-at", "2"]
+    options += ["--batch-size", "60", "--epochs", "3", "--flip", "--crop-padding", "2", "--val-fraction", "0.5"]
+    return [*options, "--weights", str(weights)]
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory, frozen):
+    """A folder with the runs of two processes, and `NAME.RANK.out` with what each said."""
+    folder = tmp_path_factory.mktemp("by-two")
+    recipes = {"two": [*RECIPE, *ODD, "--accumulate", "3", "--json"], "one-step": ONE_STEP, "frozen": frozen}
+    ports = vars(Ports.free()).values()
+    trainings = {
+        name: {"arguments": [*recipe, "--out", str(folder / name)], "port": port}
+        for (name, recipe), port in zip(recipes.items(), ports, strict=False)
+    }
+    done = torchrun(PROJECT / "tests" / "torchrun_trainings.py", json.dumps(trainings), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +65,10 @@ def one(tmp_path_factory):
     return out
 
 
-def test_two_processes_learn_what_one_does(one, tmp_path):
+def test_two_processes_learn_what_one_does(one, by_two):
     """Small differences grow where a ReLU or a maximum is on the edge, hence the tolerances."""
-    out = tmp_path / "two"
-    done = torchrun(*RECIPE, *ODD, "--accumulate", "3", "--out", out, "--json")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch   1") == 1  # only the first process speaks
+    out, said = by_two / "two", [(by_two / f"two.{rank}.out").read_text() for rank in (0, 1)]
+    assert [text.count("epoch   1") for text in said] == [1, 0]  # only the first process speaks
     assert {path.name for path in out.iterdir()} == {path.name for path in one.iterdir()}  # and leaves nothing behind
     expected, got = (checkpoint.load(run / "last.ckpt") for run in (one, out))
     for a, b in zip(expected["history"], got["history"], strict=True):
@@ -52,27 +77,16 @@ def test_two_processes_learn_what_one_does(one, tmp_path):
             assert b[name] == pytest.approx(a[name], rel=1e-2), name
         for name in ("train_accuracy", "val_accuracy"):
             assert b[name] == pytest.approx(a[name], abs=0.05), name
-    summary = json.loads(done.stdout.splitlines()[-1])
+    summary = json.loads(said[0].splitlines()[-1])
     assert (summary["val"]["images"], summary["test"]["images"]) == (161, 360)  # each one once
     assert yaml.safe_load((out / "config.yaml").read_text())["batch_size"] == 60  # of both together
     load_run(out)
 
 
-@pytest.fixture(scope="module")
-def one_step(tmp_path_factory):
-    """A run of one step, in two processes: its batch is all 1,293 training images, 646 and 647 of them."""
-    recipe = [*RECIPE, "--epochs", "1", "--batch-size", "1293", "--warmup", "0"]
-    out = tmp_path_factory.mktemp("runs") / "two"
-    done = torchrun(*recipe, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return recipe, out
-
-
-def test_a_step_of_two_processes_is_that_of_one(one_step, tmp_path):
-    recipe, two = one_step
+def test_a_step_of_two_processes_is_that_of_one(by_two, tmp_path):
     for name, options in (("whole", []), ("parts", ["--accumulate", "4"])):
-        assert main([*recipe, *options, "--out", str(tmp_path / name)]) == 0
-        expected, got = (checkpoint.load(run / "last.ckpt") for run in (tmp_path / name, two))
+        assert main([*ONE_STEP, *options, "--out", str(tmp_path / name)]) == 0
+        expected, got = (checkpoint.load(run / "last.ckpt") for run in (tmp_path / name, by_two / "one-step"))
         for key, weight in expected["network"].items():
             assert (weight - got["network"][key]).norm() <= 1e-5 * weight.norm()
         gradients = [
@@ -88,14 +102,21 @@ def test_a_step_of_two_processes_is_that_of_one(one_step, tmp_path):
             assert b[name] == pytest.approx(a[name], abs=1.5 / images), name  # one on the edge
 
 
-def test_a_run_goes_on_in_another_number_of_processes(one_step, tmp_path, capsys):
-    shutil.copytree(one_step[1], tmp_path / "run")
+def test_a_run_goes_on_in_another_number_of_processes(by_two, tmp_path, capsys):
+    shutil.copytree(by_two / "one-step", tmp_path / "run")
     assert main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
     assert "epoch   2" in capsys.readouterr().out
 
 
+def test_two_processes_train_a_head_as_one_does(by_two, frozen, tmp_path):
+    assert main([*frozen, "--out", str(tmp_path / "one")]) == 0
+    expected, got = (checkpoint.load(run / "last.ckpt")["history"] for run in (tmp_path / "one", by_two / "frozen"))
+    for a, b in zip(expected, got, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-2)
+
+
 def test_a_mistake_names_itself_in_one_line_of_each_process(tmp_path):
-    done = torchrun("--data", "digits", "--batch-size", "3", "--out", tmp_path / "run")
+    done = torchrun("train.py", "--data", "digits", "--batch-size", "3", "--out", tmp_path / "run")
     assert done.returncode != 0
     line = "train.py: --batch-size 3: must be at least 4, 2 images for each of 2 processes × 1 --accumulate"
     assert line in done.stderr.splitlines()

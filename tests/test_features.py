@@ -13,7 +13,6 @@ from model import checkpoint, registry
 from predictor.spec import PixelRule
 from tests.folders import make_folder
 from tests.learning import Training
-from tests.test_distributed import torchrun
 from train import main
 from training import freezing, run_folder
 from training.freezing import compute_features, headless
@@ -195,18 +194,6 @@ def test_transfer_from_a_run_of_other_classes(tmp_path, capsys):
     metrics = json.loads((tmp_path / "colours-run" / "metrics.json").read_text())
     assert metrics["test"]["images"] >= 20  # about a tenth of 300
     assert metrics["test"]["accuracy"] > 0.5  # of three classes
-
-
-def test_two_processes_train_a_head_as_one_does(tmp_path):
-    options = ["--data", "digits", "--arch", "fastnet_small", "--optimizer", "sgd", "--freeze", "--unfreeze-at", "2"]
-    options += ["--batch-size", "60", "--epochs", "3", "--flip", "--crop-padding", "2", "--val-fraction", "0.5"]
-    options += ["--weights", random_weights(tmp_path / "weights.pt")]
-    assert main([*options, "--out", str(tmp_path / "one")]) == 0
-    done = torchrun(*options, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    expected, got = (checkpoint.load(tmp_path / name / "last.ckpt")["history"] for name in ("one", "two"))
-    for a, b in zip(expected, got, strict=True):
-        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-2)
 
 
 @pytest.mark.parametrize(
