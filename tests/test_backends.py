@@ -181,6 +181,7 @@ def test_an_error_that_is_not_cudas_is_passed_on():
         backends.surviving(broken)(crops(2))
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize(
     "text", ["CUDA error: an illegal memory access was encountered", "device-side assert triggered"]
 )
@@ -219,6 +220,7 @@ print(nn.Linear(2, 3).weight.shape[0], F.relu(torch.tensor(-1.0)).item())
 """
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize("first", ["torch", "ts.protocol.otf_message_handler", "torch.nn"])
 def test_torch_is_loaded_when_it_is_first_used(first):
     done = subprocess.run(

@@ -115,6 +115,7 @@ def test_two_processes_train_a_head_as_one_does(by_two, frozen, tmp_path):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-2)
 
 
+@pytest.mark.anywhere
 def test_a_mistake_names_itself_in_one_line_of_each_process(tmp_path):
     done = torchrun("train.py", "--data", "digits", "--batch-size", "3", "--out", tmp_path / "run")
     assert done.returncode != 0

@@ -207,6 +207,7 @@ def test_outside_the_tolerance_export_fails_names_the_image_and_leaves_the_earli
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.anywhere
 @pytest.mark.parametrize(
     ("module", "function", "error", "code"),
     [
@@ -233,6 +234,7 @@ def test_whatever_stops_an_export_the_earlier_one_stays_whole(copy, monkeypatch,
     assert content(copy) == before
 
 
+@pytest.mark.anywhere
 def test_a_disk_that_takes_no_more_leaves_the_earlier_export(copied, capsys):
     """A real refusal by the system: of every write beyond 100 kB of a file."""
     resource = pytest.importorskip("resource")
@@ -248,6 +250,7 @@ def test_a_disk_that_takes_no_more_leaves_the_earlier_export(copied, capsys):
     assert content(copied) == before
 
 
+@pytest.mark.anywhere
 def test_each_step_is_told_as_it_is_done(copy, capsys, monkeypatch):
     monkeypatch.setattr(archive, "build", lambda *_: pytest.fail("far enough"))
     with pytest.raises(pytest.fail.Exception):
@@ -258,6 +261,7 @@ def test_each_step_is_told_as_it_is_done(copy, capsys, monkeypatch):
     assert steps == ["TorchScript", "torch.export", "ONNX", *graphs]
 
 
+@pytest.mark.anywhere
 def test_a_run_that_was_renamed_is_exported_under_its_new_name_alone(copy, monkeypatch, capsys):
     """And its new name is none that TorchServe takes."""
     monkeypatch.setattr(runtimes, "INSTALLED", ("ONNX Runtime",))  # which is quicker
@@ -373,6 +377,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(run, capsys, arguments, wor
     assert error.count("\n") == 1
 
 
+@pytest.mark.anywhere
 def test_nothing_of_ours_reports_to_onnx_runtimes_maker(tmp_path):
     """It writes `.ses` into the temporary folder as soon as it is imported with its telemetry on."""
     import os

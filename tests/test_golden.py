@@ -142,6 +142,7 @@ def test_an_archive_without_them_is_served_with_a_warning(tmp_path, caplog):
     assert golden.check(lambda bodies: pytest.fail("nothing to ask"), "cpu") == 0
 
 
+@pytest.mark.server
 def test_a_server_with_wrong_answers_does_not_start(exported, content, tmp_path):
     content = json.loads(json.dumps(content))
     content["probabilities"][0].reverse()

@@ -134,10 +134,12 @@ print(next(iter(json.loads(body))))
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.anywhere
 def test_the_archive_stands_alone(unpacked, sample, label):
     assert first_label(unpacked, sample, "-I") == label
 
 
+@pytest.mark.anywhere
 def test_packages_of_the_archives_names_in_the_callers_path_are_not_run(unpacked, sample, label, tmp_path):
     """TorchServe puts the archive's folder behind the caller's PYTHONPATH."""
     for name in ("handler", "predictor"):
@@ -488,6 +490,7 @@ def test_a_request_that_is_too_large_a_table_of_values_is_counted_and_not_built(
         assert most < 4 * len(body)
 
 
+@pytest.mark.anywhere
 def test_one_long_text_among_numbers_does_not_make_each_as_long(ask):
     for count, expected in ((1_000_000, (413, "too_many_images")), (1_000, (400, "bad_json"))):
         tracemalloc.start()

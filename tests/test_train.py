@@ -199,6 +199,7 @@ def test_help_and_list_archs(capsys):
     assert "mobilenet_v3_small" in capsys.readouterr().out.split()
 
 
+@pytest.mark.anywhere
 def test_sigterm_keeps_the_best_weights_and_writes_everything(tmp_path):
     """As Ctrl-C, which tests/test_run_folder.py has, and the first epoch; tests/test_resume.py has what comes after."""
     out = tmp_path / "run"
