@@ -23,7 +23,7 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("needs Ray: pip install 'ray[data]'", allow_module_level=True)
 parquet = pytest.importorskip("pyarrow.parquet")
 
-IMAGES = 2000
+IMAGES = 800
 SCRIPT = PROJECT / "clients" / "batch" / "classify.py"
 
 
@@ -38,7 +38,7 @@ def many(run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     samples = sorted((run / "samples").iterdir())
     for i in range(IMAGES - 3):
-        path = folder / f"{i % 7}" / f"{i:05d} ü\n.png" if i % 1000 == 0 else folder / f"{i % 7}" / f"{i:05d}.png"
+        path = folder / f"{i % 7}" / f"{i:05d} ü\n.png" if i % 400 == 0 else folder / f"{i % 7}" / f"{i:05d}.png"
         path.parent.mkdir(exist_ok=True)
         os.link(samples[i % len(samples)], path)
     (folder / "0" / "empty.jpg").touch()
@@ -88,13 +88,13 @@ def test_whatever_is_killed_each_image_has_exactly_one_row(archive, many, tmp_pa
     job = start(archive, many, out)
     try:
         # 1. workers, of a job that goes on by itself
-        for count in (20, 60):
+        for count in (8, 24):
             wait_for_parts(job, out, count)
             found = workers(job)
             assert found
             found[0].kill()
         # 2. the job itself
-        wait_for_parts(job, out, 120)
+        wait_for_parts(job, out, 48)
         assert job.poll() is None
     finally:
         job.kill()
