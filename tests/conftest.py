@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import launcher.process
 import train as trainer
 
 # A GPU that happens to be there rounds otherwise. The tests of GPUs: CUDA_VISIBLE_DEVICES=0 pytest -k "gpu or cuda"
@@ -69,10 +70,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(FIRST)))
 
 
+# Java starts in three quarters of the time where it compiles once and quickly.
+os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _backends_are_timed_briefly() -> Iterator[None]:
-    """Which one an export takes as the fastest is luck here anyway."""
-    with patch.object(serving_settings, "ROUNDS", 3):
+def _nothing_takes_its_time() -> Iterator[None]:
+    """Which backend is the fastest is luck here anyway, and TorchServe takes four seconds to stop when it is asked to.
+
+    The tests of serve.py, which stops it in a process of its own, do ask it.
+    """
+    with patch.object(serving_settings, "ROUNDS", 3), patch.object(launcher.process, "STOP_SECONDS", 0):
         yield
 
 
