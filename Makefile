@@ -1,6 +1,6 @@
 # make demo            everything once, on bundled digits
-# make test            lint, types and the whole test suite, the real TorchServe included, two files at a time
-#                      (JOBS=1: one after the other, with each file's name)
+# make test            lint, types and the whole test suite, the real TorchServe included, three files at a time,
+#                      as the tests of servers wait a third of their time (JOBS=1: one at a time, with its name)
 # make test-portable   the numerical tests again, as other processors round: 10 minutes
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
@@ -10,7 +10,7 @@
 # make setup           only the environment; TORCH=cpu takes PyTorch's small CPU-only build
 
 PYTHON ?= python3
-JOBS   ?= 2
+JOBS   ?= 3
 RUN    ?= runs/digits
 DATA   ?= cifar10
 UV      = 0.13.9
