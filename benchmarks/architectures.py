@@ -74,7 +74,15 @@ def make_run(arch: str, size: int, folder: Path) -> None:
     checkpoint.save(network.state_dict(), folder / "model.pt")
     weights = sha256(folder / "model.pt")
     spec = ModelSpec(
-        arch=arch, labels=LABELS, size=size, resize=size, mean=own.mean, std=own.std, weights_sha256=weights
+        arch=arch,
+        labels=LABELS,
+        height=size,
+        width=size,
+        resize=size,
+        interpolation=own.interpolation,
+        mean=own.mean,
+        std=own.std,
+        weights_sha256=weights,
     )
     spec.save(folder / "spec.json")
 

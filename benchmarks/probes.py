@@ -44,7 +44,7 @@ class KnownImages:
         for i, row in enumerate(rows):
             if not kept or np.abs(rows[kept] - row).max(axis=1).min() > 4 * TOLERANCE:
                 kept.append(i)
-        labels = process.spec["labels"]
+        labels = process.spec.labels
         predictions = [dict(zip(labels, rows[i].tolist(), strict=True)) for i in kept]
         return cls([bodies[i] for i in kept], predictions)
 

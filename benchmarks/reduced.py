@@ -30,7 +30,7 @@ def measure(arch: str, size: int, rounds: int) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
     mean, std = registry.IMAGENET_MEAN, registry.IMAGENET_STD
     labels = tuple(f"class {i}" for i in range(10))
-    spec = ModelSpec(arch=arch, labels=labels, size=size, resize=size, mean=mean, std=std)
+    spec = ModelSpec(arch=arch, labels=labels, height=size, width=size, resize=size, mean=mean, std=std)
     classifier = Classifier(registry.build(arch, len(labels), size), spec).eval()
     crops = np.random.default_rng(0).integers(0, 256, (32, size, size, 3), np.uint8)
     with tempfile.TemporaryDirectory() as temporary:

@@ -286,12 +286,12 @@ class ClassifierHandler:
 
     def _warm_up(self, batch: int) -> None:
         """First calls are slow: TorchScript optimises in them, for each kind of shape, and Pillow loads its readers."""
-        size, file = self.predictor.spec.size, io.BytesIO()
-        Image.new("RGB", (size, size)).save(file, "JPEG")
+        spec, file = self.predictor.spec, io.BytesIO()
+        Image.new("RGB", (spec.width, spec.height)).save(file, "JPEG")
         self._decode(file.getvalue())
         for count in sorted({1, batch}):
             for _ in range(3):
-                self.predictor.infer(np.zeros((count, size, size, 3), dtype=np.uint8))
+                self.predictor.infer(np.zeros((count, spec.height, spec.width, 3), dtype=np.uint8))
 
 
 def _asked_without_an_image(request: Fields, headers: Headers) -> str | None:

@@ -36,10 +36,11 @@ _NUMBERED = re.compile(r"(?:[^.]+\.)*?[^.]*\d(?=\.)")  # of a name, up to the fi
 class SimpleCNN(nn.Module):
     """The classic small network (LeCun et al. 1998, with ReLU and max-pooling): conv 6/16, fc 120/84/N."""
 
-    def __init__(self, classes: int, size: int = 32) -> None:
+    def __init__(self, classes: int, size: int = 32, width: int | None = None) -> None:
         super().__init__()
-        side = ((size - 4) // 2 - 4) // 2  # two 5×5 convolutions without padding, each halved by its pooling
-        if side < 1:
+        # Two 5×5 convolutions without padding, each halved by its pooling.
+        height, width = (((side - 4) // 2 - 4) // 2 for side in (size, width or size))
+        if min(height, width) < 1:
             raise ValueError(f"simplecnn needs images of at least 16 px, not {size}; pass --size 16 or more")
         self.features = nn.Sequential(
             nn.Conv2d(3, 6, 5),
@@ -50,7 +51,7 @@ class SimpleCNN(nn.Module):
             nn.MaxPool2d(2),
         )
         self.classifier = nn.Sequential(
-            nn.Linear(16 * side * side, 120),
+            nn.Linear(16 * height * width, 120),
             nn.ReLU(),
             nn.Linear(120, 84),
             nn.ReLU(),
@@ -97,20 +98,24 @@ def is_timm(arch: str) -> bool:
     return arch.startswith(timm_models.PREFIX)
 
 
-def build(arch: str, classes: int, size: int) -> nn.Module:
-    """A network with random weights: float32 (N, 3, size, size), normalised, to logits float32 (N, classes).
+def build(arch: str, classes: int, size: int, width: int | None = None) -> nn.Module:
+    """A network with random weights: float32 (N, 3, size, width), normalised, to logits float32 (N, classes).
+
+    Args:
+        width: where it is another than the height, `size`.
 
     Raises:
         ValueError: no such architecture, or it cannot take images of this size; the message says what can.
     """
     check_name(arch)
     try:
-        network = _build(arch, classes, size)
-        _check_shapes(network, classes, size)
+        network = _build(arch, classes, size, width or size)
+        _check_shapes(network, classes, size, width)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         best = preset(arch).size
-        raise ValueError(f"--size {size}: {arch} cannot take it ({reason}); --size {best} is its own") from None
+        shown = f"--size {size}" if width in (None, size) else f"{size}×{width} px"
+        raise ValueError(f"{shown}: {arch} cannot take it ({reason}); --size {best} is its own") from None
     return network
 
 
@@ -174,9 +179,7 @@ def read_pretrained(arch: str, weights: Path | None = None) -> Pretrained:
     state = {_OLD_DENSENET.sub(r"\1\2", name): value for name, value in load_state_dict(weights).items()}
     spec = weights.with_name("spec.json")
     if spec.is_file() and (made := ModelSpec.load(spec)).weights_sha256 == sha256(weights):
-        # A rule that names no filter means the bilinear one.
-        used = getattr(made.rule, "interpolation", "bilinear")
-        return Pretrained(str(weights), state, made.mean, made.std, used, made.rule)
+        return Pretrained(str(weights), state, made.mean, made.std, made.rule.interpolation, made.rule)
     return Pretrained(str(weights), state, own.mean, own.std, own.interpolation)
 
 
@@ -264,30 +267,32 @@ def _heads(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1:]
 
 
-def _build(arch: str, classes: int, size: int) -> nn.Module:
+def _build(arch: str, classes: int, size: int, width: int) -> nn.Module:
     if arch == "simplecnn":
-        return SimpleCNN(classes, size)
+        return SimpleCNN(classes, size, width)
     if arch in FASTNETS:
         return FastNet(classes, FASTNETS[arch])
     if is_timm(arch):
-        return timm_models.build(arch, classes, size)
+        return timm_models.build(arch, classes, size, width)
     options: dict[str, Any] = {}
     if arch in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}  # the second heads only serve ImageNet training
     elif arch.startswith("vit_"):
+        if width != size:
+            raise ValueError("it takes squares only")
         options = {"image_size": size}
     elif arch.startswith("maxvit"):
-        options = {"input_size": (size, size)}
+        options = {"input_size": (size, width)}
     return _torchvision().get_model(arch, weights=None, num_classes=classes, **options)
 
 
-def _check_shapes(network: nn.Module, classes: int, size: int) -> None:
+def _check_shapes(network: nn.Module, classes: int, size: int, width: int | None = None) -> None:
     """Runs shapes alone through the network, on the meta device: a size that it cannot take is found at once."""
     training = network.training
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     with torch.no_grad():
         shapes = {name: value.to("meta") for name, value in tensors.items()}
-        images = torch.empty(2, 3, size, size, device="meta")
+        images = torch.empty(2, 3, size, width or size, device="meta")
         logits = torch.func.functional_call(network.eval(), shapes, images)
     network.train(training)
     assert logits.shape == (2, classes), f"it gives {tuple(logits.shape)}"

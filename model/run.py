@@ -24,7 +24,7 @@ def load_run(run: Path | str) -> tuple[ModelSpec, nn.Module]:
     state = load_state_dict(weights)
     if sha256(weights) != spec.weights_sha256:
         raise CheckpointError(f"{weights}: is not the file that spec.json was written for (SHA-256); re-run train.py")
-    network = registry.build(spec.arch, len(spec.labels), spec.size)
+    network = registry.build(spec.arch, len(spec.labels), spec.height, spec.width)
     try:
         load_into(network, state)
     except RuntimeError as error:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from model.tensor_preprocessing import normalise, resize_crop
+from model.tensor_preprocessing import Resize, normalise
 from predictor.spec import ModelSpec
 
 
@@ -19,23 +19,23 @@ class Classifier(nn.Module):
     def __init__(self, network: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
         self.network = network
-        self.size = spec.size
-        self.resize = spec.resize
+        self.height, self.width = spec.height, spec.width
+        self.resize = Resize(spec.rule)
         self.temperature = float(spec.temperature)
         self.register_buffer("mean", torch.tensor(spec.mean))
         self.register_buffer("std", torch.tensor(spec.std))
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (N, H, W, 3), RGB, any H and W, to probabilities float32 (N, C)."""
-        return self.classify_crops(resize_crop(images, self.size, self.resize))
+        return self.classify_crops(self.resize(images))
 
     @torch.jit.export
     def classify_crops(self, images: Tensor) -> Tensor:
-        """uint8 (N, S, S, 3), RGB, S the spec's size, to probabilities float32 (N, C)."""
+        """uint8 (N, height, width, 3), RGB, of the spec's size, to probabilities float32 (N, C)."""
         return self.to_probabilities(self.network(self.to_planes(images)))
 
     def to_planes(self, crops: Tensor) -> Tensor:
-        """What is before the network: uint8 (N, S, S, 3) to float32 (N, 3, S, S), normalised."""
+        """What is before the network: uint8 (N, height, width, 3) to float32 (N, 3, height, width), normalised."""
         return normalise(crops, self.mean, self.std)
 
     def to_probabilities(self, logits: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ def alternatives(arch: str) -> list[str]:
     return difflib.get_close_matches(arch, names(), n=3)
 
 
-def build(arch: str, classes: int, size: int) -> nn.Module:
-    """The network with random weights. `size` is told to families such as ViT and Swin, which depend on it.
+def build(arch: str, classes: int, height: int, width: int) -> nn.Module:
+    """The network with random weights. The size is told to families such as ViT and Swin, which depend on it.
 
     Raises:
         RuntimeError, ValueError, TypeError, AssertionError: it cannot be built for this size.
@@ -74,8 +74,8 @@ def build(arch: str, classes: int, size: int) -> nn.Module:
     import timm
 
     config = _config(arch)
-    own = tuple(config.input_size[1:]) == (size, size)
-    wanted: dict[str, Any] = {"img_size": size} if config.fixed_input_size and not own else {}
+    own = tuple(config.input_size[1:]) == (height, width)
+    wanted: dict[str, Any] = {"img_size": (height, width)} if config.fixed_input_size and not own else {}
     return timm.create_model(arch.removeprefix(PREFIX), pretrained=False, num_classes=classes, **wanted)
 
 

@@ -116,8 +116,8 @@ def _on_gpu(module: Any, device: str) -> Classify:
     import torch
 
     torch._C._jit_set_texpr_fuser_enabled(False)  # it compiles for each batch size, for seconds
-    size = module.size
-    probe = torch.randint(0, 256, (4, size, size, 3), dtype=torch.uint8, device=device)
+    size = (module.height, module.width) if hasattr(module, "height") else (module.size, module.size)  # spec version 1
+    probe = torch.randint(0, 256, (4, *size, 3), dtype=torch.uint8, device=device)
     with torch.inference_mode():
         expected = module.classify_crops(probe)
         reason = ""
@@ -205,14 +205,14 @@ def fill_up(crops: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
 class _Recorded:
     """Replays a CUDA graph for each of GPU_BATCHES: one launch instead of one for each layer."""
 
-    def __init__(self, classify: Callable[[torch.Tensor], torch.Tensor], size: int, device: str) -> None:
+    def __init__(self, classify: Callable[[torch.Tensor], torch.Tensor], size: tuple[int, int], device: str) -> None:
         import torch
 
         self._classify = classify
         self._graphs: dict[int, tuple[Any, torch.Tensor, torch.Tensor]] = {}
         stream = torch.cuda.Stream(device)
         for count in reversed(GPU_BATCHES):  # the largest first: the others use its memory
-            images = torch.zeros((count, size, size, 3), dtype=torch.uint8, device=device)
+            images = torch.zeros((count, *size, 3), dtype=torch.uint8, device=device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for _ in range(3):  # TorchScript optimises in its first calls, cuDNN chooses its kernels

@@ -6,9 +6,11 @@ limits of its own, and is replaced when it has died of an image. It ends when it
 
 Over that socket, numbers little-endian, with the child as little trusted as the image that it reads:
 
-    to it      u32 length of the file, u32 size, u32 resize, i64 the most pixels (-1: no limit); the file
+    to it      u32 length of the file; the pixel rule: u32 height, width and resize, u8 interpolation, fit and colour,
+               each an index into its choices in spec.py, and three u8 of fill; i64 the most pixels (-1: no limit);
+               the file
     from it    once, as it starts, READY; then for each file u8 kind, u32 length; and
-               CROP: uint8 (size, size, 3), RGB, always that long; REFUSED: cause, a line feed, message, in UTF-8
+               CROP: uint8 (height, width, 3), RGB, always that long; REFUSED: cause, a line feed, message, in UTF-8
 
 Only the crop comes back, 3 to 1,000 kB: that takes a socket less than a millisecond, and no shared memory is needed.
 """
@@ -31,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from predictor.pillow_preprocessing import MAX_PIXELS, NO_MEMORY, ImageError, read
-from predictor.spec import PixelRule
+from predictor.spec import COLOURS, FITS, INTERPOLATIONS, PixelRule
 
 BATCH_SECONDS = 1.5  # that the images of a batch may wait for the child, all together
 SECONDS = 1.0  # of the processor, for one image
@@ -40,7 +42,7 @@ ALONE_MEMORY = 256 << 20  # and where that is too little, one image at a time of
 START_SECONDS = 60.0  # until the first child is ready, on a machine that is starting everything else
 MAX_MESSAGE = 4_096  # bytes
 
-_REQUEST, _REPLY = struct.Struct("<IIIq"), struct.Struct("<BI")
+_REQUEST, _REPLY = struct.Struct("<IIII6Bq"), struct.Struct("<BI")
 READY, CROP, REFUSED = range(3)
 _CAUSES = ("empty", "not_an_image", "unsupported_kind", "truncated", "too_many_pixels")
 
@@ -106,7 +108,7 @@ class DecoderProcess:
         try:
             self._until_ready(until)
             most = -1 if self._max_pixels is None else self._max_pixels
-            self._send(_REQUEST.pack(len(body), rule.height, rule.resize, most), until)
+            self._send(_REQUEST.pack(len(body), *_packed(rule), most), until)
             self._send(body, until)
             kind, length = _REPLY.unpack(self._receive(_REPLY.size, until))
             if kind == CROP and length == rule.height * rule.width * 3:
@@ -189,6 +191,26 @@ class DecoderProcess:
         return bytes(data)
 
 
+def _packed(rule: PixelRule) -> tuple[int, ...]:
+    """The numbers of a request that are the rule."""
+    choices = INTERPOLATIONS.index(rule.interpolation), FITS.index(rule.fit), COLOURS.index(rule.colour)
+    return rule.height, rule.width, rule.resize, *choices, *rule.fill
+
+
+def _unpacked(
+    height: int, width: int, resize: int, interpolation: int, fit: int, colour: int, red: int, green: int, blue: int
+) -> PixelRule:
+    return PixelRule(
+        height=height,
+        width=width,
+        resize=resize,
+        interpolation=INTERPOLATIONS[interpolation],
+        fit=FITS[fit],
+        fill=(red, green, blue),
+        colour=COLOURS[colour],
+    )
+
+
 def _end(connection: socket.socket, child: subprocess.Popen[bytes]) -> None:
     connection.close()
     child.kill()
@@ -229,9 +251,9 @@ def main(descriptor: int) -> None:
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
         connection.sendall(_REPLY.pack(READY, 0))
         while len(head := requests.read(_REQUEST.size)) == _REQUEST.size:
-            length, size, resize, most = _REQUEST.unpack(head)
+            length, *rule, most = _REQUEST.unpack(head)
             body = requests.read(length)
-            kind, reply = _outcome(body, PixelRule.square(size, resize), None if most < 0 else most)
+            kind, reply = _outcome(body, _unpacked(*rule), None if most < 0 else most)
             connection.sendall(_REPLY.pack(kind, len(reply)) + reply)
             del body, reply
 

@@ -65,6 +65,11 @@ _TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 _XMP = r'tiff:Orientation(="|>)([0-9])'
 
 NO_MEMORY = "there is no memory for this image; send a smaller one"
@@ -124,22 +129,77 @@ def read(
 
 
 def crop_box(width: int, height: int, rule: PixelRule) -> tuple[int, int, int, int]:
-    """The centred square that the network sees, in the image's own pixels: left, top, right, bottom."""
-    side = max(1, (2 * min(width, height) * rule.height + rule.resize) // (2 * rule.resize))  # rounds half up
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
+    """The box that the network sees, in the image's own pixels: left, top, right, bottom.
+
+    Centred; the whole image unless the rule crops. A crop of an image that is narrower than the network's aspect ratio
+    is `width * min(rule) / resize` wide, and as high as the ratio says; else the other way round.
+    """
+    if rule.fit != "crop":
+        return 0, 0, width, height
+    least = min(rule.height, rule.width)
+    if width * rule.height <= height * rule.width:
+        across, down = (
+            _rounded(width * least, rule.resize),
+            _rounded(width * rule.height * least, rule.width * rule.resize),
+        )
+    else:
+        across, down = (
+            _rounded(height * rule.width * least, rule.height * rule.resize),
+            _rounded(height * least, rule.resize),
+        )
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down
+
+
+def pad_box(width: int, height: int, rule: PixelRule) -> tuple[int, int, int, int]:
+    """Where the image lies in what the network sees: left, top, right, bottom; all of it unless the rule pads."""
+    across, down = rule.width, rule.height
+    if rule.fit == "pad" and width * rule.height >= height * rule.width:
+        down = _rounded(height * rule.width, width)
+    elif rule.fit == "pad":
+        across = _rounded(width * rule.height, height)
+    left, top = (rule.width - across) // 2, (rule.height - down) // 2
+    return left, top, left + across, top + down
+
+
+def _rounded(numerator: int, denominator: int) -> int:
+    """The quotient rounded half up, and at least 1."""
+    return max(1, (2 * numerator + denominator) // (2 * denominator))
 
 
 def crop(image: Image.Image, rule: PixelRule) -> np.ndarray:
-    """The pixel rule of the spec, the reference that `model.tensor_preprocessing.resize_crop` equals bit for bit.
+    """The pixel rule of the spec, the reference that `model.tensor_preprocessing.Resize` equals bit for bit.
+
+    Args:
+        image: RGB.
 
     Returns:
         uint8 (height, width, 3), RGB.
     """
-    size = rule.width, rule.height
     box = crop_box(*image.size, rule)
-    square = image if box == (0, 0, *image.size) else image.crop(box)
-    return np.asarray(square if square.size == size else square.resize(size, Image.Resampling.BILINEAR))
+    inside = image if box == (0, 0, *image.size) else image.crop(box)
+    return _padded(_resized(inside, _inner_size(*image.size, rule), rule), rule)
+
+
+def _inner_size(width: int, height: int, rule: PixelRule) -> tuple[int, int]:
+    left, top, right, bottom = pad_box(width, height, rule)
+    return right - left, bottom - top
+
+
+def _resized(image: Image.Image, size: tuple[int, int], rule: PixelRule) -> Image.Image:
+    """Across, then down, with whole grey levels between: left to itself, Pillow 13 orders the passes by the shape."""
+    for step in ((size[0], image.height), size):
+        if image.size != step:
+            image = image.resize(step, _FILTERS[rule.interpolation])
+    return image
+
+
+def _padded(image: Image.Image, rule: PixelRule) -> np.ndarray:
+    if image.size == (rule.width, rule.height):
+        return np.asarray(image)
+    whole = Image.new("RGB", (rule.width, rule.height), rule.fill)
+    whole.paste(image, ((rule.width - image.width) // 2, (rule.height - image.height) // 2))
+    return np.asarray(whole)
 
 
 def _small_jpeg(body: bytes, max_pixels: int | None) -> np.ndarray | None:
@@ -228,14 +288,15 @@ def _crop_in_strips(image: Image.Image, method: Image.Transpose | None, rule: Pi
     is_on_side = method is not None and method.name in ("TRANSPOSE", "TRANSVERSE", "ROTATE_90", "ROTATE_270")
     width, height = image.size[::-1] if is_on_side else image.size
     left, top, right, bottom = crop_box(width, height, rule)
+    across, down = _inner_size(width, height, rule)
     rows = max(1, STRIP // (right - left))
-    narrow = Image.new("RGB", (rule.width, bottom - top))
+    narrow = Image.new("RGB", (across, bottom - top))
     for start in range(top, bottom, rows):
         end = min(start + rows, bottom)
         strip = image.crop(_stored((left, start, right, end), width, height, method))
         strip = _to_rgb(strip if method is None else strip.transpose(method))
-        narrow.paste(strip.resize((rule.width, end - start), Image.Resampling.BILINEAR), (0, start - top))
-    return np.asarray(narrow.resize((rule.width, rule.height), Image.Resampling.BILINEAR))
+        narrow.paste(_resized(strip, (across, end - start), rule), (0, start - top))
+    return _padded(_resized(narrow, (across, down), rule), rule)
 
 
 def _stored(

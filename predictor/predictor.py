@@ -50,7 +50,7 @@ class Predictor:
     ) -> None:
         """
         Args:
-            classify_crops: uint8 (N, S, S, 3), RGB, to probabilities float32 (N, C).
+            classify_crops: uint8 (N, height, width, 3), RGB, to probabilities float32 (N, C).
             topk: labels of a prediction; fewer where the model has fewer.
             max_pixels: of one image, checked in its header before anything is decoded; None for no limit.
             device: `cpu` or `gpu`, by which the golden images allow a difference.
@@ -95,7 +95,7 @@ class Predictor:
             return cls.load(where.folder, where.name, where.settings, gpu=gpu)
 
     def decode(self, body: bytes, elsewhere: Callable[[bytes], np.ndarray] | None = None) -> np.ndarray:
-        """An image file to the crop that the network sees, uint8 (S, S, 3), RGB.
+        """An image file to the crop that the network sees, uint8 (height, width, 3), RGB.
 
         Args:
             elsewhere: reads what is not plain, in the place of this process.
@@ -120,7 +120,7 @@ class Predictor:
         ]
 
     def infer(self, crops: np.ndarray) -> list[Prediction]:
-        """Crops uint8 (N, S, S, 3), RGB, to N predictions."""
+        """Crops uint8 (N, height, width, 3), RGB, to N predictions."""
         return self.rank(self.probabilities(crops))
 
     def predict(self, bodies: Sequence[bytes]) -> list[Prediction | ImageError]:

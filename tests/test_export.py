@@ -339,7 +339,7 @@ def test_other_architectures_export_and_agree(tmp_path, arch, capsys):
     checkpoint.save(network.state_dict(), out / "model.pt")
     weights = sha256(out / "model.pt")
     spec = ModelSpec(
-        arch=arch, labels=("a", "b", "c"), size=size, resize=size + 8, mean=(0.4,) * 3, std=(0.2,) * 3,
+        arch=arch, labels=("a", "b", "c"), height=size, width=size, resize=size + 8, mean=(0.4,) * 3, std=(0.2,) * 3,
         temperature=1.7, weights_sha256=weights,
     )  # fmt: skip
     spec.save(out / "spec.json")

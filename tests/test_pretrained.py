@@ -143,7 +143,7 @@ def test_weights_bring_the_mean_and_std_of_the_spec_beside_them(tmp_path):
     state = registry.build("googlenet", 10, 64).state_dict()
     checkpoint.save(state, tmp_path / "model.pt")
     assert registry.read_pretrained("googlenet", tmp_path / "model.pt").mean == (0.5, 0.5, 0.5)
-    spec = {"arch": "googlenet", "labels": ("a", "b"), "size": 64, "resize": 64}
+    spec = {"arch": "googlenet", "labels": ("a", "b"), "height": 64, "width": 64, "resize": 64}
     spec |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     ModelSpec(**spec, weights_sha256=registry.sha256(tmp_path / "model.pt")).save(tmp_path / "spec.json")
     found = registry.read_pretrained("googlenet", tmp_path / "model.pt")

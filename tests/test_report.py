@@ -31,7 +31,7 @@ def report(folder, labels, wrong=3, batch=None):
     logits[:wrong] = logits[:wrong].roll(1, dims=1)
     scores = calibrated_score(logits, data.test.targets, labels, 1.0)
     train = {"parameters": 1, "best_epoch": 2.5, "epochs": 2.5, "seconds": 1.0, "device": "cpu"}
-    spec = ModelSpec(arch="simplecnn", labels=labels, size=16, resize=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    spec = ModelSpec(arch="simplecnn", labels=labels, height=16, width=16, resize=16, mean=(0.5,) * 3, std=(0.5,) * 3)
     folder.mkdir()
     history = folder / "history.csv"
     rows = ["epoch,lr,train_loss,train_accuracy,val_loss,val_accuracy"]

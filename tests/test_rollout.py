@@ -29,7 +29,7 @@ from deploy.rollout import Archive, Failed, TorchServeClient, rollout, steps
 from deploy.rollout import __main__ as command
 from launcher import Ports, serving
 from predictor.pillow_preprocessing import crop, decode
-from predictor.spec import PixelRule
+from predictor.spec import ModelSpec
 from tests.conftest import PROJECT
 
 pytestmark = pytest.mark.server
@@ -61,7 +61,7 @@ class Site:
         files["digits.crops.onnx"] = turned(files["digits.crops.onnx"], int(version.split(".")[0]))
         session = onnxruntime.InferenceSession(files["digits.crops.onnx"])
         bodies = [Archive.read(self.store / "digits.mar").images[i] for i in range(len(golden["images"]))]
-        crops = np.stack([crop(decode(body), PixelRule.square(spec["size"], spec["resize"])) for body in bodies])
+        crops = np.stack([crop(decode(body), ModelSpec.from_json(files["spec.json"]).rule) for body in bodies])
         golden["probabilities"] = session.run(None, {"images": crops})[0].tolist()
         files["golden.json"] = json.dumps(golden).encode()
         files["spec.json"] = json.dumps(spec | {"weights_sha256": f"{version.replace('.', ''):0>64}"}).encode()

@@ -51,7 +51,9 @@ def test_the_recipes_network_has_pytorchs_answers_in_every_runtime_of_python(tmp
     network = registry.build("fastnet_small", 3, 32)
     network(torch.randn(64, 3, 32, 32))  # BatchNorm has statistics
     labels = ("a", "b", "c")
-    spec = ModelSpec(arch="fastnet_small", labels=labels, size=32, resize=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    spec = ModelSpec(
+        arch="fastnet_small", labels=labels, height=32, width=32, resize=32, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
     classifier = Classifier(network, spec).eval()
     traced = exported_program.trace(classifier)
     torchscript.save(classifier, spec, tmp_path / "net.pt")

@@ -4,13 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from predictor.spec import SPEC_VERSION, ModelSpec, SpecError
+from predictor.spec import COLOURS, INTERPOLATIONS, SPEC_VERSION, ModelSpec, PixelRule, SpecError
 
 GOOD = {
     "arch": "simplecnn",
     "labels": ["cat", "dog"],
-    "size": 32,
+    "height": 32,
+    "width": 48,
     "resize": 36,
+    "interpolation": "bicubic",
+    "fit": "crop",
+    "fill": [0, 0, 0],
+    "colour": "srgb",
     "mean": [0.5, 0.5, 0.5],
     "std": [0.2, 0.2, 0.2],
     "spec_version": SPEC_VERSION,
@@ -22,8 +27,12 @@ specs = st.builds(
     ModelSpec,
     arch=text,
     labels=st.lists(text, min_size=2, max_size=6, unique=True).map(tuple),
-    size=st.integers(1, 512),
+    height=st.integers(1, 512),
+    width=st.integers(1, 512),
     resize=st.integers(512, 600),
+    interpolation=st.sampled_from(INTERPOLATIONS),
+    fill=st.tuples(*[st.integers(0, 255)] * 3),
+    colour=st.sampled_from(COLOURS),
     mean=st.tuples(number, number, number),
     std=st.tuples(*[st.floats(1e-3, 4)] * 3),
     temperature=st.floats(0.01, 100),
@@ -53,10 +62,19 @@ def test_a_spec_survives_the_round_trip_through_a_file(tmp_path):
         ({"labels": ["cat", " "]}, ["'labels'", "not blank"]),
         ({"labels": ["cat", "do\ng"]}, ["'labels'", "printable"]),
         ({"labels": 7}, ["int"]),
-        ({"size": 0}, ["'size'", "from 1 to 4096"]),
-        ({"size": True}, ["'size'"]),
-        ({"size": "32"}, ["'size'", "whole number"]),
+        ({"height": 0}, ["'height'", "from 1 to 4096"]),
+        ({"width": True}, ["'width'"]),
+        ({"width": "32"}, ["'width'", "whole number"]),
         ({"resize": 31}, ["'resize'", "from 32"]),
+        ({"interpolation": "nearest"}, ["'interpolation'", "bilinear, bicubic, lanczos"]),
+        ({"fit": "stretch"}, ["'fit'", "crop, squash, pad"]),
+        ({"fit": "pad"}, ["'resize' is 36", "'pad'", "must be 32"]),
+        ({"fit": ["pad"]}, ["'fit'", "one of"]),
+        ({"fill": [0, 0]}, ["'fill'", "three"]),
+        ({"fill": [0, 0, 256]}, ["'fill'", "from 0 to 255"]),
+        ({"fill": 0}, ["int"]),
+        ({"colour": "adobe"}, ["'colour'", "srgb, as-stored"]),
+        ({"size": 32}, ["unknown field 'size'", "known are"]),
         ({"mean": [0, 0]}, ["'mean'", "three numbers"]),
         ({"std": [1, 1, 0]}, ["'std'", "above 0"]),
         ({"std": [1, 1, float("nan")]}, ["'std'", "three numbers"]),
@@ -64,7 +82,6 @@ def test_a_spec_survives_the_round_trip_through_a_file(tmp_path):
         ({"metrics": {"accuracy": "good"}}, ["'metrics'", "finite numbers"]),
         ({"weights_sha256": "abc"}, ["'weights_sha256'", "64"]),
         ({"versions": {"torch": 2}}, ["'versions'", "texts"]),
-        ({"colour": 1}, ["unknown field 'colour'", "known are"]),
         ({"arch": ""}, ["'arch'"]),
         ({"spec_version": SPEC_VERSION + 1}, ["'spec_version'", "reads up to", "newer"]),
         ({"spec_version": 0}, ["'spec_version'"]),
@@ -82,7 +99,7 @@ def test_a_broken_rule_is_named_with_file_field_and_fix(tmp_path, change, words)
         assert word in message
 
 
-@pytest.mark.parametrize("field", ["arch", "labels", "size", "spec_version"])
+@pytest.mark.parametrize("field", ["arch", "labels", "height", "fit", "colour", "spec_version"])
 def test_a_missing_field_is_named(field):
     with pytest.raises(SpecError, match=f"'{field}' is missing"):
         ModelSpec.from_json(json.dumps({k: v for k, v in GOOD.items() if k != field}))
@@ -97,3 +114,39 @@ def test_what_is_no_object_is_refused(text):
 def test_a_missing_file_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(SpecError, match=r"no such file.*train\.py"):
         ModelSpec.load(tmp_path / "spec.json")
+
+
+VERSION_1 = {key: value for key, value in GOOD.items() if key not in PixelRule.__dataclass_fields__}
+VERSION_1 |= {"size": 32, "resize": 36, "spec_version": 1}
+
+
+def test_version_1_is_read_as_what_it_meant():
+    spec = ModelSpec.from_json(json.dumps(VERSION_1))
+    assert spec.rule == PixelRule(
+        height=32, width=32, resize=36, interpolation="bilinear", fit="crop", colour="as-stored"
+    )
+    assert spec.spec_version == SPEC_VERSION
+    assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"size": 0}, "'size' is 0; it must be a whole number from 1"),
+        ({"resize": 31}, "'resize' is 31"),
+        ({"fit": "crop"}, "unknown field 'fit'"),
+    ],
+)
+def test_what_version_1_did_not_allow_is_refused(change, words):
+    with pytest.raises(SpecError, match=f"spec.json: {words}"):
+        ModelSpec.from_json(json.dumps(VERSION_1 | change))
+
+
+def test_a_missing_field_of_version_1_is_named():
+    with pytest.raises(SpecError, match="'size' is missing"):
+        ModelSpec.from_json(json.dumps({key: value for key, value in VERSION_1.items() if key != "size"}))
+
+
+def test_a_rule_can_be_read_by_people():
+    rule = ModelSpec(**GOOD | {"fit": "pad", "resize": 32, "fill": [1, 2, 3]}).rule
+    assert rule.in_words() == "48×32 px, whole image, padded with RGB 1, 2, 3, bicubic, colours converted to sRGB"

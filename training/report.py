@@ -148,7 +148,7 @@ def _facts(spec: ModelSpec, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("calibration error", f"{test['ece']:.4f} ({test['ece_uncalibrated']:.4f} without temperature)"),
         ("validation accuracy", f"{metrics['val']['accuracy']:.2%} (epoch {train['best_epoch']:g})"),
         ("training", f"{train['epochs']:g} epochs in {train['seconds']:.0f} s on {train['device']}"),
-        ("pixels", f"centred square, {spec.size}×{spec.size} px (short edge {spec.resize})"),
+        ("pixels", spec.rule.in_words()),
         ("weights SHA-256", spec.weights_sha256),
     ]
 

@@ -94,7 +94,8 @@ def make_spec(
     return ModelSpec(
         arch=plan.arch,
         labels=tuple(data.labels),
-        size=plan.size,
+        height=plan.size,
+        width=plan.size,
         resize=plan.resize,
         mean=mean,
         std=std,

@@ -8,7 +8,7 @@ from PIL import Image
 
 def crop(body, spec):
     """uint8 (S, S, 3) of an image file."""
-    size, resize = spec["size"], spec["resize"]
+    size, resize = spec["height"], spec["resize"]  # square, bilinear and a crop, as in every model that is measured
     image = Image.open(io.BytesIO(body)).convert("RGB")
     side = max(1, (2 * min(image.size) * size + resize) // (2 * resize))
     left, top = (image.width - side) // 2, (image.height - side) // 2

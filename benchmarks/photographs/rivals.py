@@ -71,7 +71,8 @@ def run(
         out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_suffix(".part.npz")  # what a killed run leaves is not taken for a whole one
         given = {"--data": data, "--minutes": minutes, "--seed": seed, "--threads": threads, "--out": part}
-        command = [python, "-m", f"benchmarks.photographs.{module}", *(str(x) for pair in given.items() for x in pair)]
+        command = [str(python), "-m", f"benchmarks.photographs.{module}"]
+        command += [str(x) for pair in given.items() for x in pair]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         said = subprocess.run(
             [*command, *(["--", *options] if options else [])],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import time
@@ -14,25 +13,23 @@ import numpy as np
 
 from predictor import backends
 from predictor.pillow_preprocessing import crop, decode
-from predictor.spec import PixelRule
+from predictor.spec import ModelSpec
 
 
 class InProcess:
     """The work that no server can avoid: decode, crop, forward pass, in this process, on one thread."""
 
     def __init__(self, export: Path, name: str, backend: str) -> None:
-        self.spec = json.loads((export / "spec.json").read_text())
+        self.spec = ModelSpec.load(export)
         self.run = backends.load(backend, export, name)
 
     def classify(self, bodies: Sequence[bytes]) -> np.ndarray:
         """Probabilities float32 (N, C)."""
-        return self.run(
-            np.stack([crop(decode(body), PixelRule.square(self.spec["size"], self.spec["resize"])) for body in bodies])
-        )
+        return self.run(np.stack([crop(decode(body), self.spec.rule) for body in bodies]))
 
     def best(self, bodies: Sequence[bytes]) -> list[tuple[str, float]]:
         rows = self.classify(bodies)
-        return [(self.spec["labels"][int(row.argmax())], float(row.max())) for row in rows]
+        return [(self.spec.labels[int(row.argmax())], float(row.max())) for row in rows]
 
 
 def ceiling(export: Path, name: str, backend: str, bodies: list[bytes], batch: int, seconds: float) -> float:

@@ -37,8 +37,8 @@ def make_large(folder: Path) -> Path:
     torch.manual_seed(0)
     mean, std = registry.IMAGENET_MEAN, registry.IMAGENET_STD
     labels = tuple(f"class {i}" for i in range(10))
-    spec = ModelSpec(arch="resnet18", labels=labels, size=224, resize=256, mean=mean, std=std)
-    classifier = Classifier(registry.build("resnet18", len(labels), spec.size), spec).eval()
+    spec = ModelSpec(arch="resnet18", labels=labels, height=224, width=224, resize=256, mean=mean, std=std)
+    classifier = Classifier(registry.build("resnet18", len(labels), spec.height), spec).eval()
     export = folder / LARGE
     export.mkdir()
     torchscript.save(classifier, spec, export / f"{LARGE}.pt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from model.serving_graphs import Classifier, CropGraph
-from model.tensor_preprocessing import resize_crop
 from predictor.files import atomic_write
 from predictor.spec import ModelSpec
 
@@ -43,26 +42,25 @@ def trace(classifier: Classifier) -> dict[str, Program]:
     Raises:
         RuntimeError: torch.export cannot express the network; the message is its own.
     """
-    size, batch = classifier.size, Dim("batch")
-    crops = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8)
-    pixels = torch.randint(0, 256, (2, size + 9, size + 14, 3), dtype=torch.uint8)
+    height, width, batch = classifier.height, classifier.width, Dim("batch")
+    crops = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (2, height + 9, width + 14, 3), dtype=torch.uint8)
     image_dimensions = {0: batch, 1: Dim("height"), 2: Dim("width")}
-    resize = _Function(lambda images: resize_crop(images, size, classifier.resize))
     return {
-        "resize": _trace(resize, pixels, image_dimensions, "images", "crops"),
-        "network": trace_network(classifier.network, size),
+        "resize": _trace(classifier.resize, pixels, image_dimensions, "images", "crops"),
+        "network": trace_network(classifier.network, height, width),
         "crops": _trace(CropGraph(classifier), crops, {0: batch}, "images", "probabilities"),
         "pixels": _trace(classifier, pixels, image_dimensions, "images", "probabilities"),
     }
 
 
-def trace_network(network: nn.Module, size: int) -> Program:
-    """The network alone: normalised float32 (N, 3, size, size) to logits (N, C).
+def trace_network(network: nn.Module, height: int, width: int) -> Program:
+    """The network alone: normalised float32 (N, 3, height, width) to logits (N, C).
 
     Raises:
         RuntimeError: as `trace`.
     """
-    return _trace(network, torch.randn(2, 3, size, size), {0: Dim("batch")}, "input", "logits")
+    return _trace(network, torch.randn(2, 3, height, width), {0: Dim("batch")}, "input", "logits")
 
 
 def save(programs: Mapping[str, Program], spec: ModelSpec, folder: Path, name: str) -> None:
@@ -82,17 +80,6 @@ def load(path: Path) -> tuple[nn.Module, ModelSpec]:
     with _quiet():
         module = torch.export.load(path, extra_files=extra).module()
     return module, ModelSpec.from_json(extra[SPEC_FILE], source=str(path))
-
-
-class _Function(nn.Module):
-    """A function as a module, for torch.export."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, value: Tensor) -> Tensor:
-        return self.function(value)
 
 
 def _trace(module: nn.Module, example: Tensor, dimensions: dict[int, Any], input: str, output: str) -> Program:

@@ -42,17 +42,17 @@ def crop_graph(network: onnx.ModelProto, spec: ModelSpec) -> onnx.ModelProto:
     """`Classifier.classify_crops` around a network graph in fp32, fp16 or int8: normalisation and softmax are in float.
 
     Args:
-        network: `input` float32 (N, 3, S, S), normalised, to `logits` float32 (N, C).
+        network: `input` float32 (N, 3, H, W), normalised, of the spec's size, to `logits` float32 (N, C).
 
     Returns:
-        `images` uint8 (N, S, S, 3) to `probabilities` float32 (N, C). `network` is left as it is.
+        `images` uint8 (N, H, W, 3) to `probabilities` float32 (N, C). `network` is left as it is.
     """
     std, mean = np.array(spec.std, np.float32), np.array(spec.mean, np.float32)
     # Repeated for a whole row of pixels: ONNX Runtime moves the Transpose away, since its int8 convolution takes NHWC,
     # and a broadcast whose inner loop is 3 long would take a tenth of int8 ResNet-18's time at 224 px.
     values = {
-        "crops.scale": np.tile(1 / (255 * std), (spec.size, 1)),
-        "crops.shift": np.tile(mean / std, (spec.size, 1)),
+        "crops.scale": np.tile(1 / (255 * std), (spec.width, 1)),
+        "crops.shift": np.tile(mean / std, (spec.width, 1)),
         "crops.temperature": np.array([spec.temperature], np.float32),
     }
     make, float32 = onnx.helper.make_node, onnx.TensorProto.FLOAT
@@ -72,7 +72,7 @@ def crop_graph(network: onnx.ModelProto, spec: ModelSpec) -> onnx.ModelProto:
     del graph.node[:], graph.input[:], graph.output[:]
     graph.node.extend(nodes)
     graph.initializer.extend(onnx.numpy_helper.from_array(value, key) for key, value in values.items())
-    graph.input.append(declare("images", onnx.TensorProto.UINT8, ("batch", spec.size, spec.size, 3)))
+    graph.input.append(declare("images", onnx.TensorProto.UINT8, ("batch", spec.height, spec.width, 3)))
     graph.output.append(declare("probabilities", float32, ("batch", len(spec.labels))))
     return model
 

@@ -69,7 +69,7 @@ def make_fp16(network: nn.Module, spec: ModelSpec, folder: Path, name: str) -> N
     Raises:
         RuntimeError: the network cannot be expressed so.
     """
-    half = exported_program.trace_network(_Half(network), spec.size)
+    half = exported_program.trace_network(_Half(network), spec.height, spec.width)
     _write_both(onnx_files.convert(half), spec, folder, f"{name}{{}}.fp16.onnx", {})
 
 

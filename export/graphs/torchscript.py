@@ -22,7 +22,7 @@ def save(classifier: Classifier, spec: ModelSpec, path: Path) -> None:
     The network is traced, since a user's own network need not be scriptable; the rest is scripted, so that N, H and W
     stay open.
     """
-    example = torch.randn(2, 3, spec.size, spec.size)
+    example = torch.randn(2, 3, spec.height, spec.width)
     with torch.no_grad(), _quiet():
         network = torch.jit.trace(classifier.network.eval(), example, check_trace=False)  # parity checks it
         module = torch.jit.script(Classifier(network, spec).eval())

@@ -466,17 +466,17 @@ def _images(spec: ModelSpec, graph: str) -> np.ndarray:
     """Noise around a colour and a contrast for each image, so that they get different answers.
 
     Returns:
-        For `network` float32 (N, 3, S, S), normalised; else uint8 (N, S, S, 3).
+        For `network` float32 (N, 3, H, W), normalised; else uint8 (N, H, W, 3).
     """
     random = np.random.default_rng(0)
     colours = random.uniform(0, 255, (IMAGES, 1, 1, 3))
     contrasts = np.linspace(5, 120, IMAGES).reshape(-1, 1, 1, 1)  # grey levels
-    noise = random.standard_normal((IMAGES, spec.size, spec.size, 3))
+    noise = random.standard_normal((IMAGES, spec.height, spec.width, 3))
     pixels = (colours + contrasts * noise).clip(0, 255).astype(np.uint8)
     if graph != "network":
         return pixels
     planes = (pixels / 255 - np.array(spec.mean)) / np.array(spec.std)
-    return np.ascontiguousarray(planes.transpose(0, 3, 1, 2), dtype=np.float32)  # (N, 3, S, S)
+    return np.ascontiguousarray(planes.transpose(0, 3, 1, 2), dtype=np.float32)  # (N, 3, H, W)
 
 
 # Helpers

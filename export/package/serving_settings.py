@@ -57,7 +57,7 @@ def measure(folder: Path, name: str, spec: ModelSpec, wanted: str = "auto") -> l
     if wanted != "auto" and wanted not in found:
         raise ValueError(f"--backend {wanted}: {FILES[wanted].format(name)} was not written; choose another, or auto")
     workers = {backend: load(backend, folder, name, threads=THREADS) for backend in found}
-    shape = (spec.size, spec.size, 3)
+    shape = (spec.height, spec.width, 3)
     random = np.random.default_rng(0)
     times: dict[str, dict[str, float]] = {backend: {} for backend in found}
     for batch in BATCHES:

@@ -22,7 +22,7 @@ from export.graphs.exported_program import GRAPHS
 from export.proof.images import Named
 from export.proof.runtimes import INSTALLED, RUNTIMES, Batch, Crashed, Missing
 from model.serving_graphs import Classifier
-from model.tensor_preprocessing import normalise, resize_crop
+from model.tensor_preprocessing import normalise
 from predictor.files import write_text
 from predictor.pillow_preprocessing import crop
 from predictor.spec import ModelSpec
@@ -95,7 +95,7 @@ def verify(
     served = RUNTIMES["TorchScript"](folder, name, "crops", cases["crops"].batches)  # as the handler: Pillow first
     got, pixels = torch.from_numpy(np.concatenate(served.outputs)), cases["pixels"]
     rows.append(compare("pixels", "Pillow + crops", served.version, pixels.reference, got, PIXEL_TOLERANCE, names))
-    resized = [resize_crop(torch.from_numpy(part), spec.size, spec.resize) for part in pixels.batches]
+    resized = [classifier.resize(torch.from_numpy(part)) for part in pixels.batches]
     rows.append(_compare_levels(crops, torch.cat(resized), names))
     return rows
 
@@ -203,7 +203,7 @@ def _cases(classifier: Classifier, crops: Tensor, pixels: list[np.ndarray]) -> d
     """The graphs by name, each on the same images.
 
     Args:
-        crops: uint8 (N, S, S, 3).
+        crops: uint8 (N, H, W, 3), of the spec's size.
         pixels: the same images whole, uint8 (H, W, 3).
     """
     planes = normalise(crops, classifier.mean, classifier.std)
@@ -238,7 +238,7 @@ def _row(case: _Case, runtime: str, folder: Path, name: str, names: Sequence[str
 
 
 def _compare_levels(expected: Tensor, resized: Tensor, names: Sequence[str]) -> Row:
-    levels = (expected.int() - resized.int()).abs().flatten(1).double()  # (N, S * S * 3)
+    levels = (expected.int() - resized.int()).abs().flatten(1).double()  # (N, H * W * 3)
     largest = float(levels.max())
     return Row(
         "resize",
