@@ -5,10 +5,11 @@ A corrupt image stops a run, with all such files named, or is left out where the
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from dataset.image_store import FilePixels
 from dataset.sources import DataError, Entry, ImageInput, Source, Unreadable, printable
+from dataset.sources.archives import TarSource, ZipSource
+from dataset.sources.folders import FolderSource
+from dataset.sources.tables import TableSource
 from predictor.pillow_preprocessing import ImageError, crop, read
 from predictor.spec import PixelRule
 
@@ -46,7 +50,39 @@ def decode_all(
     Returns:
         The reason for each image that cannot be read, by its index.
     """
+
+    def decode(index: int, image: bytes | Image.Image) -> None:
+        crops[rows[index]] = square(image, rule)
+        on_decoded(index, image)
+
+    return decode_each(source, rows.keys(), decode, workers=workers, progress=progress)
+
+
+def square(image: bytes | Image.Image, rule: PixelRule) -> Tensor:
+    """uint8 (height, width, 3): what the pixel rule makes of an image."""
+    return torch.from_numpy((read(image, rule) if isinstance(image, bytes) else crop(image, rule)).copy())
+
+
+def decode_each(
+    source: Source,
+    wanted: Collection[int],
+    decode: Callable[[int, bytes | Image.Image], None],
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[int, str]:
+    """Has each of some images of a source decoded by one of the threads.
+
+    Args:
+        wanted: indices in `source.entries`.
+        decode: takes an index and its image; an ImageError or MemoryError from it is the reason that is returned.
+        workers, progress: as in `decode_all`.
+
+    Returns:
+        The reason for each image that cannot be read, by its index.
+    """
     unreadable: dict[int, str] = {}
+    some, indices = _narrowed(source, wanted)
 
     def decode_some(items: list[tuple[int, ImageInput]]) -> None:
         for index, image in items:
@@ -54,18 +90,15 @@ def decode_all(
                 unreadable[index] = image.reason
                 continue
             try:
-                square = read(image, rule) if isinstance(image, bytes) else crop(image, rule)
+                decode(index, image)
             except (ImageError, MemoryError) as error:
                 unreadable[index] = _reason(error)
-                continue
-            crops[rows[index]] = torch.from_numpy(square.copy())
-            on_decoded(index, image)
 
     done = 0
-    wanted = (item for item in source.read() if item[0] in rows)
-    for count in _in_threads(decode_some, _batches(wanted), workers or os.cpu_count() or 1):
+    items = ((indices[i], image) for i, image in some.read() if indices[i] in wanted)
+    for count in _in_threads(decode_some, _batches(items), workers or os.cpu_count() or 1):
         done += count
-        progress(done, len(rows))
+        progress(done, len(wanted))
     return unreadable
 
 
@@ -99,6 +132,15 @@ def as_file(image: ImageInput) -> bytes:
     buffer = io.BytesIO()
     Image.Image.save(image, buffer, "PNG")
     return buffer.getvalue()
+
+
+def _narrowed(source: Source, wanted: Collection[int]) -> tuple[Source, Sequence[int]]:
+    """A source of only the wanted images, where the others need not be read, and its images' indices in `source`."""
+    if not isinstance(source, (FolderSource, TableSource, ZipSource, TarSource)):
+        return source, range(len(source.entries))
+    indices, some = sorted(wanted), copy.copy(source)
+    some.entries = [source.entries[index] for index in indices]
+    return some, indices
 
 
 def _reason(error: ImageError | MemoryError) -> str:

@@ -16,6 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from dataset.frames import Frames, FrameSquares
 from dataset.sources import DataError
 
 READERS = 8  # threads that read rows of a file
@@ -70,9 +71,10 @@ class Split:
     """N labelled images, as rows of a tensor that the splits share.
 
     pixels: uint8 (all, S, S, 3), RGB; rows: int64 (N,), indices into it; targets: int64 (N,), indices of labels.
+    Of a training split that random crops are cut out of, they are whole frames; its squares are then made of these.
     """
 
-    pixels: Tensor | FilePixels
+    pixels: Tensor | FilePixels | FrameSquares
     rows: Tensor
     targets: Tensor
     names: list[str]  # as Entry.key
@@ -80,6 +82,11 @@ class Split:
     def crops(self, chosen: Tensor | slice) -> Tensor:
         """uint8 (n, S, S, 3) of the chosen images."""
         return self.pixels[self.rows[chosen]]
+
+    @property
+    def frames(self) -> Frames | None:
+        """The whole images, by `rows`; None where there are only squares."""
+        return self.pixels.frames if isinstance(self.pixels, FrameSquares) else None
 
     def read_ahead(self, chosen: Tensor) -> None:
         """Says that these are wanted next: where images stream from a file, they are read meanwhile."""
@@ -122,11 +129,12 @@ def allocate(
         return torch.empty((count, size, size, 3), dtype=torch.uint8)
     where = scratch or tempfile.gettempdir()
     space = shutil.disk_usage(where).free
-    if needed > space:
+    if needed * processes > space:
+        each = f" for each of {processes} processes" if processes > 1 else ""
         raise DataError(
-            f"the images take {needed / 1e9:.1f} GB, over half of the free memory ({free / 1e9:.1f} GB), and {where} "
-            f"has room for {space / 1e9:.1f} GB; choose another disk ({'--out' if scratch else 'TMPDIR'}), or a "
-            "smaller --size"
+            f"the images take {needed / 1e9:.1f} GB{each}, over half of the free memory ({free / 1e9:.1f} GB), and "
+            f"{where} has room for {space / 1e9:.1f} GB; choose another disk ({'--out' if scratch else 'TMPDIR'}), or "
+            "a smaller --size"
         )
     say(
         f"the images take {needed / 1e9:.1f} GB, over half of the free memory ({free / 1e9:.1f} GB): "
@@ -155,9 +163,9 @@ def on_device(data: Data, device: torch.device, free: int) -> Data:
     Args:
         free: bytes of the device's memory.
     """
-    pixels = data.train.pixels
-    if isinstance(pixels, FilePixels) or pixels.nbytes > free // 4:
+    pixels = data.val.pixels
+    if not isinstance(pixels, Tensor) or pixels.nbytes > free // 4:
         return data
     copied = pixels.to(device)
-    train, val, test = (replace(split, pixels=copied) for split in (data.train, data.val, data.test))
-    return replace(data, train=train, val=val, test=test)
+    names = ("train", "val", "test") if data.train.pixels is pixels else ("val", "test")
+    return replace(data, **{name: replace(getattr(data, name), pixels=copied) for name in names})

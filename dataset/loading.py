@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dataset import splits
-from dataset.decoding import as_file, decode_all, name_unreadable, unreadable_images
+from dataset.decoding import as_file, decode_each, name_unreadable, square, unreadable_images
+from dataset.frames import Frames, FrameSquares, MemoryBodies, make_frame
 from dataset.image_store import Data, FilePixels, Split, allocate
 from dataset.sample_images import choose_samples, name_samples
-from dataset.sources import DataError, ImageInput, Source, open_source, printable
+from dataset.sources import DataError, Source, open_source, printable
+from dataset.store import StoredBodies, bodies_for
 from predictor.spec import PixelRule
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FrameOptions:
+    """How the training images are kept as whole frames.
+
+    edge: px, their short edge at the most; store: where, as `dataset.store.bodies_for` takes it.
+    """
+
+    edge: int
+    store: str = "auto"
 
 
 def load(
@@ -27,6 +42,7 @@ def load(
     test_fraction: float = 0.1,
     split_seed: int = 0,
     known: Mapping[str, str] | None = None,
+    frames: FrameOptions | None = None,
     skip_bad: bool = False,
     download_dir: str = "data",
     scratch: Path | None = None,
@@ -39,6 +55,8 @@ def load(
 
     Args:
         known: of a run that goes on: the splits that its images have, by name.
+        frames: keep the training images as whole frames, which random crops are cut out of; else all images become
+            squares by the rule.
         skip_bad: leave images out that cannot be read.
         scratch: folder for a temporary file, used where the images would fill the memory.
         workers: threads that decode; by default one for each core.
@@ -55,27 +73,48 @@ def load(
     for warning in splits.check_splits(source.name, source.entries, assigned):
         say(warning)
     sampled = choose_samples(source.entries, assigned)
-    crops = allocate(len(assigned), rule.height, scratch, processes=processes, say=say)
+    whole = [index for index, split in enumerate(assigned) if frames and split == "train"]
+    squares = [index for index, split in enumerate(assigned) if not (frames and split == "train")]
+    crops = allocate(len(squares), rule.height, scratch, processes=processes, say=say)
+    rows = {index: row for indices in (whole, squares) for row, index in enumerate(indices)}
+    bodies: MemoryBodies | StoredBodies = MemoryBodies(0, "raw")
+    if frames:
+        bodies = bodies_for(data, source, whole, frames.edge, frames.store, processes=processes, say=say)
     files: dict[int, bytes] = {}
 
-    def keep_sample(index: int, image: ImageInput) -> None:
+    def decode(index: int, image: bytes | Image.Image) -> None:
+        if frames and assigned[index] == "train":
+            bodies[rows[index]] = make_frame(image, frames.edge)
+            return
+        crops[rows[index]] = square(image, rule)
         if index in sampled:
             files[index] = as_file(image)
 
-    rows = {index: index for index in range(len(assigned))}
-    unreadable = decode_all(source, rows, crops, rule, workers=workers, progress=progress, on_decoded=keep_sample)
+    with bodies.filling(say):
+        wanted = {*squares, *(whole[row] for row in bodies.missing)}
+        unreadable = decode_each(source, wanted, decode, workers=workers, progress=progress)
     skipped = name_unreadable(source.entries, unreadable)
     if skipped and not skip_bad:
         raise unreadable_images(data, skipped, len(assigned))
-    by_split = _by_split(source, assigned, crops, unreadable)
+    pixels: dict[str, Tensor | FilePixels | FrameSquares] = dict.fromkeys(splits.SPLITS, crops)
+    if frames:
+        pixels["train"] = FrameSquares(Frames(bodies, workers), rule)
+    by_split = _by_split(source, assigned, pixels, rows, unreadable)
     samples = name_samples(source.entries, files)
     return Data(source.name, source.labels, source.flips, **by_split, samples=samples, skipped=skipped)
 
 
 def _by_split(
-    source: Source, assigned: Sequence[str], crops: Tensor | FilePixels, unreadable: Mapping[int, str]
+    source: Source,
+    assigned: Sequence[str],
+    pixels: Mapping[str, Tensor | FilePixels | FrameSquares],
+    rows: Mapping[int, int],
+    unreadable: Mapping[int, str],
 ) -> dict[str, Split]:
     """The readable images of each split.
+
+    Args:
+        pixels: by split; rows: of each image its row there, by its index.
 
     Raises:
         DataError: a split has none, or a class none to train on.
@@ -83,10 +122,11 @@ def _by_split(
     index_of = {label: i for i, label in enumerate(source.labels)}
     found = {}
     for split in splits.SPLITS:
-        rows = [row for row, own in enumerate(assigned) if own == split and row not in unreadable]
-        targets = torch.tensor([index_of[source.entries[row].label] for row in rows], dtype=torch.int64)
-        found[split] = Split(crops, torch.tensor(rows), targets, [source.entries[row].key for row in rows])
-        if not rows:
+        chosen = [index for index, own in enumerate(assigned) if own == split and index not in unreadable]
+        targets = torch.tensor([index_of[source.entries[index].label] for index in chosen], dtype=torch.int64)
+        places = torch.tensor([rows[index] for index in chosen], dtype=torch.int64)
+        found[split] = Split(pixels[split], places, targets, [source.entries[index].key for index in chosen])
+        if not chosen:
             raise DataError(f"{source.name}: no readable image is left in {split}; see the list of unreadable files")
     if empty := sorted(set(source.labels) - {source.labels[i] for i in found["train"].targets.tolist()}):
         raise DataError(f"{source.name}: class '{empty[0]}' has no readable training image; add some")

@@ -87,7 +87,9 @@ LABELS = 1013  # as no other layer has of anything
 )
 def test_the_head_is_what_depends_on_the_labels(name, heads):
     with torch.device("meta"):
-        network = registry._build(f"timm/{name}", LABELS, registry.preset(f"timm/{name}").size)
+        network = registry._build(
+            f"timm/{name}", LABELS, registry.preset(f"timm/{name}").size, registry.preset(f"timm/{name}").size
+        )
     names = set(registry.head_names(network))
     assert {n for n, value in network.named_parameters() if LABELS in value.shape} <= names
     assert {next(head for head in heads if n.startswith(f"{head}.")) for n in names} == set(heads)

@@ -94,7 +94,7 @@ def test_nothing_in_a_plan_is_optional_and_every_option_is_decided_or_used_befor
     kinds = get_type_hints(Plan)
     assert not [name for name, kind in kinds.items() if type(None) in get_args(kind)]
     before = {"data", "out", "download_dir", "val_fraction", "test_fraction", "split_seed", "skip_bad", "workers"}
-    assert set(option_names()) - set(kinds) == before | {"pretrained", "weights", "minutes"}
+    assert set(option_names()) - set(kinds) == before | {"store", "pretrained", "weights", "minutes"}
 
 
 def test_a_plan_is_what_the_options_left_open():

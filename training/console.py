@@ -121,9 +121,11 @@ def announce(options: TrainOptions, plan: Plan, data: Data, seconds: float) -> N
     lengths += [f"{plan.seconds / 60:g} minutes"] if math.isfinite(plan.seconds) else []
     if plan.balance == "none" and (line := say_uneven(data.train.targets, data.labels)):
         log.info(line)
+    crops = f"random crops of {plan.crop_scale:g} to 1 of the area at {plan.train_size} px"
+    moved = crops if plan.crop_scale else f"shift {plan.crop_padding} px"
     log.info(
         f"{plan.arch} at {plan.size} px for {' or '.join(lengths)} on {plan.device}; batches of {plan.batch_size}, "
-        f"flip {'on' if plan.flip else 'off'}, shift {plan.crop_padding} px, jitter {plan.jitter:g}"
+        f"flip {'on' if plan.flip else 'off'}, {moved}, jitter {plan.jitter:g}"
     )
     extras = [name.replace("_", " ") + ("" if on is True else f" {on}") for name, on in options.switched_on.items()]
     if distributed.world() > 1:

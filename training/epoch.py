@@ -14,6 +14,7 @@ from torch import Tensor
 from dataset.image_store import Data, Split
 from model.registry import train_mode
 from training import distributed
+from training.ahead import Ahead
 from training.balance import draw_evenly
 from training.batchnorm import estimate_statistics
 from training.evaluation import evaluate
@@ -22,7 +23,7 @@ from training.learner import Learner, head_of
 from training.randomness import order_generator, seed_dropout, step_generator
 from training.resolve import Plan
 from training.schedule import Schedule
-from training.step import make_batch, share_of, train_step
+from training.step import make_batch, train_step
 
 STEPS_A_LOOK = 50  # between two looks at the loss: reading it waits for the device
 SECONDS_A_LOOK = 10  # after which one process alone looks before that
@@ -113,6 +114,7 @@ def train_epoch(
     """
     train_mode(learner.network, hold_norms=plan.hold_norms)
     batches = shuffled(order_generator(plan.seed, epoch), split.targets, plan)
+    ahead = Ahead(learner, split, batches, plan, epoch)
     tally, first = Tally(len(batches), plan.device, begun), len(begun.rates) if begun else 0
     shown, looked = math.nan, time.perf_counter()
     for step, indices in enumerate(batches[first:], start=first):
@@ -121,10 +123,10 @@ def train_epoch(
             on_save(tally.together(epoch))
         if not goes_on:
             break
-        batch = make_batch(learner, split, indices, plan, step_generator(plan.seed, epoch, step))
-        if step + 1 < len(batches) and not learner.features:
-            coming = batches[step + 1]
-            split.read_ahead(coming[share_of(len(coming))])
+        batch = make_batch(
+            learner, split, indices, plan, step_generator(plan.seed, epoch, step), boxes=ahead.boxes(step)
+        )
+        ahead.prepare(step)
         seed_dropout(plan.seed, epoch, step, distributed.rank())
         loss, correct = train_step(learner, batch, plan, smaller=schedule.progress < plan.low_res)
         tally.add(loss, correct, schedule.lr, len(indices))

@@ -79,6 +79,13 @@ class TrainOptions:
     test_fraction: float = _option(0.1, "data", "share cut for test where there is no test split", low=0.001, high=0.9)
     split_seed: int = _option(0, "data", "seed of these cuts; keep it, so that runs share their test split")
     skip_bad: bool = _option(False, "data", "leave unreadable images out (and list them) instead of stopping")
+    store: str = _option(
+        "auto",
+        "data",
+        "where --crop-scale keeps whole training images: memory; DIR, for all runs; auto: memory, or a folder in the "
+        "user's cache where they would fill it (python -m dataset store lists what is there)",
+        resumable=True,
+    )
     workers: int | None = _option(
         None, "data", "threads that decode the images (default: one for each core)", low=1, high=1024, resumable=True
     )
@@ -162,6 +169,22 @@ class TrainOptions:
         low=0,
         high=4096,
         card=ALWAYS,
+    )
+    crop_scale: float = _option(
+        0.0,
+        "augmentation",
+        "smallest share of an image's area that its random crop has, such as 0.35, in the place of the shift; 0: off",
+        low=0,
+        high=1,
+        card=IF_CHANGED,
+    )
+    train_size: int | None = _option(
+        None,
+        "augmentation",
+        "side of the random crops of --crop-scale, px, which may be smaller than what is evaluated (default: --size)",
+        low=1,
+        high=4096,
+        card=IF_CHANGED,
     )
     jitter: float = _option(
         0.0, "augmentation", "brightness, contrast, saturation by ±this share; 0 for off", low=0, high=1, card=ALWAYS
@@ -370,8 +393,22 @@ class TrainOptions:
             raise ValueError(f"--layer-decay {self.layer_decay}: muon has one rate for all; pass --optimizer adamw")
         if self.unfreeze_at and self.optimizer == "muon":
             raise ValueError("--unfreeze-at: muon sets the norms of all filters anew; pass --optimizer sgd or adamw")
+        if self.train_size and not self.crop_scale:
+            raise ValueError(f"--train-size {self.train_size}: is the side of random crops; pass --crop-scale too")
+        if self.crop_scale and self.crop_padding:
+            raise ValueError(f"--crop-padding {self.crop_padding}: --crop-scale takes its place; pass one of them")
         if self.flips_only:
-            for name in ("crop_padding", "rotate", "trivial", "jitter", "erase", "mixup", "cutmix", "low_res"):
+            for name in (
+                "crop_padding",
+                "crop_scale",
+                "rotate",
+                "trivial",
+                "jitter",
+                "erase",
+                "mixup",
+                "cutmix",
+                "low_res",
+            ):
                 if value := getattr(self, name):
                     typed = flag(name) if value is True else f"{flag(name)} {value}"
                     raise ValueError(

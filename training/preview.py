@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dataset.image_store import Split
+from training.ahead import draw_boxes
 from training.epoch import shuffled
 from training.learner import Learner
 from training.randomness import order_generator, step_generator
@@ -31,7 +32,8 @@ def first_batch(learner: Learner, split: Split, plan: Plan, labels: Sequence[str
     fresh = replace(learner, features=None)
     indices = shuffled(order_generator(plan.seed, 0), split.targets, plan)[0]
     rows = torch.arange(-1, min(SHOWN, len(indices))) % len(indices)  # with the neighbour in front
-    batch = make_batch(fresh, split, indices, plan, step_generator(plan.seed, 0, 0), rows)
+    boxes = draw_boxes(split, indices, rows, plan, 0, 0)
+    batch = make_batch(fresh, split, indices, plan, step_generator(plan.seed, 0, 0), rows, boxes)
     names = [labels[target] for target in batch.targets.tolist()]
     if not batch.mix:
         return batch.inputs[1:].cpu(), names[1:]

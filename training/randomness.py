@@ -21,12 +21,17 @@ def step_generator(seed: int, epoch: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, epoch, step))
 
 
+def crop_generator(seed: int, epoch: int, step: int) -> torch.Generator:
+    """For the random crops of a batch, which are drawn some steps ahead."""
+    return torch.Generator().manual_seed(derive(seed, epoch, step, "crops"))
+
+
 def seed_dropout(seed: int, epoch: int, step: int, rank: int) -> None:
     """Seeds what a network draws in a forward pass, such as dropout: differently in each process."""
     torch.manual_seed(derive(seed, epoch, step, rank))
 
 
-def derive(*numbers: int) -> int:
+def derive(*numbers: int | str) -> int:
     """A seed, 0 to 2^63 - 1; hashed, since a Mersenne Twister gets similar states from similar seeds."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

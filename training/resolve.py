@@ -62,6 +62,8 @@ class Plan:
 
     flip: bool
     crop_padding: int
+    crop_scale: float
+    train_size: int
     jitter: float
     rotate: float
     trivial: bool
@@ -111,13 +113,16 @@ def resolve_reading(options: TrainOptions) -> Reading:
         raise ValueError(f"--resize {resize}: must be at least --size {size}")
     padding = options.crop_padding
     if padding is None:
-        padding = 0 if options.flips_only else size // 8
+        padding = 0 if options.flips_only or options.crop_scale else size // 8
     if padding >= size:
         raise ValueError(f"--crop-padding {padding}: must be below --size {size}")
     network = registry.build(options.arch, 2, size)
-    if options.low_res and not registry.takes(network, 2, shrunk(size)):
+    seen = options.train_size or size
+    if seen != size and not registry.takes(network, 2, seen):
+        raise ValueError(f"--train-size {seen}: {options.arch} of {size} px cannot take {seen} px; leave it out")
+    if options.low_res and not registry.takes(network, 2, shrunk(seen)):
         raise ValueError(
-            f"--low-res {options.low_res}: {options.arch} of {size} px cannot take {shrunk(size)} px; pass --low-res 0"
+            f"--low-res {options.low_res}: {options.arch} of {size} px cannot take {shrunk(seen)} px; pass --low-res 0"
         )
     return Reading(size, resize, padding, options.workers or os.cpu_count() or 1)
 
@@ -138,6 +143,7 @@ def resolve(options: TrainOptions, reading: Reading, *, images: int, flips: bool
         "size": reading.size,
         "resize": reading.resize,
         "crop_padding": reading.crop_padding,
+        "train_size": options.train_size or reading.size,
         "flip": flips if options.flip is None else options.flip,
         "batch_size": options.batch_size or (LARGER_BATCH if many_and_small else DEFAULT_BATCH),
         "lr": options.lr or default_lr(options),
@@ -163,6 +169,7 @@ def recorded(options: TrainOptions, plan: Plan) -> TrainOptions:
         size=plan.size,
         resize=plan.resize,
         crop_padding=plan.crop_padding,
+        train_size=plan.train_size if plan.crop_scale else None,
         flip=plan.flip,
         batch_size=plan.batch_size,
         lr=plan.lr,

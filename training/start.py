@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dataset.frames import edge_for
 from dataset.image_store import Data, on_device
-from dataset.loading import load
+from dataset.loading import FrameOptions, load
 from dataset.sources import BUILT_IN
 from model import registry
 from model.fastnet import FastNet
@@ -74,6 +75,8 @@ def read_data(options: TrainOptions, reading: Reading, known: dict[str, str] | N
     """The images, decoded; see dataset.loading.load."""
     out = Path(options.out).absolute()
     alone = distributed.first_alone() if options.data in BUILT_IN else nullcontext()  # it may be downloaded
+    edge = edge_for(options.train_size or reading.size)
+    frames = FrameOptions(edge, options.store) if options.crop_scale else None
     with alone, reading_bar() as bar:
         return load(
             options.data,
@@ -84,6 +87,7 @@ def read_data(options: TrainOptions, reading: Reading, known: dict[str, str] | N
             skip_bad=options.skip_bad,
             workers=reading.workers,
             download_dir=options.download_dir,
+            frames=frames,
             scratch=next(folder for folder in (out, *out.parents) if folder.is_dir()),
             processes=distributed.local_world(),
             known=known,
@@ -93,6 +97,9 @@ def read_data(options: TrainOptions, reading: Reading, known: dict[str, str] | N
 
 
 def near(device: torch.device, data: Data) -> Data:
-    """The data with its images on the GPU, if there is room."""
+    """The data with its images on the GPU, if there is room; the training images where it copies from at once, if they
+    are whole frames."""
+    if device.type == "cuda" and data.train.frames:
+        data.train.frames.pin()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     return on_device(data, device, free)

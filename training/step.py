@@ -41,6 +41,7 @@ def make_batch(
     plan: Plan,
     generator: torch.Generator,
     rows: Tensor | None = None,
+    boxes: Tensor | None = None,
 ) -> Batch:
     """Draws the augmentation of a batch, and applies it to this process's share.
 
@@ -48,6 +49,7 @@ def make_batch(
         indices: int64 (B,), of the images in `split`; the same in every process.
         generator: of the step (training/randomness.py); in the same state in every process.
         rows: of the batch, in the place of this process's share.
+        boxes: of the random crops of these rows, as `training.ahead` draws them; None for the squares.
     """
     rows = share_of(len(indices)) if rows is None else rows
     chosen = indices[rows]
@@ -55,13 +57,16 @@ def make_batch(
     targets = split.targets[chosen].to(plan.device)
     if learner.features:
         return Batch(learner.features.choose(chosen, draws).to(plan.device), targets, None, len(indices))
-    crops = split.crops(chosen).to(plan.device)
+    if boxes is not None and split.frames:
+        crops = split.frames.crops(split.rows[chosen], boxes, plan.train_size).to(plan.device, non_blocking=True)
+    else:
+        crops = split.crops(chosen).to(plan.device)
     crops = flip_and_shift(crops, plan.flip, plan.crop_padding, draws)
     crops = rotate(crops, plan.rotate, draws)
     crops = trivial_augment(crops, draws) if plan.trivial else crops
     crops = jitter(crops, plan.jitter, draws)
     crops = erase(crops, plan.erase, draws)
-    mix = draw_mix(plan.mixup, plan.cutmix, plan.size, generator)
+    mix = draw_mix(plan.mixup, plan.cutmix, crops.shape[1], generator)
     return Batch(crops, targets, mix, len(indices))
 
 

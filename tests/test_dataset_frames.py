@@ -1,0 +1,242 @@
+"""Training images as whole frames: crops equal Pillow's, and a run with random crops repeats to the bit."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import resume as kills
+from dataset import frames as frames_module
+from dataset.frames import Frames, MemoryBodies, edge_for, encode, make_frame, resized_box, view
+from dataset.loading import FrameOptions, load
+from predictor.pillow_preprocessing import crop, decode
+from predictor.spec import PixelRule
+from tests.folders import COLOURS, image, make_folder
+from tests.learning import Training, make_plan
+from train import main
+from training import ahead
+from training.epoch import shuffled
+from training.options import TrainOptions
+from training.resolve import resolve_reading
+
+
+def photograph(size, seed=0):
+    """Smooth and noisy, as photographs are."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def jpeg(picture, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def frames():
+    bodies = MemoryBodies(5, "raw")
+    for row, size in enumerate([(60, 40), (40, 60), (33, 33), (90, 20), (8, 8)]):
+        bodies[row] = photograph(size, row)
+    return Frames(bodies, workers=2)
+
+
+BOXES = torch.tensor([[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 1.0, 1.0], [0.25, 0.25, 0.3, 0.3], [0.0, 0.5, 1.0, 1.0]])
+
+
+def test_a_crop_is_what_pillow_makes_of_the_box(frames):
+    rows = torch.tensor([3, 0, 4, 1])
+    crops = frames.crops(rows, BOXES, 16)
+    assert crops.shape == (4, 16, 16, 3)
+    for got, row, (left, top, right, bottom) in zip(crops, rows.tolist(), BOXES.double().tolist(), strict=True):
+        whole = photograph([(60, 40), (40, 60), (33, 33), (90, 20), (8, 8)][row], row)
+        box = (left * whole.width, top * whole.height, right * whole.width, bottom * whole.height)
+        expected = whole.resize((16, 16), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
+        np.testing.assert_array_equal(got.numpy(), np.asarray(expected))
+
+
+def test_shapes_are_height_and_width(frames):
+    assert frames.shapes(torch.tensor([3, 0])).tolist() == [[20, 90], [40, 60]]
+
+
+def test_what_was_prepared_is_taken_and_is_the_same(frames, monkeypatch):
+    rows = torch.tensor([0, 1, 2, 3])
+    expected = [frames.crops(rows, boxes, 12) for boxes in (BOXES, BOXES.flip(0))]
+    cut = []
+    monkeypatch.setattr(frames_module, "resized_box", lambda *given: cut.append(given) or resized_box(*given))
+    for boxes in (BOXES, BOXES.flip(0), BOXES):  # the last is on its way
+        frames.prepare(rows, boxes, 12)
+    assert torch.equal(frames.crops(rows, BOXES, 12), expected[0])
+    assert torch.equal(frames.crops(rows, BOXES.flip(0), 12), expected[1])
+    assert len(cut) == 8
+
+
+def test_what_was_prepared_and_not_wanted_is_dropped(frames):
+    rows = torch.tensor([0, 1, 2, 3])
+    frames.prepare(rows, BOXES, 12)
+    expected = torch.from_numpy(resized_box(frames.frame(4), (0, 0, 1, 1), 12)[None].copy())
+    assert torch.equal(frames.crops(torch.tensor([4]), torch.tensor([[0.0, 0, 1, 1]]), 12), expected)
+    assert not frames._coming
+
+
+def test_a_mistake_in_a_thread_is_not_lost(frames):
+    frames.prepare(torch.tensor([9]), BOXES[:1], 12)
+    with pytest.raises(IndexError):
+        frames.crops(torch.tensor([9]), BOXES[:1], 12)
+
+
+@pytest.mark.parametrize(
+    ("size", "edge", "expected"),
+    [
+        ((400, 300), 150, (200, 150)),
+        ((300, 400), 150, (150, 200)),
+        ((100, 120), 150, (100, 120)),
+        ((900, 7), 5, (643, 5)),
+    ],
+)
+def test_a_frames_short_edge_is_reduced_and_never_enlarged(size, edge, expected):
+    assert make_frame(photograph(size), edge).size == expected
+    assert make_frame(jpeg(photograph(size)), edge).size == expected
+
+
+def test_a_small_image_is_its_own_frame():
+    body = jpeg(photograph((50, 40)))
+    np.testing.assert_array_equal(np.asarray(make_frame(body, 64)), np.asarray(decode(body)))
+
+
+def test_a_large_jpeg_file_is_decoded_small_and_upright_but_not_too_small(monkeypatch):
+    exif = Image.Exif()
+    exif[274] = 6  # turn by 90 degrees
+    body = jpeg(photograph((1000, 800)), exif=exif.tobytes())
+    loaded = []
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *_: loaded.append(self.size) or self)
+    make_frame(body, 150)
+    make_frame(body, 201)
+    assert loaded == [(200, 250), (400, 500)]
+
+
+def test_frames_survive_as_bytes():
+    picture = photograph((45, 31))
+    raw = view(encode(picture, "raw"), 31, 45, "raw")
+    np.testing.assert_array_equal(np.asarray(raw), np.asarray(picture))
+    lossy = np.asarray(view(encode(picture, "jpeg"), 31, 45, "jpeg")).astype(int)
+    assert np.abs(lossy - np.asarray(picture)).mean() < 2
+
+
+def test_only_the_training_split_becomes_frames_and_val_and_test_keep_their_pixels(tmp_path):
+    folder = make_folder(tmp_path, count=8)
+    rule = PixelRule.square(16, 20)
+    squares, whole = load(str(folder), rule=rule), load(str(folder), rule=rule, frames=FrameOptions(edge_for(16)))
+    for split in ("val", "test"):
+        expected, got = getattr(squares, split), getattr(whole, split)
+        assert torch.equal(got.crops(slice(None)), expected.crops(slice(None)))
+        assert (got.names, got.frames) == (expected.names, None)
+    assert whole.train.names == squares.train.names
+    assert whole.train.frames.shapes(whole.train.rows).tolist() == [[19, 25]] * len(whole.train)
+    for i, name in enumerate(whole.train.names):
+        frame = make_frame((folder / name).read_bytes(), 19)
+        np.testing.assert_array_equal(whole.train.crops(slice(i, i + 1))[0].numpy(), crop(frame, rule))
+
+
+def test_squares_of_frames_that_were_not_reduced_are_exact(tmp_path):
+    folder = make_folder(tmp_path, count=8)
+    rule = PixelRule.square(16, 20)
+    squares, whole = load(str(folder), rule=rule), load(str(folder), rule=rule, frames=FrameOptions(64))
+    assert torch.equal(whole.train.crops(slice(None)), squares.train.crops(slice(None)))
+
+
+def test_an_unreadable_training_image_is_left_out(tmp_path):
+    folder = make_folder(tmp_path, count=8, splits=("train", "test"))
+    (folder / "train" / "red" / "0.jpg").write_bytes(b"nothing")
+    data = load(str(folder), rule=PixelRule.square(16), frames=FrameOptions(19), skip_bad=True)
+    assert "train/red/0.jpg" not in data.train.names
+    assert (data.train.frames.shapes(data.train.rows) > 0).all()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Photographs that are larger than their frames."""
+    root = tmp_path_factory.mktemp("photographs")
+    for label, colour in COLOURS.items():
+        (root / label).mkdir()
+        for i in range(12):
+            image(colour, i, (64 + i, 50)).save(root / label / f"{i}.jpg")
+    return root
+
+
+OPTIONS = ["--size", "32", "--batch-size", "8", "--crop-scale", "0.35", "--jitter", "0.1"]
+
+
+def batches(data, **options):
+    """The images of an epoch as the network sees them."""
+    training = Training(data, size=32, batch_size=8, crop_scale=0.35, flips=True, **options)
+    seen = []
+    training.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    training.epoch()
+    return torch.cat(seen)
+
+
+def test_preparing_changes_no_batch(folder, monkeypatch):
+    data = load(str(folder), rule=PixelRule.square(32), frames=FrameOptions(37))
+    expected = batches(data, jitter=0.1)
+    taken = []
+    monkeypatch.setattr(Frames, "prepare", lambda self, *_: taken.append(self))
+    got = batches(data, jitter=0.1)
+    assert len(taken) > 2
+    assert torch.equal(got, expected)
+
+
+def test_two_processes_cut_the_crops_of_one(folder, monkeypatch):
+    data = load(str(folder), rule=PixelRule.square(32), frames=FrameOptions(37))
+
+    def shares(world, rank):
+        """This process's images of each batch of an epoch, without the neighbours."""
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("RANK", str(rank))
+        plan = make_plan(len(data.train), size=32, batch_size=8, crop_scale=0.35)
+        learner = type("Learner", (), {"features": None})()
+        order = shuffled(torch.Generator().manual_seed(3), data.train.targets, plan)
+        coming, found = ahead.Ahead(learner, data.train, order, plan, 0), []
+        for step, indices in enumerate(order):
+            rows = data.train.rows[indices[ahead.share_of(len(indices))]]
+            found.append(data.train.frames.crops(rows, coming.boxes(step), 32)[1:])
+            coming.prepare(step)
+        return found
+
+    one, first, second = shares(1, 0), shares(2, 0), shares(2, 1)
+    assert len(second) > 2  # of two processes a last batch that is too small is left out
+    assert all(torch.equal(a, torch.cat([b, c])) for a, b, c in zip(one, first, second, strict=False))
+
+
+def test_a_run_with_random_crops_resumes_bit_for_bit(folder, tmp_path):
+    options = ["--data", str(folder), *OPTIONS, "--schedule", "constant", "--warmup", "0"]
+    assert main([*options, "--epochs", "2", "--out", str(tmp_path / "whole")]) == 0
+    assert main([*options, "--epochs", "1", "--out", str(tmp_path / "parts")]) == 0
+    assert main(["--resume", str(tmp_path / "parts"), "--epochs", "2"]) == 0
+    assert kills.differences(tmp_path / "whole", tmp_path / "parts") == []
+
+
+def test_the_crops_may_be_smaller_than_what_is_evaluated(folder):
+    data = load(str(folder), rule=PixelRule.square(32), frames=FrameOptions(edge_for(24)))
+    seen = batches(data, arch="fastnet_small", train_size=24, mixup=0.2)
+    assert seen.shape[1:] == (3, 24, 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"train_size": 24}, "--train-size 24: is the side of random crops; pass --crop-scale too"),
+        ({"crop_scale": 0.5, "crop_padding": 4}, "--crop-padding 4: --crop-scale takes its place"),
+        ({"crop_scale": 0.5, "freeze": True, "pretrained": True}, "--crop-scale 0.5: --freeze computes the features"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        TrainOptions(data="digits", out="x", **options)
+
+
+def test_a_network_for_one_size_cannot_train_on_another():
+    with pytest.raises(ValueError, match="--train-size 24: simplecnn of 32 px cannot take 24 px"):
+        resolve_reading(TrainOptions(data="digits", out="x", crop_scale=0.5, train_size=24))

@@ -1,0 +1,355 @@
+"""The store of frames on disk: decoded once for all runs, whatever is killed, changed, full or cleared meanwhile."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset import loading, store
+from dataset.__main__ import main as dataset_command
+from dataset.frames import MemoryBodies, make_frame
+from dataset.loading import FrameOptions, load
+from dataset.sources import DataError, open_source
+from dataset.store import StoredBodies, bodies_for, list_stores
+from model import checkpoint
+from predictor.spec import PixelRule
+from tests.conftest import PROJECT
+from tests.folders import as_zip, image, make_folder
+from train import main
+
+EDGE, TRAIN = 20, 18  # px; training images of `folder`
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "images", count=6, splits=("train", "val", "test"))
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The sizes of the frames that were made, one for each."""
+    made = []
+
+    def noted(body, edge):
+        frame = make_frame(body, edge)
+        made.append(frame.size)
+        return frame
+
+    monkeypatch.setattr(loading, "make_frame", noted)
+    return made
+
+
+def read(data, where, say=lambda line: None, **options):
+    """All frames of the training split as bytes, by name, and the data."""
+    options = {"rule": PixelRule.square(16), "frames": FrameOptions(EDGE, str(where)), "say": say} | options
+    got = load(str(data), **options)
+    rows = zip(got.train.names, got.train.rows.tolist(), strict=True)
+    return {name: got.train.frames.frame(row).tobytes() for name, row in rows}, got
+
+
+def only_store(root):
+    (found,) = list_stores(root)
+    return root / found.name
+
+
+def test_frames_in_a_store_are_those_in_memory(folder, root):
+    expected, in_memory = read(folder, "memory")
+    got, stored = read(folder, root)
+    assert got == expected
+    boxes = torch.tensor([[0.1, 0.2, 0.9, 0.8]]).repeat(TRAIN, 1)
+    crops = [data.train.frames.crops(data.train.rows, boxes, 12) for data in (in_memory, stored)]
+    assert torch.equal(*crops)
+
+
+def test_a_second_start_decodes_no_training_image(folder, root, decoded, monkeypatch):
+    expected, _ = read(folder, root)
+    assert len(decoded) == TRAIN
+    files, said = [], []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: files.append(path) or real(path))
+    got, _ = read(folder, root, say=said.append)
+    assert got == expected
+    assert len(decoded) == TRAIN
+    assert not [path for path in files if folder / "train" in path.parents]  # nor read
+    assert said == [f"whole frames of {TRAIN} training images lie in {only_store(root)}"]
+
+
+def test_only_an_image_that_has_changed_is_decoded_anew(folder, root, decoded):
+    before, _ = read(folder, root)
+    decoded.clear()
+    image((9, 9, 9), 1, (64, 20)).save(folder / "train" / "red" / "3.jpg")
+    image((200, 40, 40), 7).save(folder / "train" / "red" / "new.jpg")
+    (folder / "train" / "blue" / "0.jpg").unlink()
+    after, _ = read(folder, root)
+    assert sorted(decoded) == [(27, 20), (64, 20)]
+    assert {name for name in before if before[name] != after.get(name)} == {"train/red/3.jpg", "train/blue/0.jpg"}
+    assert after == read(folder, "memory")[0]
+
+
+def test_a_changed_member_of_an_archive_is_decoded_anew(folder, root, tmp_path, decoded):
+    archive = as_zip(folder, tmp_path / "images.zip", wrapped=True)
+    read(archive, root)
+    decoded.clear()
+    image((9, 9, 9), 1, (64, 20)).save(folder / "train" / "red" / "3.jpg")
+    as_zip(folder, archive, wrapped=True)
+    read(archive, root)
+    assert decoded == [(64, 20)]
+
+
+def test_frames_of_another_size_are_another_store(folder, root):
+    read(folder, root)
+    read(folder, root, frames=FrameOptions(24, str(root)))
+    assert len(list_stores(root)) == 2
+
+
+BUILD = """
+import sys, time
+from dataset import loading, store
+from dataset.loading import FrameOptions, load
+from predictor.spec import PixelRule
+
+store.CHUNK_BYTES, made, make = 1, 0, loading.make_frame
+
+def slowly(body, edge):
+    global made
+    made += 1
+    if made > 5:
+        print("five", flush=True)
+        time.sleep(600)
+    return make(body, edge)
+
+loading.make_frame = slowly
+load(sys.argv[1], rule=PixelRule.square(16), frames=FrameOptions(20, sys.argv[2]), workers=1, say=lambda line: None)
+"""
+
+
+def test_a_kill_while_a_store_is_built_costs_what_was_under_way(folder, root, decoded):
+    command = [sys.executable, "-c", BUILD, str(folder), str(root)]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as building:
+        try:
+            assert building.stdout.readline() == "five\n"
+        finally:
+            os.kill(building.pid, signal.SIGKILL)
+    assert list_stores(root)[0].images == 5
+    got, _ = read(folder, root)
+    assert len(decoded) == TRAIN - 5
+    assert got == read(folder, "memory")[0]
+
+
+@pytest.mark.parametrize("tail", [b"x" * 7, b"\0" * store.RECORD.itemsize, b"y" * 1000])
+def test_what_a_kill_left_unfinished_is_dropped(folder, root, decoded, tail):
+    expected, _ = read(folder, root)
+    for name in ("part-0.bin", "part-0.idx"):
+        with (only_store(root) / name).open("ab") as file:
+            file.write(tail)
+    assert read(folder, root)[0] == expected
+    image((200, 40, 40), 7).save(folder / "train" / "red" / "new.jpg")
+    after, _ = read(folder, root)  # which adds to the store
+    assert len(decoded) == TRAIN + 1
+    assert len(after) == TRAIN + 1
+    assert read(folder, root)[0] == after
+    assert len(decoded) == TRAIN + 1
+
+
+def test_frames_whose_file_is_cut_short_are_made_anew(folder, root, decoded):
+    expected, _ = read(folder, root)
+    part = only_store(root) / "part-0.bin"
+    os.truncate(part, part.stat().st_size - 1)
+    assert read(folder, root)[0] == expected
+    assert len(decoded) == TRAIN + 1
+
+
+def test_a_large_store_is_in_several_parts(folder, root, decoded, monkeypatch):
+    monkeypatch.setattr(store, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(store, "PART_BYTES", 5000)
+    expected, _ = read(folder, root)
+    assert len(list(only_store(root).glob("part-*.bin"))) > 2
+    assert read(folder, root)[0] == expected
+    assert len(decoded) == TRAIN
+
+
+def test_a_full_disk_is_one_line_and_leaves_a_usable_store(folder, root, decoded, monkeypatch):
+    monkeypatch.setattr(store, "CHUNK_BYTES", 5000)
+    written, append = [], store._append
+
+    def full(path, bodies):
+        written.append(path)
+        if len(written) > 4:
+            with path.open("ab") as file:
+                file.write(bodies[0][:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(path, bodies)
+
+    monkeypatch.setattr(store, "_append", full)
+    with pytest.raises(DataError, match="the disk is full; make room and start again") as error:
+        read(folder, root)
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(store, "_append", append)
+    kept = list_stores(root)[0].images
+    assert kept > 0
+    decoded.clear()
+    assert read(folder, root)[0] == read(folder, "memory")[0]
+    assert len(decoded) == TRAIN - kept + TRAIN  # those of the second reading are in memory
+
+
+def test_who_finds_a_store_under_construction_waits_and_says_so(folder, root, decoded):
+    expected, _ = read(folder, root)
+    image((200, 40, 40), 7).save(folder / "train" / "red" / "new.jpg")
+    release, held = threading.Event(), threading.Event()
+
+    def hold():
+        with store._locked(only_store(root)):
+            held.set()
+            release.wait(60)
+
+    holder, said = threading.Thread(target=hold), []
+    holder.start()
+    assert held.wait(60)
+
+    def say(line):
+        said.append(line)
+        if "waiting" in line:
+            release.set()
+
+    got, _ = read(folder, root, say=say)
+    holder.join()
+    assert [line for line in said if "waiting" in line] == [
+        f"another process adds to {only_store(root)}: waiting until it is done"
+    ]
+    assert len(got) == len(expected) + 1
+
+
+def test_two_that_build_at_once_decode_each_image_once(folder, root, decoded):
+    found = {}
+    both = [threading.Thread(target=lambda i=i: found.setdefault(i, read(folder, root)[0])) for i in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert found[0] == found[1]
+    assert len(decoded) == TRAIN
+
+
+def place(folder, where, monkeypatch, memory, disk, processes=1):
+    """What `bodies_for` chooses with so many bytes free, and says."""
+    monkeypatch.setattr(store, "free_memory", lambda processes: memory // processes)
+    monkeypatch.setattr(store, "_free_disk", lambda folder: disk)
+    said = []
+    source = open_source(str(folder))
+    indices = range(len(source.entries))
+    return bodies_for(str(folder), source, indices, EDGE, where, processes=processes, say=said.append), said
+
+
+RAW = 3 * TRAIN * 3 * EDGE * round(EDGE * 4 / 3)  # bytes that are reckoned for all images of `folder`
+
+
+def test_memory_is_taken_if_half_of_it_is_enough_else_the_users_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bodies, said = place(folder, "auto", monkeypatch, memory=2 * RAW, disk=0)
+    assert (type(bodies), bodies.encoding, said) == (MemoryBodies, "raw", [])
+    bodies, said = place(folder, "auto", monkeypatch, memory=2 * RAW, disk=2 * RAW, processes=2)
+    assert (type(bodies), bodies.encoding) == (StoredBodies, "raw")
+    assert bodies.folder.parent == tmp_path / "cache" / "classify-and-serve" / "store"
+    assert said[0].startswith(
+        f"whole frames of 0 training images lie in {bodies.folder}; 54 are added as pixels, about"
+    )
+    assert "GB of the 0.0 GB that are free" in said[0]
+    assert not bodies.folder.exists()  # it is said before it is written
+
+
+def test_a_small_disk_gets_jpeg_and_a_smaller_one_an_error(folder, root, monkeypatch):
+    bodies, _ = place(folder, str(root), monkeypatch, memory=0, disk=RAW)
+    assert bodies.encoding == "jpeg"
+    with pytest.raises(DataError, match=r"has room for 0.0 GB, and 54 training images take about 0.0 GB"):
+        place(folder, str(root), monkeypatch, memory=0, disk=RAW // 5)
+
+
+def test_memory_alone_gets_jpeg_where_pixels_would_fill_it(folder, monkeypatch):
+    bodies, said = place(folder, "memory", monkeypatch, memory=RAW, disk=0)
+    assert (type(bodies), bodies.encoding) == (MemoryBodies, "jpeg")
+    assert "they are kept in memory as JPEG" in said[0]
+    with pytest.raises(DataError, match=r"over half of the free memory .*; pass --store DIR"):
+        place(folder, "memory", monkeypatch, memory=RAW // 4, disk=0)
+
+
+def test_a_store_of_jpeg_files_is_found_again_with_more_room(folder, root, monkeypatch, decoded):
+    monkeypatch.setattr(store, "_free_disk", lambda folder: RAW // 2)
+    first, _ = read(folder, root)
+    monkeypatch.setattr(store, "_free_disk", lambda folder: 100 * RAW)
+    second, data = read(folder, root)
+    assert first == second
+    assert data.train.frames._bodies.encoding == "jpeg"
+    assert len(decoded) == TRAIN
+
+
+def test_a_data_set_without_files_stays_in_memory(root, monkeypatch):
+    with pytest.raises(DataError, match=r"--store .*: is for folders and archives"):
+        load("digits", rule=PixelRule.square(8), frames=FrameOptions(10, str(root)))
+    monkeypatch.setattr(store, "free_memory", lambda processes: 2 * 1200 * 3 * 10 * 13)
+    data = load("digits", rule=PixelRule.square(8), frames=FrameOptions(10), say=lambda line: None)
+    assert data.train.frames._bodies.encoding == "jpeg"
+
+
+def test_an_unreadable_image_is_left_out_each_time(folder, root, decoded):
+    (folder / "train" / "red" / "0.jpg").write_bytes(b"nothing")
+    for _ in range(2):
+        got, data = read(folder, root, skip_bad=True)
+        assert len(got) == TRAIN - 1
+        assert len(data.skipped) == 1
+    assert len(decoded) == TRAIN - 1
+
+
+def test_stores_are_listed_and_cleared(folder, root, capsys):
+    read(folder, root)
+    read(folder, root, frames=FrameOptions(24, str(root)))
+    names = [found.name for found in list_stores(root)]
+    assert dataset_command(["store", "--store", str(root)]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name}  {TRAIN} images  0.00 GB  last used 20" in said for name in names)
+    assert str(folder) in said
+    assert dataset_command(["store", "--store", str(root), "--clear", "other"]) == 2
+    assert f"has no store other; there are: {', '.join(names)}" in capsys.readouterr().err
+    assert dataset_command(["store", "--store", str(root), "--clear", names[0]]) == 0
+    assert [found.name for found in list_stores(root)] == names[1:]
+    assert dataset_command(["store", "--store", str(root), "--clear", "all"]) == 0
+    assert dataset_command(["store", "--store", str(root)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{root}: no stores"
+
+
+def test_what_is_open_survives_a_clearing(folder, root):
+    expected, data = read(folder, root)
+    store.clear(root, "all")
+    assert data.train.frames.frame(0).tobytes() in expected.values()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be written .*; give another --store DIR"):
+        read(folder, tmp_path / "file" / "store")
+
+
+def test_a_run_from_the_store_ends_with_the_bits_of_one_in_memory(folder, root, tmp_path):
+    options = ["--data", str(folder), "--size", "32", "--epochs", "2", "--batch-size", "6", "--crop-scale", "0.35"]
+    for name, where in (("memory", "memory"), ("built", str(root)), ("found", str(root))):
+        assert main([*options, "--store", where, "--out", str(tmp_path / name)]) == 0
+    weights = [checkpoint.load_state_dict(tmp_path / name / "model.pt") for name in ("memory", "built", "found")]
+    for other in weights[1:]:
+        assert all(torch.equal(weights[0][name], other[name]) for name in other)
+
+
+def test_a_zip_keeps_its_name_in_the_store(folder, root, tmp_path):
+    read(as_zip(folder, tmp_path / "some pictures.zip", wrapped=False), root)
+    assert only_store(root).name.startswith("some-pictures-20px-raw-")
+    assert zipfile.is_zipfile(tmp_path / "some pictures.zip")
