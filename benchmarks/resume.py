@@ -31,6 +31,7 @@ from model import checkpoint
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPE = ["--data", "digits", "--epochs", "30", "--batch-size", "64", "--flip", "--jitter", "0.1", "--mixup", "0.2"]
 RECIPE += ["--cutmix", "1", "--ema", "0.99", "--clip-grad-norm", "1", "--accumulate", "2", "--device", "cpu"]
+PROGRAM = ["train.py"]
 TIMES = {"seconds", "data_seconds", "images_per_second"}  # what may differ
 
 
@@ -45,7 +46,7 @@ class Round:
 
 def train(arguments: Sequence[str], kill_after: float | None = None) -> bool:
     """Runs train.py, killed that many seconds after it has read its data; True if it came to its end."""
-    command = [sys.executable, "train.py", *arguments]
+    command = [sys.executable, *PROGRAM, *arguments]
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=PROJECT, env=quiet, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
