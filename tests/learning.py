@@ -1,6 +1,7 @@
 """Training without a command or a run folder: a network, its plan and its schedule, for tests of each part."""
 
 import contextlib
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -14,6 +15,11 @@ from training.resolve import resolve, resolve_reading
 from training.resume_state import Progress, collect, restore
 from training.schedule import Schedule
 from training.step import make_batch, train_step
+
+
+def first(split, count):
+    """The first images of a split alone, which are quicker."""
+    return replace(split, rows=split.rows[:count], targets=split.targets[:count], names=split.names[:count])
 
 
 def make_plan(images=1293, flips=False, **options):
