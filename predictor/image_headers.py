@@ -9,8 +9,20 @@ from __future__ import annotations
 import re
 import struct
 
-KINDS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+try:
+    from pi_heif import register_heif_opener
+except ImportError:  # an extra; without it HEIC files are refused, with its name
+    HAS_HEIF = False
+else:
+    HAS_HEIF = True
+    register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+
+KINDS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(["HEIF"] if HAS_HEIF else []))
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(HEIF_SUFFIXES if HAS_HEIF else ()),
+)
 
 MAX_PIXELS = 50_000_000  # 200 MB in Pillow: more than a camera's 48 megapixels, and too few to exhaust a worker
 MAX_SIDE = 65_500  # px, the longest that a JPEG encoder writes: Pillow's memory also grows with the number of rows
@@ -36,12 +48,13 @@ _MARKER = re.compile(rb"\xff([^\0\xff\xd0-\xd7])")  # but for those within a sca
 # How the supported kinds begin; a body that begins so and cannot be opened is damaged, not foreign.
 _SUPPORTED_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
+# What the files of phones begin with, from the fifth byte on, after "ftyp".
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+
 # Kinds that people send and that are not read here: (offset, bytes, name).
 _FOREIGN_STARTS = (
     (4, b"ftypavif", "AVIF"),
-    (4, b"ftypheic", "HEIC"),
-    (4, b"ftypheix", "HEIC"),
-    (4, b"ftypmif1", "HEIF"),
+    *((4, b"ftyp" + brand, "HEIC") for brand in _HEIF_BRANDS),
     (4, b"ftyp", "MP4 or another video"),
     (0, b"%PDF", "PDF"),
     (0, b"8BPS", "PSD"),
@@ -148,11 +161,13 @@ def refusal_of_unopened(body: bytes, reason: str) -> ImageError:
     Args:
         reason: what Pillow says, if it is damaged.
     """
-    if body.startswith(_SUPPORTED_STARTS):
+    is_heif = body[4:8] == b"ftyp" and body[8:12] in _HEIF_BRANDS
+    if body.startswith(_SUPPORTED_STARTS) or (is_heif and HAS_HEIF):
         return ImageError("truncated", f"the image is truncated or damaged ({reason})")
     for offset, start, name in _FOREIGN_STARTS:
         if body[offset:].startswith(start):
-            return ImageError("unsupported_kind", f"{name} is not supported; send {', '.join(KINDS)}")
+            way_out = f"send {', '.join(KINDS)}" + (", or install pi-heif where it is read" if is_heif else "")
+            return ImageError("unsupported_kind", f"{name} is not supported; {way_out}")
     return ImageError("not_an_image", f"the body is not an image; send {', '.join(KINDS)}")
 
 

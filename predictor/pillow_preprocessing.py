@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from predictor.colour_profiles import foreign_profile, to_srgb
 from predictor.image_headers import (
     KINDS,
     MAX_PIXELS,
@@ -75,7 +76,9 @@ _XMP = r'tiff:Orientation(="|>)([0-9])'
 NO_MEMORY = "there is no memory for this image; send a smaller one"
 
 
-def decode(body: bytes, max_pixels: int | None = MAX_PIXELS, at_least: int | None = None) -> Image.Image:
+def decode(
+    body: bytes, max_pixels: int | None = MAX_PIXELS, at_least: int | None = None, colour: str = "srgb"
+) -> Image.Image:
     """The image as upright 8-bit RGB.
 
     The first frame of an animation; transparency on white; 16-bit grey scaled to 8; CMYK converted; turned as its
@@ -84,15 +87,20 @@ def decode(body: bytes, max_pixels: int | None = MAX_PIXELS, at_least: int | Non
     Args:
         at_least: px; a JPEG file is decoded at a half, a quarter or an eighth of its size, which is faster, where its
             short edge stays that long.
+        colour: as the pixel rule has it.
 
     Raises:
         ImageError: see there for the causes.
     """
-    if (pixels := _small_jpeg(body, max_pixels)) is not None:
+    if (pixels := _small_jpeg(body, max_pixels, colour)) is not None:
         return Image.fromarray(pixels)
     try:
-        image, method = _loaded(body, max_pixels, at_least)
-        return _to_rgb(image if method is None else image.transpose(method))
+        image = _opened(body, max_pixels)
+        if at_least:
+            image.draft(None, (at_least, at_least))
+        profile = foreign_profile(image) if colour == "srgb" else None
+        method = _load(image)
+        return _to_rgb(image if method is None else image.transpose(method), profile)
     except MemoryError:
         raise ImageError("too_many_pixels", NO_MEMORY) from None
 
@@ -108,7 +116,8 @@ def read(
     A small JPEG file that is its own crop, as of CIFAR-10, goes round Pillow altogether.
 
     Args:
-        elsewhere: reads what is not plain, see `is_plain`, in the place of this process.
+        elsewhere: reads what is not plain, see `is_plain`, or needs its colours converted, in the place of this
+            process.
 
     Returns:
         uint8 (height, width, 3), RGB.
@@ -116,7 +125,7 @@ def read(
     Raises:
         ImageError: see there for the causes.
     """
-    if rule.height * rule.width <= SMALL and (pixels := _small_jpeg(body, max_pixels)) is not None:
+    if rule.height * rule.width <= SMALL and (pixels := _small_jpeg(body, max_pixels, rule.colour)) is not None:
         height, width, _ = pixels.shape
         if (height, width) == (rule.height, rule.width) and crop_box(width, height, rule) == (0, 0, width, height):
             return pixels
@@ -124,10 +133,14 @@ def read(
     if elsewhere is not None and body and not is_plain(body):
         return elsewhere(body)
     try:
-        image, method = _loaded(body, max_pixels)
+        image = _opened(body, max_pixels)
+        profile = foreign_profile(image) if rule.colour == "srgb" else None
+        if profile is not None and elsewhere is not None:
+            return elsewhere(body)
+        method = _load(image)
         if image.width * image.height > STRIP:
-            return _crop_in_strips(image, method, rule)
-        return crop(_to_rgb(image if method is None else image.transpose(method)), rule)
+            return _crop_in_strips(image, method, rule, profile)
+        return crop(_to_rgb(image if method is None else image.transpose(method), profile), rule)
     except MemoryError:
         raise ImageError("too_many_pixels", NO_MEMORY) from None
 
@@ -206,11 +219,11 @@ def _padded(image: Image.Image, rule: PixelRule) -> np.ndarray:
     return np.asarray(whole)
 
 
-def _small_jpeg(body: bytes, max_pixels: int | None) -> np.ndarray | None:
+def _small_jpeg(body: bytes, max_pixels: int | None, colour: str) -> np.ndarray | None:
     """A JPEG file without EXIF or oddities, uint8 (H, W, 3), without Pillow; None for all else, damage included."""
     if simplejpeg is None or not body.startswith(b"\xff\xd8\xff") or b"\xff\xe1" in body:  # APP1: EXIF or XMP
         return None
-    if has_many_scans(body):  # `decode` looks at those
+    if has_many_scans(body) or (colour == "srgb" and b"ICC_PROFILE\0" in body):  # `decode` looks at those
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(body)
@@ -224,10 +237,8 @@ def _small_jpeg(body: bytes, max_pixels: int | None) -> np.ndarray | None:
         return None
 
 
-def _loaded(
-    body: bytes, max_pixels: int | None, at_least: int | None = None
-) -> tuple[Image.Image, Image.Transpose | None]:
-    """The pixels as they are stored, and how they must be turned; `at_least` as in `decode`.
+def _opened(body: bytes, max_pixels: int | None) -> Image.Image:
+    """A file whose header was read and checked, and no pixel.
 
     Raises:
         ImageError, MemoryError.
@@ -240,15 +251,22 @@ def _loaded(
     check_size(width, height, max_pixels)
     if is_odd:
         check_scans(body, width * height)
-    if at_least:
-        image.draft(None, (at_least, at_least))
+    return image
+
+
+def _load(image: Image.Image) -> Image.Transpose | None:
+    """Reads the pixels, as they are stored; returns how they must be turned.
+
+    Raises:
+        ImageError, MemoryError.
+    """
     try:
         image.load()
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise whatever the damage leads them into
         raise ImageError("truncated", f"the {image.format} image is truncated or damaged ({error})") from None
-    return image, _TURNED.get(_orientation(image))
+    return _TURNED.get(_orientation(image))
 
 
 def _open(body: bytes) -> Image.Image:
@@ -288,7 +306,9 @@ def _orientation(image: Image.Image) -> int:
     return int(found[2]) if found else 0
 
 
-def _crop_in_strips(image: Image.Image, method: Image.Transpose | None, rule: PixelRule) -> np.ndarray:
+def _crop_in_strips(
+    image: Image.Image, method: Image.Transpose | None, rule: PixelRule, profile: bytes | None
+) -> np.ndarray:
     """`crop` of an image that is still to be turned and to become RGB: strip by strip, to the same bit.
 
     Pillow resizes in two passes, rows first and rounded, so the first can be made of strips.
@@ -302,7 +322,7 @@ def _crop_in_strips(image: Image.Image, method: Image.Transpose | None, rule: Pi
     for start in range(top, bottom, rows):
         end = min(start + rows, bottom)
         strip = image.crop(_stored((left, start, right, end), width, height, method))
-        strip = _to_rgb(strip if method is None else strip.transpose(method))
+        strip = _to_rgb(strip if method is None else strip.transpose(method), profile)
         narrow.paste(_resized(strip, (across, end - start), rule), (0, start - top))
     return _padded(_resized(narrow, (across, down), rule), rule)
 
@@ -322,28 +342,36 @@ def _stored(
     return left, top, right, bottom
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
     """RGB, a strip of rows after the other: the whole would be there four times over."""
     opaque = Image.new("RGB", image.size)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        if profile is not None:
+            alpha = strip.getchannel("A")
+            strip = to_srgb(strip, profile)
+            strip.putalpha(alpha)
         white = Image.new("RGBA", strip.size, "white")
         opaque.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
     return opaque
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
+def _to_rgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
+    """
+    Args:
+        profile: of the pixels' colours, where it is not sRGB.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info and profile is None:
         return image
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        image = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ImageError("unsupported_kind", "32-bit grey has no agreed white; send 8-bit or 16-bit grey, or RGB")
     try:
         if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-            return _on_white(image)
-        return image.convert("RGB")
+            return _on_white(image, profile)
+        return image.convert("RGB") if profile is None else to_srgb(image, profile)
     except ValueError as error:  # a mode with no way to RGB, such as LAB
         raise ImageError("unsupported_kind", f"pixels of mode {image.mode} are not supported ({error})") from None

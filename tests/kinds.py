@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
@@ -129,6 +130,19 @@ GOOD: dict[str, tuple[bytes, Image.Image, float]] = {
     "one pixel": (save(ImageOps.fit(PLAIN, (1, 1)), "PNG"), ImageOps.fit(PLAIN, (1, 1)), 0),
 }
 
+# 64×40 px stored, 40×64 px upright: red above blue, with a white band on the right.
+HEIC = base64.b64decode(
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAchtZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAADRpbG9jAA"
+    "AAAERAAAIAAQAAAAAB7AABAAAAAAAAAJYAAgAAAAACggABAAAAAAAAACQAAAA4aWluZgAAAAAAAgAAABVpbmZlAgAAAAABAABodmMxAAAAABVp"
+    "bmZlAgAAAQACAABFeGlmAAAAAA5waXRtAAAAAAABAAABB2lwcnAAAADmaXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGE"
+    "ABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkA"
+    "AAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAAQAAAAEAAAAAoY2xhcAAAAEAAAAABAAAAKAAAAAEAAAAAAAAAAv///+gAAAACAAAAEH"
+    "BpeGkAAAAAAwgICAAAAAlpcm90AwAAABlpcG1hAAAAAAAAAAEAAQaBAgMFhIYAAAAaaXJlZgAAAAAAAAAOY2RzYwACAAEAAQAAAMJtZGF0AAAA"
+    "kigBrwngZ8DjxDrx4/k6i2cN//6spUFdjPmmkfqysXby95TrusMNhsMxe37PwvycjisRwwzZo1NOL+yj/9Z0fmw2TDyLKR+YxQa46PHLjP9lPp"
+    "bY8BvqrYEwGdbNPXmQqmAJ87rf1jQRQYfnH3GG7votRAcHTkK1f+dUs6Pzh/X8qWnxAANzqaQkPzVAHFYfhRn1AAAABkV4aWYAAElJKgAIAAAA"
+    "AQASAQMAAQAAAAYAAAAAAAAA"
+)
+
 _PNG = save(gradient(200, 150), "PNG")
 _JPEG = save(gradient(200, 150), "JPEG")
 
@@ -144,7 +158,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "jpeg cut in its header": (_JPEG[:20], "truncated"),
     "bomb": (save(Image.new("1", (9000, 9000)), "PNG"), "too_many_pixels"),
     "bomb beyond pillow's limit": (save(Image.new("1", (20_000, 20_000)), "PNG"), "too_many_pixels"),
-    "heic": (b"\0\0\0\x18ftypheic" + bytes(64), "unsupported_kind"),
+    "heic cut in its header": (HEIC[:200], "truncated"),
     "avif": (b"\0\0\0\x1cftypavif" + bytes(64), "unsupported_kind"),
     "mp4": (b"\0\0\0\x18ftypisom" + bytes(64), "unsupported_kind"),
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "unsupported_kind"),

@@ -390,6 +390,7 @@ def test_folders_are_searched_in_the_order_of_the_names(tmp_path):
 
 
 def test_the_names_of_images_are_those_of_the_model():
+    """With the extra for HEIC installed there, which a client cannot know."""
     from predictor import pillow_preprocessing
 
     assert SUFFIXES == pillow_preprocessing.SUFFIXES

@@ -18,10 +18,10 @@ def test_unreadable_images_stop_the_run_with_all_their_names(tmp_path):
     folder = make_folder(tmp_path, count=5)
     (folder / "red" / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
     (folder / "blue" / "page.png").write_text("<html>")
-    (folder / "blue" / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "blue" / "phone.avif").write_bytes(b"\0\0\0\x18ftypavif")
     with pytest.raises(DataError, match=r"3 of 18 images cannot be read.*--skip-bad") as caught:
         load(str(folder), rule=PixelRule.square(16))
-    for name in ("red/broken.jpg", "blue/page.png", "blue/phone.heic: HEIC is not supported"):
+    for name in ("red/broken.jpg", "blue/page.png", "blue/phone.avif: AVIF is not supported"):
         assert name in str(caught.value)
 
 
@@ -57,7 +57,7 @@ NO_IMAGES = {
     "empty.jpg": (b"", "the file is empty"),
     "page.png": (b"<html>", "the file is not "),
     "cut.png": (b"\x89PNG\r\n\x1a\n", "truncated or damaged"),
-    "phone.heic": (b"\0\0\0\x18ftypheic", "HEIC is not supported"),
+    "phone.avif": (b"\0\0\0\x18ftypavif", "AVIF is not supported"),
     "far.bmp": (
         b"BM" + bytes(8) + struct.pack("<IIiiHHIIiiII", 54, 40, 100_000, 100_000, 1, 24, 0, 0, 0, 0, 0, 0),
         "0",

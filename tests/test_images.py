@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
@@ -12,7 +14,7 @@ from predictor import image_headers, pillow_preprocessing
 from predictor.pillow_preprocessing import MAX_PIXELS, ImageError, crop, decode, is_plain, read
 from predictor.spec import PixelRule
 from tests.hostile_images import IMAGES, exif_of_rationals, jpeg_of_markers, png, png_header, png_pixels, tiff
-from tests.kinds import BAD, GOOD, gradient, save
+from tests.kinds import BAD, GOOD, HEIC, gradient, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged files: no error outside tests either
 
@@ -348,3 +350,38 @@ def test_an_error_that_is_kept_keeps_no_decoder():
     bare = caught.value.bare()
     assert (bare.cause, str(bare)) == (caught.value.cause, str(caught.value))
     assert bare.__traceback__ is bare.__context__ is bare.__cause__ is None
+
+
+# HEIC
+
+
+def test_the_photographs_of_phones_are_read_upright():
+    """In libheif's hands: the file's own rotation has been applied, and its EXIF does not turn the image again."""
+    image = decode(HEIC)
+    assert (image.mode, image.size) == ("RGB", (40, 64))
+    for place, colour in {(5, 10): (220, 30, 30), (5, 55): (30, 60, 220), (36, 30): (250, 250, 250)}.items():
+        assert np.abs(np.subtract(image.getpixel(place), colour)).max() < 12
+    assert not is_plain(HEIC)
+    np.testing.assert_array_equal(read(HEIC, PixelRule.square(16)), crop(image, PixelRule.square(16)))
+
+
+def test_a_heic_files_size_is_checked_before_it_is_decoded():
+    with mock.patch("pi_heif.HeifImageFile.load", side_effect=AssertionError), pytest.raises(ImageError) as caught:
+        decode(HEIC, max_pixels=64 * 40 - 1)
+    assert caught.value.cause == "too_many_pixels"
+
+
+def test_without_the_library_the_refusal_names_it():
+    code = """
+import sys
+sys.modules["pi_heif"] = None
+from predictor.pillow_preprocessing import KINDS, SUFFIXES, ImageError, decode
+assert "HEIF" not in KINDS and ".heic" not in SUFFIXES
+try:
+    decode(sys.stdin.buffer.read())
+except ImageError as error:
+    print(error.cause, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], input=HEIC, capture_output=True, check=True)
+    assert done.stdout.startswith(b"unsupported_kind HEIC is not supported; send JPEG,")
+    assert b"install pi-heif" in done.stdout

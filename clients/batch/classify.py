@@ -46,7 +46,10 @@ from typing import Any
 
 import numpy as np
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".heic", ".heif", ".hif"),  # read where pi-heif is installed
+)
 PART_SIZE = 1000  # images: seconds of work, which is what a kill costs, and a file of about 100 kB
 BATCH = 64  # images that are decoded and put through the network at a time, as in the handler
 MAX_BYTES = 100_000_000  # of one file; the endpoint takes 10 MB

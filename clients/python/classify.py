@@ -48,7 +48,10 @@ try:
 except ImportError:  # Windows, where nothing keeps two commands from writing one file
     fcntl = None  # type: ignore[assignment]
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".heic", ".heif", ".hif"),  # read where pi-heif is installed
+)
 
 # Statuses that say nothing about the image and pass. What a real TorchServe 0.12 returns: 503 while its queue is full
 # or no worker is up, and where the handler raised; 507 to the requests of a worker that was killed or has no memory

@@ -49,7 +49,7 @@ export function card(spec) {
     Accuracy: "accuracy" in metrics ? percent(metrics.accuracy) + tested : "not measured",
     "Calibration error": "ece" in metrics ? percent(metrics.ece) : "not measured",
     Temperature: spec.temperature,
-    Network: `${spec.arch}, ${spec.size}×${spec.size} px`,
+    Network: `${spec.arch}, ${spec.width ?? spec.size}×${spec.height ?? spec.size} px`, // version 1 of the spec has a size,
     "Weights (SHA-256)": spec.weights_sha256 || "not said",
   }).flatMap(([name, value]) => [element("dt", name), element("dd", value)]);
 }

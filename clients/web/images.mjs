@@ -3,14 +3,15 @@
 const MAX_PIXELS = 50_000_000; // as the server's handler has it
 
 /**
- * The first frame as upright 8-bit RGB, transparency on white, colour profiles ignored, as in training.
+ * The first frame as upright 8-bit RGB, transparency on white, as in training.
  * @param {Blob} file
+ * @param {string} [colour] of the spec: "srgb" where an embedded colour profile counts; else it is ignored
  * @returns {Promise<{data: Uint8Array, height: number, width: number}>} data: (height, width, 3)
  * @throws {Error} the browser cannot read it, or it has too many pixels
  */
-export async function decode(file) {
+export async function decode(file, colour) {
   const image = await createImageBitmap(file, {
-    colorSpaceConversion: "none",
+    colorSpaceConversion: colour === "srgb" ? "default" : "none",
     premultiplyAlpha: "none",
     imageOrientation: "from-image",
   }).catch(() => {

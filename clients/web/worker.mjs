@@ -4,7 +4,7 @@ import { readSpec } from "./metadata.mjs";
 import { decode } from "./images.mjs";
 import { createSession, run, version } from "./runtime.mjs";
 
-let session;
+let session, colour;
 
 const tasks = {
   /** @param {Blob} file of a pixel graph */
@@ -17,17 +17,18 @@ const tasks = {
       await loaded.release();
       throw new Error("it does not take whole images; choose NAME.pixels.onnx");
     }
-    const { size } = spec;
-    await run(loaded, "uint8", new Uint8Array(3 * size * size), [1, size, size, 3]); // the first call compiles
+    const { size, height = size, width = size } = spec; // version 1 of the spec has a size
+    await run(loaded, "uint8", new Uint8Array(3 * height * width), [1, height, width, 3]); // the first call compiles
     await session?.release();
     session = loaded;
+    colour = spec.colour;
     return { spec, version };
   },
 
   /** @param {Blob | {data: Uint8Array, height: number, width: number}} image a file, or RGB pixels */
   async classify(image) {
     const started = performance.now();
-    const { data, height, width } = image instanceof Blob ? await decode(image) : image;
+    const { data, height, width } = image instanceof Blob ? await decode(image, colour) : image;
     const decoded = performance.now();
     const output = await run(session, "uint8", data, [1, height, width, 3]);
     const probabilities = Array.from(output.data);

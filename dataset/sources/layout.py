@@ -16,7 +16,7 @@ from predictor.pillow_preprocessing import SUFFIXES
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 # Suffixes of images that are not read here: listed as unreadable, not passed over in silence.
-_KNOWN = (".heic", ".heif", ".avif", ".psd", ".svg", ".jp2", ".jxl", ".cr2", ".nef", ".dng")
+_KNOWN = (".heic", ".heif", ".hif", ".avif", ".psd", ".svg", ".jp2", ".jxl", ".cr2", ".nef", ".dng")
 FOREIGN_SUFFIXES = tuple(suffix for suffix in _KNOWN if suffix not in SUFFIXES)
 
 

@@ -10,7 +10,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,15 +101,30 @@ def servable(folder: Path, name: str) -> dict[str, Classify]:
 def _samples(run: Path, spec: ModelSpec) -> list[np.ndarray]:
     files = sorted(path for path in (run / "samples").iterdir() if path.is_file())
     chosen = [files[i * len(files) // IMAGES] for i in range(IMAGES)] if len(files) > IMAGES else files
-    return [crop(decode(path.read_bytes()), PixelRule.square(spec.resize)) for path in chosen]
+    return [_shrunk(decode(path.read_bytes(), colour=spec.colour), spec.rule) for path in chosen]
 
 
 def _synthetic(run: Path, spec: ModelSpec) -> list[np.ndarray]:
     """Soft patches of random colours, of a grid that is finer in each next one."""
     draw = np.random.default_rng(0)
     grids = [draw.integers(0, 256, (i + 2, i + 2, 3), np.uint8) for i in range(IMAGES)]
-    side = (spec.resize, spec.resize)
-    return [np.asarray(Image.fromarray(grid).resize(side, Image.Resampling.BICUBIC)) for grid in grids]
+    wider = _before_its_margin(spec.rule)
+    return [crop(Image.fromarray(grid), replace(wider, interpolation="bicubic", fit="squash")) for grid in grids]
+
+
+def _shrunk(image: Image.Image, rule: PixelRule) -> np.ndarray:
+    """The image with the margin that the rule cuts away, and no larger than it needs to be."""
+    if rule.fit == "crop":
+        return crop(image, _before_its_margin(rule))
+    image.thumbnail((2 * rule.width, 2 * rule.height))
+    return np.asarray(image)
+
+
+def _before_its_margin(rule: PixelRule) -> PixelRule:
+    """The rule whose shorter side is `resize`: of its result, the rule cuts out the middle without resizing it."""
+    least = min(rule.height, rule.width)
+    height, width = (round(side * rule.resize / least) for side in (rule.height, rule.width))
+    return replace(rule, height=height, width=width, resize=min(height, width))
 
 
 _SOURCES = {"samples": _samples, "synthetic": _synthetic}
@@ -119,7 +134,7 @@ def _encode(pixels: np.ndarray, i: int) -> bytes:
     """A JPEG or a PNG file in turns, so that both decoders are checked; its pixels are the truth from here on.
 
     Args:
-        pixels: uint8 (R, R, 3) of the spec's `resize`, whose centre is what the network sees.
+        pixels: uint8 (H, W, 3).
     """
     file = io.BytesIO()
     if i % 2:

@@ -1,0 +1,118 @@
+"""ICC profiles: whether one means sRGB, and the conversion of pixels from those that do not.
+
+Browsers show a photograph so; Pillow hands its numbers on as they are stored. Whether a profile is sRGB's is read here
+in its own tables, so that the many files that say so cost nothing; the conversion is LittleCMS's (Pillow's ImageCms).
+A profile that is damaged, too large or of another kind than the pixels is ignored, as browsers do.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+from functools import lru_cache
+
+from PIL import Image, ImageCms
+
+MAX_BYTES = 4 << 20  # of a profile: a printer's has 3 MB, a display's 500 bytes
+MAX_TAGS = 100
+CACHED = 4  # profiles; the photographs of a batch tend to have the same
+
+_HEADER = 128  # bytes
+_MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
+_PRIMARIES = {  # of sRGB, in XYZ adapted to D50 (IEC 61966-2-1, ICC's own profile)
+    b"rXYZ": (0.4361, 0.2225, 0.0139),
+    b"gXYZ": (0.3851, 0.7169, 0.0971),
+    b"bXYZ": (0.1431, 0.0606, 0.7141),
+}
+_PRIMARY_TOLERANCE = 0.002  # profiles of sRGB differ by 0.0005; those of Display P3 by 0.08
+_LEVEL_TOLERANCE = 1.5  # of 255: tables of 1,024 entries are less than that from the formula, gamma 2.2 is 8 from it
+
+
+def foreign_profile(image: Image.Image) -> bytes | None:
+    """The profile embedded in an image, which may still be undecoded, if its colours are not sRGB's."""
+    profile = image.info.get("icc_profile")
+    if not isinstance(profile, bytes) or not _HEADER < len(profile) <= MAX_BYTES:
+        return None
+    is_grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+    mode = "CMYK" if image.mode == "CMYK" else "L" if is_grey else "RGB"
+    return profile if _MODES.get(profile[16:20]) == mode and not is_srgb(profile) else None
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The pixels in sRGB, mode RGB, without transparency; unconverted where LittleCMS cannot use the profile."""
+    mode = _MODES[profile[16:20]]
+    transform = _transform(profile, mode)
+    plain = image if image.mode == mode else image.convert(mode)
+    return plain.convert("RGB") if transform is None else transform.apply(plain)
+
+
+@lru_cache(CACHED)
+def is_srgb(profile: bytes) -> bool:
+    """Whether a profile has the primaries and the curves of sRGB, and no tables that override them."""
+    try:
+        tags = _tags(profile)
+        if b"A2B0" in tags or b"D2B0" in tags:
+            return False
+        primaries = {name: struct.unpack_from(">3i", tags[name], 8) for name in _PRIMARIES}
+        curves = [_curve(tags[name]) for name in (b"rTRC", b"gTRC", b"bTRC")]
+    except (KeyError, struct.error):
+        return False
+    is_close = all(
+        abs(value / 65536 - wanted) <= _PRIMARY_TOLERANCE
+        for name, values in primaries.items()
+        for value, wanted in zip(values, _PRIMARIES[name], strict=True)
+    )
+    return is_close and all(
+        curve is not None and abs(255 * (_encoded(curve(i / 51)) - i / 51)) <= _LEVEL_TOLERANCE
+        for curve in curves
+        for i in range(52)
+    )
+
+
+@lru_cache(CACHED)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """To sRGB, perceptual, which is what browsers choose and what all profiles with tables have."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        return ImageCms.ImageCmsTransform(source, target, mode, "RGB", ImageCms.Intent.PERCEPTUAL)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _tags(profile: bytes) -> dict[bytes, bytes]:
+    """
+    Raises:
+        struct.error: it ends too soon.
+    """
+    (count,) = struct.unpack_from(">I", profile, _HEADER)
+    entries = [struct.unpack_from(">4sII", profile, _HEADER + 4 + 12 * i) for i in range(min(count, MAX_TAGS))]
+    return {name: profile[start : start + length] for name, start, length in entries}
+
+
+def _curve(tag: bytes) -> Callable[[float], float] | None:
+    """From stored to linear, both 0..1; None for kinds that sRGB is not written in.
+
+    Raises:
+        struct.error: it ends too soon.
+    """
+    kind, number = tag[:4], struct.unpack_from(">I", tag, 8)[0]
+    if kind == b"curv" and 2 <= number <= 65_536:
+        table = struct.unpack_from(f">{number}H", tag, 12)
+
+        def of_table(x: float) -> float:
+            low = min(int(x * (number - 1)), number - 2)
+            share = x * (number - 1) - low
+            return (table[low] * (1 - share) + table[low + 1] * share) / 65535
+
+        return of_table
+    if kind == b"para" and number >> 16 == 3:
+        gamma, a, b, c, d = (value / 65536 for value in struct.unpack_from(">5i", tag, 12))
+        return lambda x: max(0.0, a * x + b) ** gamma if x >= d else c * x
+    return None
+
+
+def _encoded(linear: float) -> float:
+    """sRGB's curve (IEC 61966-2-1), both 0..1."""
+    return 12.92 * linear if linear <= 0.0031308 else 1.055 * linear ** (1 / 2.4) - 0.055

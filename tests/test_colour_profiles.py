@@ -1,0 +1,164 @@
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from predictor import colour_profiles
+from predictor.colour_profiles import MAX_BYTES, is_srgb
+from predictor.decoder_process import DecoderProcess
+from predictor.pillow_preprocessing import crop, decode, read
+from predictor.spec import PixelRule
+from tests.kinds import gradient, save
+
+DISPLAY_P3 = {  # XYZ adapted to D50
+    b"rXYZ": (0.51512, 0.24120, -0.00105),
+    b"gXYZ": (0.29198, 0.69225, 0.04189),
+    b"bXYZ": (0.15710, 0.06657, 0.78407),
+}
+
+
+def with_primaries(profile: bytes, primaries: dict[bytes, tuple[float, ...]]) -> bytes:
+    changed = bytearray(profile)
+    (count,) = struct.unpack_from(">I", profile, 128)
+    for i in range(count):
+        name, start, _ = struct.unpack_from(">4sII", profile, 132 + 12 * i)
+        if name in primaries:
+            struct.pack_into(">3i", changed, start + 8, *(round(65536 * value) for value in primaries[name]))
+    return bytes(changed)
+
+
+def with_gamma(profile: bytes, gamma: float) -> bytes:
+    """The same with a plain power as its curves."""
+    changed = bytearray(profile)
+    (count,) = struct.unpack_from(">I", profile, 128)
+    for i in range(count):
+        name, start, _ = struct.unpack_from(">4sII", profile, 132 + 12 * i)
+        if name in (b"rTRC", b"gTRC", b"bTRC"):
+            struct.pack_into(">4sIHHi", changed, start, b"para", 0, 0, 0, round(65536 * gamma))
+    return bytes(changed)
+
+
+def grey_profile(gamma: float) -> bytes:
+    header = struct.pack(">I4sI4s4s4s", 0, b"lcms", 0x02100000, b"mntr", b"GRAY", b"XYZ ") + bytes(12)
+    header += b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    header += bytes(128 - len(header))
+    white = struct.pack(">4sI3i", b"XYZ ", 0, 63190, 65536, 54061)
+    curve = struct.pack(">4sIIH2x", b"curv", 0, 1, round(256 * gamma))
+    tags = struct.pack(">I4sII4sII", 2, b"wtpt", 156, 20, b"kTRC", 176, 16)
+    return struct.pack(">I", 192) + (header + tags + white + curve)[4:]
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+P3 = with_primaries(SRGB, DISPLAY_P3)
+RULE = PixelRule.square(32, 36)
+KINDS = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}
+
+
+def in_p3(image: Image.Image) -> Image.Image:
+    """The numbers that a camera of Display P3 stores for the same colours."""
+    target = ImageCms.ImageCmsProfile(io.BytesIO(P3))
+    return ImageCms.profileToProfile(image, ImageCms.createProfile("sRGB"), target)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_photograph_in_display_p3_gets_the_colours_that_a_browser_shows(kind):
+    original = gradient(200, 150)
+    body = save(in_p3(original), kind, icc_profile=P3, **KINDS[kind])
+    converted, ignored = (np.asarray(decode(body, colour=colour)).astype(int) for colour in ("srgb", "as-stored"))
+    off, far = (np.abs(pixels - np.asarray(original)).mean() for pixels in (converted, ignored))
+    assert off < 2 < far
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_profile_of_srgb_changes_nothing(kind):
+    body = save(gradient(40, 30), kind, icc_profile=SRGB, **KINDS[kind])
+    np.testing.assert_array_equal(decode(body), decode(body, colour="as-stored"))
+
+
+@pytest.mark.parametrize(
+    ("profile", "expected"),
+    [(SRGB, True), (P3, False), (with_gamma(SRGB, 2.2), False), (SRGB[:200], False), (b"x" * 300, False)],
+    ids=["srgb", "display p3", "gamma 2.2", "cut", "noise"],
+)
+def test_what_counts_as_srgb(profile, expected):
+    assert is_srgb(profile) == expected
+
+
+def test_grey_pixels_are_converted_by_a_grey_profile():
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    got = np.asarray(decode(save(ramp, "PNG", icc_profile=grey_profile(1.8)))).astype(int)
+    assert (got[..., 0] == got[..., 2]).all()
+    linear = (np.arange(256) / 255) ** 1.8
+    expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255
+    assert np.abs(got[..., 1].ravel() - expected).max() < 2
+
+
+def test_transparency_is_kept_and_laid_on_white():
+    image = gradient(40, 30)
+    image.putalpha(Image.linear_gradient("L").resize((40, 30)))
+    rgb = image.convert("RGB")
+    stored = in_p3(rgb)
+    stored.putalpha(image.getchannel("A"))
+    got = np.asarray(decode(save(stored, "PNG", icc_profile=P3))).astype(int)
+    expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    assert np.abs(got - np.asarray(expected)).mean() < 2
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        P3[:16] + b"CMYK" + P3[20:],
+        P3[:16] + b"GRAY" + P3[20:],
+        P3[:150],
+        P3[:130] + bytes(200),
+        b"P3",
+        P3 + bytes(MAX_BYTES),
+    ],
+    ids=["of ink", "of grey", "cut", "without tags", "short", "too large"],
+)
+def test_a_profile_that_cannot_be_used_is_ignored(profile):
+    image = gradient(40, 30)
+    body = save(image, "TIFF", icc_profile=profile)
+    np.testing.assert_array_equal(np.asarray(decode(body)), np.asarray(image))
+
+
+def test_a_profile_that_changes_colours_is_used_in_the_decoder_process_only():
+    plain, tagged, other = (
+        save(gradient(200, 150), "JPEG", **more) for more in ({}, {"icc_profile": SRGB}, {"icc_profile": P3})
+    )
+    sent = []
+
+    def elsewhere(body):
+        sent.append(body)
+        return read(body, RULE)
+
+    for body in (plain, tagged, other):
+        np.testing.assert_array_equal(read(body, RULE, elsewhere=elsewhere), crop(decode(body), RULE))
+    assert sent == [other]
+
+
+def test_the_decoder_process_converts_as_well():
+    body = save(gradient(200, 150), "PNG", icc_profile=P3)
+    decoder = DecoderProcess()
+    try:
+        decoder.wait()
+        decoder.begin_batch()
+        np.testing.assert_array_equal(decoder.read(body, RULE), read(body, RULE))
+    finally:
+        decoder.close()
+
+
+def test_a_large_image_is_converted_strip_by_strip_to_the_same_pixels(monkeypatch):
+    body = save(gradient(200, 150), "PNG", icc_profile=P3)
+    whole = read(body, RULE)
+    monkeypatch.setattr("predictor.pillow_preprocessing.STRIP", 3_000)
+    np.testing.assert_array_equal(read(body, RULE), whole)
+
+
+def test_the_conversion_is_made_once_for_images_of_one_profile():
+    colour_profiles._transform.cache_clear()
+    for width in (30, 40):
+        decode(save(gradient(width, 30), "PNG", icc_profile=P3))
+    assert colour_profiles._transform.cache_info().misses == 1
