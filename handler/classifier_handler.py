@@ -206,7 +206,7 @@ class ClassifierHandler:
             yield list(coming)
 
     def _decode(self, image: ImageInput, is_of_several: bool = False) -> np.ndarray | ImageError:
-        """The crop of one image, uint8 (S, S, 3), or its ImageError."""
+        """The crop of one image, uint8 (H, W, 3), or its ImageError."""
         if isinstance(image, ImageError):
             return image
         allowed = SEVERAL_SECONDS if is_of_several else DECODE_SECONDS

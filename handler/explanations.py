@@ -38,12 +38,12 @@ class Explainer:
         """Integrated gradients of one logit by one crop.
 
         Args:
-            crop: uint8 (S, S, 3), RGB.
+            crop: uint8 (H, W, 3), RGB.
             index: of the label.
             until: `time.monotonic()` at which to stop.
 
         Returns:
-            float32 (S, S): in logits, summed over the colours; above 0 is for the label.
+            float32 (H, W): in logits, summed over the colours; above 0 is for the label.
 
         Raises:
             ImageError: `no_time`.
@@ -52,7 +52,7 @@ class Explainer:
 
         module = self._load()
         with torch.no_grad():
-            planes = module.to_planes(torch.from_numpy(crop[None].copy()).to(self._device))  # (1, 3, S, S)
+            planes = module.to_planes(torch.from_numpy(crop[None].copy()).to(self._device))  # (1, 3, H, W)
         gradient = torch.zeros_like(planes)
         points = (torch.arange(STEPS, device=planes.device, dtype=planes.dtype) + 0.5) / STEPS  # middles of the steps
         for some in points.split(AT_ONCE):
@@ -80,17 +80,24 @@ def overlay(crop: np.ndarray, attributions: np.ndarray) -> bytes:
     """A PNG of the crop in grey, with what is for the label in red and what is against it in blue.
 
     Args:
-        crop: uint8 (S, S, 3), RGB.
-        attributions: float32 (S, S).
+        crop: uint8 (H, W, 3), RGB.
+        attributions: float32 (H, W).
     """
-    side, cells = max(SHOWN, len(crop)), min(CELLS, len(crop))
-    coarse = Image.fromarray(attributions).resize((cells, cells), Image.Resampling.BOX)
-    strength = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
+    height, width, _ = crop.shape
+    longest = max(height, width)
+    shown = _times(max(SHOWN, longest) / longest, width, height)
+    cells = _times(min(CELLS, longest) / longest, width, height)
+    coarse = Image.fromarray(attributions).resize(cells, Image.Resampling.BOX)
+    strength = np.asarray(coarse.resize(shown, Image.Resampling.BICUBIC))
     strength = np.clip(strength / max(np.percentile(np.abs(strength), STRONG), 1e-12), -1, 1)
-    grey = Image.fromarray(crop).convert("L").resize((side, side), Image.Resampling.BICUBIC)
+    grey = Image.fromarray(crop).convert("L").resize(shown, Image.Resampling.BICUBIC)
     colour = np.where(strength[..., None] > 0, np.array(FOR, np.float32), np.array(AGAINST, np.float32))
     alpha = 0.7 * np.abs(strength)[..., None]
     pixels = np.asarray(grey, dtype=np.float32)[..., None] * (1 - alpha) + colour * alpha
     file = io.BytesIO()
     Image.fromarray(pixels.round().astype(np.uint8)).save(file, "PNG")
     return file.getvalue()
+
+
+def _times(scale: float, width: int, height: int) -> tuple[int, int]:
+    return max(1, round(scale * width)), max(1, round(scale * height))
