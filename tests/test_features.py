@@ -12,7 +12,7 @@ from dataset.loading import load
 from model import checkpoint, registry
 from predictor.spec import PixelRule
 from tests.folders import make_folder
-from tests.learning import Training
+from tests.learning import Training, first
 from train import main
 from training import freezing, run_folder
 from training.freezing import compute_features, headless
@@ -25,7 +25,8 @@ SCALE = torch.full((3,), 0.5), torch.full((3,), 0.25)
 
 @pytest.fixture(scope="module")
 def digits():
-    return load("digits", rule=PixelRule.square(32), val_fraction=0.5)
+    data = load("digits", rule=PixelRule.square(32), val_fraction=0.5)
+    return replace(data, train=first(data.train, 360), val=first(data.val, 180))
 
 
 def make(data, arch="fastnet_small", **options):
@@ -77,11 +78,11 @@ def test_features_are_those_of_the_images(digits, flip):
     network = registry.build("simplecnn", 10, 32)
     found = compute_features(network, digits, SCALE, flip)
     assert (found.train.shape, found.val.shape) == ((1 + flip, len(digits.train), 84), (len(digits.val), 84))
-    crops = digits.train.crops(torch.tensor([3, 700])).permute(0, 3, 1, 2) / 255
+    crops = digits.train.crops(torch.tensor([3, 300])).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         for view, images in zip(found.train, (crops, crops.flip(3)), strict=False):
             logits = network((images - 0.5) / 0.25)
-            assert close(network.classifier[-1](view[[3, 700]]), logits)
+            assert close(network.classifier[-1](view[[3, 300]]), logits)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "vit_b_16", "densenet121", "googlenet", "swin_t"])
@@ -98,8 +99,7 @@ def test_the_last_layer_of_torchvisions_networks_is_the_head(arch):
 def test_a_network_that_goes_on_after_its_last_layer_trains_all_the_same(digits, caplog):
     caplog.set_level("INFO", "training")
     training = make(digits, "squeezenet1_0")
-    few = replace(digits.train, **{name: getattr(digits.train, name)[:130] for name in ("rows", "targets", "names")})
-    training.data = replace(digits, train=few)
+    training.data = replace(digits, train=first(digits.train, 130))
     start = tensors(training.network)
     training.epoch()
     assert training.learner.features is None
@@ -109,7 +109,7 @@ def test_a_network_that_goes_on_after_its_last_layer_trains_all_the_same(digits,
 
 def test_features_that_do_not_fit_are_not_kept(digits, monkeypatch, caplog):
     caplog.set_level("INFO", "training")
-    monkeypatch.setattr(freezing, "free_memory", lambda processes: 1_000_000)
+    monkeypatch.setattr(freezing, "free_memory", lambda processes: 100_000)
     training = make(digits)
     training.epoch()
     assert training.learner.features is None
@@ -118,7 +118,7 @@ def test_features_that_do_not_fit_are_not_kept(digits, monkeypatch, caplog):
 
 def test_the_first_process_decides_for_all_whether_features_fit(digits, monkeypatch):
     """Each would wait for ever for the others, if some computed features and some did not."""
-    monkeypatch.setattr(freezing.distributed, "from_first", lambda *_: [1_000_000.0])  # another machine's
+    monkeypatch.setattr(freezing.distributed, "from_first", lambda *_: [100_000.0])  # another machine's
     assert compute_features(make(digits).network, digits, SCALE, True).startswith("they would take")
 
 
@@ -179,7 +179,7 @@ def test_a_run_that_ends_before_or_after_the_thaw_goes_on_with_the_same_bits(
 
 def test_transfer_from_a_run_of_other_classes(tmp_path, capsys):
     """The command of the README, with weights of ours: a head for other classes, trained on few images."""
-    data = ["--data", "digits", "--arch", "fastnet_small"]
+    data = ["--data", "digits", "--arch", "fastnet_small", "--val-fraction", "0.5"]
     assert main([*data, "--epochs", "2", "--out", str(tmp_path / "digits")]) == 0
     weights = tmp_path / "digits" / "model.pt"
     folder = make_folder(tmp_path / "colours", count=100)
