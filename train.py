@@ -31,6 +31,7 @@ import torch
 
 from dataset import splits
 from dataset.image_store import Data
+from dataset.sources import Source
 from model import checkpoint, registry
 from predictor.files import write_text
 from training import console, distributed, resume_state, run_folder
@@ -52,6 +53,7 @@ from training.resume_state import Progress
 from training.schedule import Schedule
 from training.selection import MEASURES, is_better, is_out_of_patience, snapshot
 from training.start import make_network, near, read_data, read_weights
+from training.suggestion import choose
 
 log = logging.getLogger("training.command")
 
@@ -96,7 +98,10 @@ def run(command: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
         options = resumed_options(command.resume, source, given)
     else:
         options = make_options(command.config, given, command.recipe)
-    return {"run": options.out, **train(options, resume=bool(command.resume), overwrite=command.overwrite)}
+    source = None
+    if not (command.resume or command.config or command.recipe):
+        options, source = choose(options, given)
+    return {"run": options.out, **train(options, bool(command.resume), command.overwrite, source)}
 
 
 def show_evaluation(command: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
@@ -108,12 +113,15 @@ def show_evaluation(command: argparse.Namespace, given: dict[str, Any]) -> dict[
     return scores
 
 
-def train(options: TrainOptions, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    options: TrainOptions, resume: bool = False, overwrite: bool = False, source: Source | None = None
+) -> dict[str, Any]:
     """Trains as `options` say and writes the run folder `options.out`; returns what metrics.json holds.
 
     Args:
         resume: go on from the run folder's last.ckpt, if the run came so far.
         overwrite: replace a run that the folder holds.
+        source: of `options.data`, where it is open already.
 
     Raises:
         ValueError: the folder, the data, the architecture or an option cannot be used; nothing has been written then.
@@ -131,17 +139,17 @@ def train(options: TrainOptions, resume: bool = False, overwrite: bool = False) 
     first = distributed.rank() == 0
     out = Path(options.out)
     with run_folder.claimed(out, options.data, resume=resume, overwrite=overwrite) if first else nullcontext():
-        return train_into(out, options, resume)
+        return train_into(out, options, resume, source)
 
 
-def train_into(out: Path, options: TrainOptions, resume: bool) -> dict[str, Any]:
+def train_into(out: Path, options: TrainOptions, resume: bool, source: Source | None) -> dict[str, Any]:
     """As `train`, in a run folder that is ready for it."""
     # TrainOptions and data: a plan
-    device, reading = pick_device(options.device), resolve_reading(options)
-    pretrained = read_weights(options.arch, reading.size, published=options.pretrained, file=options.weights)
+    device, pretrained = pick_device(options.device), read_weights(options)
+    reading = resolve_reading(options, pretrained)
     started = time.perf_counter()
     known = run_folder.recorded_splits(out) if resume else None
-    data = read_data(options, reading, known)
+    data = read_data(options, reading, known, source)
     data_seconds = time.perf_counter() - started
     plan = resolve(options, reading, images=len(data.train), flips=data.flips, device=device)
     chosen = recorded(options, plan)

@@ -45,6 +45,7 @@ def load(
     frames: FrameOptions | None = None,
     skip_bad: bool = False,
     download_dir: str = "data",
+    source: Source | None = None,
     scratch: Path | None = None,
     workers: int | None = None,
     processes: int = 1,
@@ -58,6 +59,7 @@ def load(
         frames: keep the training images as whole frames, which random crops are cut out of; else all images become
             squares by the rule.
         skip_bad: leave images out that cannot be read.
+        source: of `data`, where it is open already.
         scratch: folder for a temporary file, used where the images would fill the memory.
         workers: threads that decode; by default one for each core.
         processes: how many on this machine hold the images at once.
@@ -68,7 +70,7 @@ def load(
     Raises:
         DataError: as `open_source`; an image cannot be read (unless `skip_bad`); as `splits.check_splits`.
     """
-    source = open_source(data, download_dir)
+    source = source or open_source(data, download_dir)
     assigned = splits.cut_splits(source.entries, val_fraction, test_fraction, split_seed, known)
     for warning in splits.check_splits(source.name, source.entries, assigned):
         say(warning)

@@ -22,7 +22,7 @@ from model.preset import IMAGENET_MEAN as IMAGENET_MEAN
 from model.preset import IMAGENET_STD as IMAGENET_STD
 from model.preset import Preset
 from predictor.files import sha256
-from predictor.spec import ModelSpec, PixelRule
+from predictor.spec import ModelSpec
 
 FASTNETS = {"fastnet": (64, 256, 256), "fastnet_small": (64, 128, 128)}  # channels of the blocks
 OWN = ("simplecnn", *FASTNETS)
@@ -145,8 +145,7 @@ def takes(network: nn.Module, classes: int, size: int) -> bool:
 class Pretrained:
     """Trained weights to start from, by name, and the pixels that they were trained on.
 
-    rule: how images became those pixels, where the weights were trained here; None for published ones, for which
-        `preset` has it.
+    These stand in the spec beside weights that were trained here; else they are the architecture's preset.
     """
 
     source: str  # what messages call them
@@ -154,7 +153,7 @@ class Pretrained:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
-    rule: PixelRule | None = None
+    fit: str = "crop"
 
 
 def has_installed_weights(arch: str) -> bool:
@@ -175,12 +174,12 @@ def read_pretrained(arch: str, weights: Path | None = None) -> Pretrained:
     own = preset(arch)
     if weights is None:
         source, state = _published(arch)
-        return Pretrained(source, state, own.mean, own.std, own.interpolation)
+        return Pretrained(source, state, own.mean, own.std, own.interpolation, own.fit)
     state = {_OLD_DENSENET.sub(r"\1\2", name): value for name, value in load_state_dict(weights).items()}
     spec = weights.with_name("spec.json")
     if spec.is_file() and (made := ModelSpec.load(spec)).weights_sha256 == sha256(weights):
-        return Pretrained(str(weights), state, made.mean, made.std, made.rule.interpolation, made.rule)
-    return Pretrained(str(weights), state, own.mean, own.std, own.interpolation)
+        return Pretrained(str(weights), state, made.mean, made.std, made.interpolation, made.fit)
+    return Pretrained(str(weights), state, own.mean, own.std, own.interpolation, own.fit)
 
 
 def load_pretrained(network: nn.Module, arch: str, pretrained: Pretrained) -> list[str]:

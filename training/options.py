@@ -105,6 +105,19 @@ class TrainOptions:
         low=1,
         high=8192,
     )
+    fit: str | None = _option(
+        None,
+        "network",
+        "which part of an image the network sees: its centre, all of it squashed, or all of it with black around "
+        "(default: the weights' own, else crop)",
+        choices=("crop", "squash", "pad"),
+    )
+    interpolation: str | None = _option(
+        None,
+        "network",
+        "filter that resizes images (default: the weights' own, else bilinear)",
+        choices=("bilinear", "bicubic", "lanczos"),
+    )
     pretrained: bool = _option(False, "network", "start from published weights, or from --weights", card=ALWAYS)
     weights: str | None = _option(
         None, "network", "a state_dict of the architecture to start from: .pt, .pth or .safetensors", card=ALWAYS
@@ -441,6 +454,11 @@ def option_names() -> tuple[str, ...]:
     return tuple(option.name for option in fields(TrainOptions))
 
 
+def of_group(group: str) -> set[str]:
+    """The options of a group of the help."""
+    return {option.name for option in fields(TrainOptions) if option.metadata["group"] == group}
+
+
 def resumable() -> tuple[str, ...]:
     """The options that a run that goes on may be given anew."""
     return tuple(option.name for option in fields(TrainOptions) if option.metadata["resumable"])
@@ -552,7 +570,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     """Raises ValueError for a value out of its range or choices."""
     low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
-    if choices and value not in choices:
+    if choices and value is not None and value not in choices:
         raise ValueError(f"{flag(name)} {value}: must be one of {', '.join(choices)}")
     if value is None or low is None:
         return

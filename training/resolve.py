@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from model import registry
+from model.registry import Pretrained
+from predictor.spec import PixelRule
 from training import distributed
 from training.augmentation import shrunk
 from training.options import (
@@ -30,10 +32,9 @@ from training.options import (
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read: `size` and `resize` in px, as in the spec, and `workers` threads."""
+    """How images are read: by `rule`, as the spec has it, and by `workers` threads; `crop_padding` in px."""
 
-    size: int
-    resize: int
+    rule: PixelRule
     crop_padding: int
     workers: int
 
@@ -49,8 +50,7 @@ class Plan:
     """
 
     arch: str
-    size: int
-    resize: int
+    rule: PixelRule
     freeze: bool
     cache_features: bool
     unfreeze_at: int
@@ -98,9 +98,14 @@ class Plan:
     compile: bool
     seed: int
 
+    @property
+    def size(self) -> int:
+        """Side of the square that is evaluated and served, px."""
+        return self.rule.height
 
-def resolve_reading(options: TrainOptions) -> Reading:
-    """What the architecture says about the images, where the options leave it open.
+
+def resolve_reading(options: TrainOptions, weights: Pretrained | None = None) -> Reading:
+    """What the architecture and its weights say about the images, where the options leave it open.
 
     Raises:
         ValueError: no such architecture, or it cannot take images of this size.
@@ -124,7 +129,15 @@ def resolve_reading(options: TrainOptions) -> Reading:
         raise ValueError(
             f"--low-res {options.low_res}: {options.arch} of {size} px cannot take {shrunk(seen)} px; pass --low-res 0"
         )
-    return Reading(size, resize, padding, options.workers or os.cpu_count() or 1)
+    fit = options.fit or (weights.fit if weights else "crop")
+    rule = PixelRule(
+        height=size,
+        width=size,
+        resize=resize if fit == "crop" else size,
+        interpolation=options.interpolation or (weights.interpolation if weights else "bilinear"),
+        fit=fit,
+    )
+    return Reading(rule, padding, options.workers or os.cpu_count() or 1)
 
 
 def resolve(options: TrainOptions, reading: Reading, *, images: int, flips: bool, device: torch.device) -> Plan:
@@ -137,13 +150,12 @@ def resolve(options: TrainOptions, reading: Reading, *, images: int, flips: bool
     Raises:
         ValueError: the device or the number of images does not suit the options.
     """
-    many_and_small = images >= MANY_IMAGES and reading.size < LARGE_SIZE
+    many_and_small = images >= MANY_IMAGES and reading.rule.height < LARGE_SIZE
     minutes = options.minutes or math.inf
     decided = {
-        "size": reading.size,
-        "resize": reading.resize,
+        "rule": reading.rule,
         "crop_padding": reading.crop_padding,
-        "train_size": options.train_size or reading.size,
+        "train_size": options.train_size or reading.rule.height,
         "flip": flips if options.flip is None else options.flip,
         "batch_size": options.batch_size or (LARGER_BATCH if many_and_small else DEFAULT_BATCH),
         "lr": options.lr or default_lr(options),
@@ -167,7 +179,9 @@ def recorded(options: TrainOptions, plan: Plan) -> TrainOptions:
     return replace(
         options,
         size=plan.size,
-        resize=plan.resize,
+        resize=plan.rule.resize,
+        fit=plan.rule.fit,
+        interpolation=plan.rule.interpolation,
         crop_padding=plan.crop_padding,
         train_size=plan.train_size if plan.crop_scale else None,
         flip=plan.flip,

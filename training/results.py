@@ -94,9 +94,7 @@ def make_spec(
     return ModelSpec(
         arch=plan.arch,
         labels=tuple(data.labels),
-        height=plan.size,
-        width=plan.size,
-        resize=plan.resize,
+        **vars(plan.rule),
         mean=mean,
         std=std,
         temperature=temperature,

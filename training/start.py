@@ -12,12 +12,11 @@ from torch import nn
 from dataset.frames import edge_for
 from dataset.image_store import Data, on_device
 from dataset.loading import FrameOptions, load
-from dataset.sources import BUILT_IN
+from dataset.sources import BUILT_IN, Source
 from model import registry
 from model.fastnet import FastNet
 from model.registry import Pretrained
 from model.tensor_preprocessing import normalise
-from predictor.spec import PixelRule
 from training import distributed
 from training.console import reading_bar
 from training.memory import keep_freed
@@ -29,15 +28,17 @@ WHITENED_BY = 5000  # images of up to 32 px; fewer of larger ones
 log = logging.getLogger(__name__)
 
 
-def read_weights(arch: str, size: int, *, published: bool, file: str | None) -> Pretrained | None:
-    """The weights to start from: those of `file`, else the published ones if wanted, else none.
+def read_weights(options: TrainOptions) -> Pretrained | None:
+    """The weights to start from: those of a file, else the published ones if wanted, else none.
 
     Raises:
         ValueError: they cannot be had, or do not fit the architecture.
     """
-    if not (published or file):
+    arch, file = options.arch, options.weights
+    if not (options.pretrained or file):
         return None
-    network = registry.build(arch, 2, size)
+    registry.check_name(arch)
+    network = registry.build(arch, 2, options.size or registry.preset(arch).size)
     with nullcontext() if file else distributed.first_alone():  # they may be downloaded
         pretrained = registry.read_pretrained(arch, Path(file) if file else None)
     registry.load_pretrained(network, arch, pretrained)
@@ -71,16 +72,19 @@ def make_network(
     return network, mean, std
 
 
-def read_data(options: TrainOptions, reading: Reading, known: dict[str, str] | None = None) -> Data:
+def read_data(
+    options: TrainOptions, reading: Reading, known: dict[str, str] | None = None, source: Source | None = None
+) -> Data:
     """The images, decoded; see dataset.loading.load."""
     out = Path(options.out).absolute()
     alone = distributed.first_alone() if options.data in BUILT_IN else nullcontext()  # it may be downloaded
-    edge = edge_for(options.train_size or reading.size)
+    edge = edge_for(options.train_size or reading.rule.height)
     frames = FrameOptions(edge, options.store) if options.crop_scale else None
     with alone, reading_bar() as bar:
         return load(
             options.data,
-            rule=PixelRule.square(reading.size, reading.resize),
+            source=source,
+            rule=reading.rule,
             val_fraction=options.val_fraction,
             test_fraction=options.test_fraction,
             split_seed=options.split_seed,
