@@ -98,10 +98,10 @@ def run(command: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
         options = resumed_options(command.resume, source, given)
     else:
         options = make_options(command.config, given, command.recipe)
-    source = None
+    opened = None
     if not (command.resume or command.config or command.recipe):
-        options, source = choose(options, given)
-    return {"run": options.out, **train(options, bool(command.resume), command.overwrite, source)}
+        options, opened = choose(options, given)
+    return {"run": options.out, **train(options, bool(command.resume), command.overwrite, opened)}
 
 
 def show_evaluation(command: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:

@@ -227,6 +227,7 @@ def test_the_crops_may_be_smaller_than_what_is_evaluated(folder):
     ("options", "words"),
     [
         ({"train_size": 24}, "--train-size 24: is the side of random crops; pass --crop-scale too"),
+        ({"store": "memory"}, "--store memory: keeps whole images for random crops; pass --crop-scale too"),
         ({"crop_scale": 0.5, "crop_padding": 4}, "--crop-padding 4: --crop-scale takes its place"),
         ({"crop_scale": 0.5, "freeze": True, "pretrained": True}, "--crop-scale 0.5: --freeze computes the features"),
     ],

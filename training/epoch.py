@@ -157,7 +157,7 @@ def evaluate_val(learner: Learner, data: Data, plan: Plan) -> Tensor:
         estimate_statistics(learner.averaged, learner.slow_norms, data.train, learner.scale, batch)
     distributed.copy_buffers(learner.averaged)
     if not learner.features:
-        return evaluate(learner.averaged, data.val, *learner.scale)
+        return evaluate(learner.averaged, data.val, *learner.scale, amp=plan.amp, channels_last=plan.channels_last)
     with torch.inference_mode():
         return head_of(learner.averaged)(learner.features.val.to(plan.device)).cpu()
 

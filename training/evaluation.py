@@ -51,6 +51,8 @@ def evaluate(
     mirrored: bool = False,
     shown: str = "",
     batch: int | None = None,
+    amp: torch.dtype = torch.float32,
+    channels_last: bool = False,
 ) -> Tensor:
     """Logits of every image, in order: float32 (N, C), on the CPU. Each process looks at its share of them.
 
@@ -58,6 +60,8 @@ def evaluate(
         mirrored: look at the mirror images.
         shown: name of a progress bar; none without it.
         batch: images at a time; by default as many as suit the device.
+        amp: the type that autocast computes in; float32 for none.
+        channels_last: whether the network's tensors lie as (N, H, W, C).
     """
     network.eval()
     if batch is None:
@@ -67,19 +71,29 @@ def evaluate(
     starts = tqdm(range(share.start, share.stop, batch), desc=shown, unit="batches", leave=False, disable=hidden)
     logits = []
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(mean.device.type, amp, enabled=amp is not torch.float32):
             for start in starts:
                 crops = split.crops(slice(start, min(start + batch, share.stop))).to(mean.device)
                 if mirrored:
                     crops = crops.flip(2)
-                logits.append(network(normalise(crops, mean, std)).cpu())
+                images = normalise(crops, mean, std)
+                if channels_last:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                logits.append(network(images).float().cpu())
     except torch.OutOfMemoryError:
         if batch == 1:
             raise
         logits = []
     else:
         return torch.cat([part for parts in distributed.gather(logits) for part in parts])
-    return evaluate(network, split, mean, std, mirrored=mirrored, shown=shown, batch=batch // 2)
+    return evaluate(
+        *(network, split, mean, std),
+        mirrored=mirrored,
+        shown=shown,
+        batch=batch // 2,
+        amp=amp,
+        channels_last=channels_last,
+    )
 
 
 def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,8 @@ def prepare_backbone(learner: Learner, data: Data, plan: Plan, schedule: Schedul
     if learner.features_tried or not plan.cache_features:
         return 0.0
     learner.features_tried, started = True, time.perf_counter()
-    found = compute_features(learner.network, data, learner.scale, plan.flip)
+    how: dict[str, Any] = {"amp": plan.amp, "channels_last": plan.channels_last}
+    found = compute_features(learner.network, data, learner.scale, plan.flip, **how)
     if isinstance(found, str):
         log.info(f"the backbone sees all images in each epoch: {found}")
         return 0.0
@@ -60,18 +62,31 @@ def prepare_backbone(learner: Learner, data: Data, plan: Plan, schedule: Schedul
     return seconds
 
 
-def compute_features(network: nn.Module, data: Data, scale: tuple[Tensor, Tensor], flip: bool) -> Features | str:
+def compute_features(
+    network: nn.Module,
+    data: Data,
+    scale: tuple[Tensor, Tensor],
+    flip: bool,
+    *,
+    amp: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> Features | str:
     """The features of the train and val splits; or the reason why there are none to be kept.
 
     Args:
         scale: mean and std, each (3,), on the network's device.
         flip: whether mirror images are wanted.
+        amp, channels_last: as `evaluate`.
     """
+    how: dict[str, Any] = {"amp": amp, "channels_last": channels_last}
     if reason := _obstacle(network, data, scale, views=1 + flip):
         return reason
     with headless(network):
-        views = [evaluate(network, data.train, *scale, mirrored=m, shown="features") for m in (False, True)[: 1 + flip]]
-        return Features(torch.stack(views), evaluate(network, data.val, *scale))
+        views = [
+            evaluate(network, data.train, *scale, mirrored=mirrored, shown="features", **how)
+            for mirrored in (False, True)[: 1 + flip]
+        ]
+        return Features(torch.stack(views), evaluate(network, data.val, *scale, **how))
 
 
 @contextmanager

@@ -38,7 +38,9 @@ def fit_head(
         The history's row, of epoch 0, and the `score` of val. None for a network that goes on after its last layer, or
         whose features fill the memory: it keeps the head that it has.
     """
-    features = compute_features(learner.network, data, learner.scale, flip=False)
+    features = compute_features(
+        learner.network, data, learner.scale, flip=False, amp=plan.amp, channels_last=plan.channels_last
+    )
     if isinstance(features, str):
         log.info(f"no head is fitted before the first epoch: {features}")
         return None
@@ -63,6 +65,7 @@ def fit_head(
         "train_accuracy": float((logits.argmax(dim=1) == targets).float().mean()),
         "val_loss": val["loss"],
         "val_accuracy": val["accuracy"],
+        "val_macro_f1": val["macro"]["f1"],
         "seconds": round(schedule.seconds, 2),
     }
     return row, val

@@ -408,6 +408,8 @@ class TrainOptions:
             raise ValueError("--unfreeze-at: muon sets the norms of all filters anew; pass --optimizer sgd or adamw")
         if self.train_size and not self.crop_scale:
             raise ValueError(f"--train-size {self.train_size}: is the side of random crops; pass --crop-scale too")
+        if self.store != "auto" and not self.crop_scale:
+            raise ValueError(f"--store {self.store}: keeps whole images for random crops; pass --crop-scale too")
         if self.crop_scale and self.crop_padding:
             raise ValueError(f"--crop-padding {self.crop_padding}: --crop-scale takes its place; pass one of them")
         if self.flips_only:
