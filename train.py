@@ -50,6 +50,7 @@ from training.report import write_report
 from training.resolve import Plan, pick_device, recorded, resolve, resolve_reading
 from training.results import score_splits, training_facts, write_results
 from training.resume_state import Progress
+from training.run_folder import EpochFiles
 from training.schedule import Schedule
 from training.selection import MEASURES, is_better, is_out_of_patience, snapshot
 from training.start import make_network, near, read_data, read_weights
@@ -147,8 +148,7 @@ def train_into(out: Path, options: TrainOptions, resume: bool, source: Source | 
     # TrainOptions and data: a plan
     device, pretrained = pick_device(options.device), read_weights(options)
     reading = resolve_reading(options, pretrained)
-    started = time.perf_counter()
-    known = run_folder.recorded_splits(out) if resume else None
+    started, known = time.perf_counter(), run_folder.recorded_splits(out) if resume else None
     data = read_data(options, reading, known, source)
     data_seconds = time.perf_counter() - started
     plan = resolve(options, reading, images=len(data.train), flips=data.flips, device=device)
@@ -198,21 +198,16 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
         ValueError, Interrupted, Diverged, OutOfMemory: as `train`.
     """
     history, last, images = progress.history, out / resume_state.FILE, len(data.train)
-    files = run_folder.EpochFiles(out, history) if distributed.rank() == 0 else None
-    stuck = ""  # on this label
+    files = EpochFiles(out, history) if distributed.rank() == 0 else None
 
     def save(begun: PartialEpoch) -> None:
         if files and has_finite_weights(learner):  # else the next step's loss says so
             files.save(resume_state.collect(learner, schedule, progress, data, begun))
         schedule.saved()
 
-    # The head alone, before anything else learns: the first result, which epochs have to beat
-    if plan.head_first and not history and (fitted := fit_head(learner, data, plan, schedule)):
-        row, val = fitted
-        progress.add(row, images=0, seconds=0)
-        stuck = console.say_epoch(row, val, stuck)
-        progress.best = snapshot(0, val, learner.averaged)
-
+    stuck = ""  # on this label
+    if plan.head_first and not history:
+        stuck = begin_with_head(learner, data, plan, schedule, progress, files)
     for epoch in itertools.count(progress.epochs):
         begun, progress.begun = progress.begun, None
         if history and not begun and is_finished(progress, plan, schedule):
@@ -223,10 +218,10 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
             progress.features_seconds += prepare_backbone(learner, data, plan, schedule, epoch)
             with console.epoch_progress(epoch, images, plan, schedule, begun.seen if begun else 0) as show:
                 trained = train_epoch(learner, data.train, plan, schedule, epoch, show, begun, save)
-        if schedule.interrupted and not history:
-            raise Interrupted(schedule.interrupted, last)
         if history and (schedule.interrupted or not trained.steps):
             break
+        if schedule.interrupted:
+            raise Interrupted(schedule.interrupted, last)
         if not trained.steps:
             raise ValueError(f"--minutes {plan.seconds / 60:g}: over before the first step; give it more")
 
@@ -244,6 +239,21 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
         if files:  # in the first process
             files.write(resume_state.collect(learner, schedule, progress, data), history)
         schedule.saved()
+
+
+def begin_with_head(
+    learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress: Progress, files: EpochFiles | None
+) -> str:
+    """The head alone, before anything else learns: the first result, which epochs have to beat. Returns as
+    `console.say_epoch`."""
+    if not (fitted := fit_head(learner, data, plan, schedule)):
+        return ""
+    row, val = fitted
+    progress.add(row, images=0, seconds=0)
+    progress.best = snapshot(0, val, learner.averaged)
+    if files:
+        files.write(resume_state.collect(learner, schedule, progress, data), progress.history)
+    return console.say_epoch(row, val, "")
 
 
 def is_finished(progress: Progress, plan: Plan, schedule: Schedule) -> bool:

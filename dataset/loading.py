@@ -75,35 +75,70 @@ def load(
     for warning in splits.check_splits(source.name, source.entries, assigned):
         say(warning)
     sampled = choose_samples(source.entries, assigned)
-    whole = [index for index, split in enumerate(assigned) if frames and split == "train"]
-    squares = [index for index, split in enumerate(assigned) if not (frames and split == "train")]
-    crops = allocate(len(squares), rule.height, scratch, processes=processes, say=say)
-    rows = {index: row for indices in (whole, squares) for row, index in enumerate(indices)}
-    bodies: MemoryBodies | StoredBodies = MemoryBodies(0, "raw")
-    if frames:
-        bodies = bodies_for(data, source, whole, frames.edge, frames.store, processes=processes, say=say)
+    kept = _Kept(data, source, assigned, rule, frames, scratch=scratch, processes=processes, say=say)
     files: dict[int, bytes] = {}
 
     def decode(index: int, image: bytes | Image.Image) -> None:
-        if frames and assigned[index] == "train":
-            bodies[rows[index]] = make_frame(image, frames.edge)
-            return
-        crops[rows[index]] = square(image, rule)
+        kept.keep(index, image)
         if index in sampled:
             files[index] = as_file(image)
 
-    with bodies.filling(say):
-        wanted = {*squares, *(whole[row] for row in bodies.missing)}
-        unreadable = decode_each(source, wanted, decode, workers=workers, progress=progress)
+    with kept.bodies.filling(say):
+        unreadable = decode_each(source, kept.missing(), decode, workers=workers, progress=progress)
     skipped = name_unreadable(source.entries, unreadable)
     if skipped and not skip_bad:
         raise unreadable_images(data, skipped, len(assigned))
-    pixels: dict[str, Tensor | FilePixels | FrameSquares] = dict.fromkeys(splits.SPLITS, crops)
-    if frames:
-        pixels["train"] = FrameSquares(Frames(bodies, workers), rule)
-    by_split = _by_split(source, assigned, pixels, rows, unreadable)
+    by_split = _by_split(source, assigned, kept.pixels(workers), kept.rows, unreadable)
     samples = name_samples(source.entries, files)
     return Data(source.name, source.labels, source.flips, **by_split, samples=samples, skipped=skipped)
+
+
+class _Kept:
+    """The decoded images: squares by the rule; with `frames` the training images as whole frames.
+
+    rows: of each image its row among those of its kind, by its index.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        source: Source,
+        assigned: Sequence[str],
+        rule: PixelRule,
+        frames: FrameOptions | None,
+        *,
+        scratch: Path | None,
+        processes: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self._rule, self._frames = rule, frames
+        self._whole = [index for index, split in enumerate(assigned) if frames and split == "train"]
+        self._squares = sorted(set(range(len(assigned))) - set(self._whole))
+        self.rows = {index: row for indices in (self._whole, self._squares) for row, index in enumerate(indices)}
+        self._is_whole = set(self._whole)
+        self._crops = allocate(len(self._squares), rule.height, scratch, processes=processes, say=say)
+        self.bodies: MemoryBodies | StoredBodies = MemoryBodies(0, "raw")
+        if frames:
+            self.bodies = bodies_for(
+                *(data, source, self._whole, frames.edge, frames.store), processes=processes, say=say
+            )
+
+    def missing(self) -> set[int]:
+        """The images that are still to be decoded."""
+        return {*self._squares, *(self._whole[row] for row in self.bodies.missing)}
+
+    def keep(self, index: int, image: bytes | Image.Image) -> None:
+        if self._frames and index in self._is_whole:
+            self.bodies[self.rows[index]] = make_frame(image, self._frames.edge)
+        else:
+            self._crops[self.rows[index]] = square(image, self._rule)
+
+    def pixels(self, workers: int | None) -> dict[str, Tensor | FilePixels | FrameSquares]:
+        """By split."""
+        found: dict[str, Tensor | FilePixels | FrameSquares] = dict.fromkeys(splits.SPLITS, self._crops)
+        if self._frames:
+            found["train"] = FrameSquares(Frames(self.bodies, workers), self._rule)
+        return found
 
 
 def _by_split(

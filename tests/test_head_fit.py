@@ -86,6 +86,14 @@ def test_the_fitted_head_is_kept_where_no_epoch_beats_it(colours, weights, tmp_p
     assert not torch.equal(kept["fc.weight"], given["fc.weight"])
 
 
+def test_the_head_is_a_result_where_there_is_no_time_for_more(colours, weights, tmp_path):
+    options = ("--head-first", "--hold-norms", "--minutes", "0.0001")
+    assert train(colours, weights, tmp_path / "run", *options) == 0
+    assert [row["epoch"] for row in rows_of(tmp_path / "run")] == ["0"]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["epochs"] == 0
+    assert main(["--resume", str(tmp_path / "run"), "--minutes", "0.01"]) == 0
+
+
 def test_a_resumed_run_does_not_fit_the_head_again(colours, weights, tmp_path, monkeypatch):
     options = ("--head-first", "--hold-norms")
     assert train(colours, weights, tmp_path / "run", *options, "--epochs", "1") == 0

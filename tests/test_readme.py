@@ -10,16 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import torchvision
 
 import train
 from launcher import archives_of
-from model import registry
 from tests.conftest import PROJECT, label_of
-from tests.folders import make_folder
-from tests.test_pretrained import as_published
+from tests.folders import COLOURS, image
 from tests.test_serve import running_in
+from training import resolve
 
 README = (PROJECT / "README.md").read_text()
 DOCS = PROJECT / "docs"
@@ -83,25 +80,26 @@ def test_no_command_is_left_out():
 
 @pytest.fixture
 def folder_of_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with `photos`, and a cache that holds a file shaped as torchvision's weights of resnet18."""
-    cache = tmp_path / "torch" / "hub" / "checkpoints"
-    cache.mkdir(parents=True)
-    url = torchvision.models.get_model_weights("resnet18").DEFAULT.url
-    torch.manual_seed(1)
-    torch.save(as_published("resnet18", registry.build("resnet18", 3, 224)), cache / url.rsplit("/", 1)[1])
-    make_folder(tmp_path / "photos", count=20)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    """A folder with `photos`, of 120×90 px."""
+    for label, colour in COLOURS.items():
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(20):
+            image(colour, i, (120, 90)).save(tmp_path / "photos" / label / f"{i}.jpg")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_your_own_images_take_three_commands(folder_of_photos, exported, checkout, capsys):
-    """The first is run; of the others, which are run below for another folder, it is seen what they would read."""
+def test_your_own_images_take_three_commands(folder_of_photos, exported, checkout, capsys, monkeypatch):
+    """The first is run, for one epoch; of the others, which run below for another folder, what they would read."""
     learn, leave, serve = blocks(README, "sh")[1].splitlines()
     python, script, *options = shlex.split(learn)
     assert (python, script) == (".venv/bin/python", "train.py")
+    monkeypatch.setattr(resolve, "DEFAULT_EPOCHS", 1)
     assert train.main(options) == 0
-    assert "python -m export runs/photos" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("60 images in 3 classes")
+    assert "these are photographs: timm/tf_efficientnet_lite0" in said
+    assert "python -m export runs/photos" in said
     assert leave == ".venv/bin/python -m export runs/photos"
     shutil.copytree(exported, folder_of_photos / "runs" / "photos" / "export")
     (checkout / ".venv" / "ready").touch()

@@ -135,11 +135,15 @@ def train_epoch(
         if step % STEPS_A_LOOK == 0 or slow:
             shown, looked = finite(tally.losses, tally.rates, epoch)[step], now
         on_step(shown, tally.seen)
-    done = tally.together(epoch)
+    return _trained(tally.together(epoch), batches)
+
+
+def _trained(done: PartialEpoch, batches: Sequence[Tensor]) -> Trained:
+    """What the steps that were done came to, of those that there are."""
+    seen, losses = max(done.seen, 1), zip(done.losses.tolist(), batches, strict=False)
     return Trained(
-        loss=sum(value * len(batch) for value, batch in zip(done.losses.tolist(), batches, strict=False))
-        / max(done.seen, 1),
-        accuracy=float(done.correct) / max(done.seen, 1),
+        loss=sum(value * len(batch) for value, batch in losses) / seen,
+        accuracy=float(done.correct) / seen,
         steps=len(done.rates),
         share=len(done.rates) / len(batches),
         images=done.seen,
@@ -157,7 +161,7 @@ def evaluate_val(learner: Learner, data: Data, plan: Plan) -> Tensor:
         estimate_statistics(learner.averaged, learner.slow_norms, data.train, learner.scale, batch)
     distributed.copy_buffers(learner.averaged)
     if not learner.features:
-        return evaluate(learner.averaged, data.val, *learner.scale, amp=plan.amp, channels_last=plan.channels_last)
+        return evaluate(learner.averaged, data.val, *learner.scale, amp=plan.amp)
     with torch.inference_mode():
         return head_of(learner.averaged)(learner.features.val.to(plan.device)).cpu()
 

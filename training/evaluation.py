@@ -52,7 +52,6 @@ def evaluate(
     shown: str = "",
     batch: int | None = None,
     amp: torch.dtype = torch.float32,
-    channels_last: bool = False,
 ) -> Tensor:
     """Logits of every image, in order: float32 (N, C), on the CPU. Each process looks at its share of them.
 
@@ -61,7 +60,6 @@ def evaluate(
         shown: name of a progress bar; none without it.
         batch: images at a time; by default as many as suit the device.
         amp: the type that autocast computes in; float32 for none.
-        channels_last: whether the network's tensors lie as (N, H, W, C).
     """
     network.eval()
     if batch is None:
@@ -74,11 +72,7 @@ def evaluate(
         with torch.inference_mode(), torch.autocast(mean.device.type, amp, enabled=amp is not torch.float32):
             for start in starts:
                 crops = split.crops(slice(start, min(start + batch, share.stop))).to(mean.device)
-                if mirrored:
-                    crops = crops.flip(2)
-                images = normalise(crops, mean, std)
-                if channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
+                images = normalise(crops.flip(2) if mirrored else crops, mean, std)
                 logits.append(network(images).float().cpu())
     except torch.OutOfMemoryError:
         if batch == 1:
@@ -86,14 +80,7 @@ def evaluate(
         logits = []
     else:
         return torch.cat([part for parts in distributed.gather(logits) for part in parts])
-    return evaluate(
-        *(network, split, mean, std),
-        mirrored=mirrored,
-        shown=shown,
-        batch=batch // 2,
-        amp=amp,
-        channels_last=channels_last,
-    )
+    return evaluate(network, split, mean, std, mirrored=mirrored, shown=shown, batch=batch // 2, amp=amp)
 
 
 def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: torch.device) -> dict[str, Any]:

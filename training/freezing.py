@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +48,7 @@ def prepare_backbone(learner: Learner, data: Data, plan: Plan, schedule: Schedul
     if learner.features_tried or not plan.cache_features:
         return 0.0
     learner.features_tried, started = True, time.perf_counter()
-    how: dict[str, Any] = {"amp": plan.amp, "channels_last": plan.channels_last}
-    found = compute_features(learner.network, data, learner.scale, plan.flip, **how)
+    found = compute_features(learner.network, data, learner.scale, plan.flip, amp=plan.amp)
     if isinstance(found, str):
         log.info(f"the backbone sees all images in each epoch: {found}")
         return 0.0
@@ -69,24 +67,22 @@ def compute_features(
     flip: bool,
     *,
     amp: torch.dtype = torch.float32,
-    channels_last: bool = False,
 ) -> Features | str:
     """The features of the train and val splits; or the reason why there are none to be kept.
 
     Args:
         scale: mean and std, each (3,), on the network's device.
         flip: whether mirror images are wanted.
-        amp, channels_last: as `evaluate`.
+        amp: as `evaluate`.
     """
-    how: dict[str, Any] = {"amp": amp, "channels_last": channels_last}
     if reason := _obstacle(network, data, scale, views=1 + flip):
         return reason
     with headless(network):
         views = [
-            evaluate(network, data.train, *scale, mirrored=mirrored, shown="features", **how)
+            evaluate(network, data.train, *scale, mirrored=mirrored, shown="features", amp=amp)
             for mirrored in (False, True)[: 1 + flip]
         ]
-        return Features(torch.stack(views), evaluate(network, data.val, *scale, **how))
+        return Features(torch.stack(views), evaluate(network, data.val, *scale, amp=amp))
 
 
 @contextmanager

@@ -38,9 +38,7 @@ def fit_head(
         The history's row, of epoch 0, and the `score` of val. None for a network that goes on after its last layer, or
         whose features fill the memory: it keeps the head that it has.
     """
-    features = compute_features(
-        learner.network, data, learner.scale, flip=False, amp=plan.amp, channels_last=plan.channels_last
-    )
+    features = compute_features(learner.network, data, learner.scale, flip=False, amp=plan.amp)
     if isinstance(features, str):
         log.info(f"no head is fitted before the first epoch: {features}")
         return None
