@@ -1,9 +1,9 @@
 """Trains an image classifier and writes a run folder: weights, spec, metrics, history, report.
 
-    python train.py --data digits --out runs/digits
+    python train.py --data DIR --out runs/NAME
     python train.py --data DIR --arch resnet18 --pretrained --freeze --out runs/NAME
 
-DIR holds one folder of images for each class. Ctrl-C ends the training, keeps the best weights and writes everything;
+DIR holds one folder of images for each class. Where no network is named, the images decide. Ctrl-C ends the training, keeps the best weights and writes everything;
 before the first epoch is over there are none, and nothing is written. SIGTERM does the same, but first saves the state,
 so that --resume goes on at that very step.
 

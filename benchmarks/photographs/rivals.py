@@ -27,10 +27,17 @@ PEERS = {"fastai"}
 AS_IT_IS = "as it is"
 ABLATIONS: dict[str, tuple[str, ...]] = {
     AS_IT_IS: (),
-    "no mirror images": ("--no-flip",),
-    "no shifts": ("--crop-padding", "0"),
-    "label smoothing 0.1": ("--label-smoothing", "0.1"),
+    "shift in the place of random resized crops": ("--crop-padding", "24"),
+    "crops of 0.2 to 1 of the area": ("--crop-scale", "0.2"),
+    "trained at 128 px": ("--train-size", "128"),
+    "trained at 192 px": ("--train-size", "192"),
+    "statistics of BatchNorm learn": ("--recipe", "finetune", "--no-hold-norms"),
+    "first layers learn too": ("--recipe", "finetune", "--freeze-first", "0"),
+    "one rate for all layers": ("--recipe", "finetune", "--layer-decay", "1"),
+    "no head first": ("--recipe", "finetune", "--no-head-first"),
+    "no label smoothing": ("--label-smoothing", "0"),
     "EMA of 0.99": ("--ema", "0.99"),
+    "TrivialAugment": ("--trivial",),
 }
 
 
