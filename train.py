@@ -3,9 +3,9 @@
     python train.py --data DIR --out runs/NAME
     python train.py --data DIR --arch resnet18 --pretrained --freeze --out runs/NAME
 
-DIR holds one folder of images for each class. Where no network is named, the images decide. Ctrl-C ends the training, keeps the best weights and writes everything;
-before the first epoch is over there are none, and nothing is written. SIGTERM does the same, but first saves the state,
-so that --resume goes on at that very step.
+DIR holds one folder of images for each class. Where no network is named, the images decide. Ctrl-C ends the training,
+keeps the best weights and writes everything; before the first epoch is over there are none, and nothing is written.
+SIGTERM does the same, but first saves the state, so that --resume goes on at that very step.
 
     python train.py --resume runs/NAME                         goes on after a kill, as if there had been none
     python train.py --evaluate runs/NAME --data DIR            scores a run on any images

@@ -109,7 +109,7 @@ def build(arch: str, classes: int, size: int, width: int | None = None) -> nn.Mo
     """
     check_name(arch)
     try:
-        network = _build(arch, classes, size, width or size)
+        network = _build(arch, classes, size, width)
         _check_shapes(network, classes, size, width)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -266,7 +266,8 @@ def _heads(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1:]
 
 
-def _build(arch: str, classes: int, size: int, width: int) -> nn.Module:
+def _build(arch: str, classes: int, size: int, width: int | None = None) -> nn.Module:
+    width = width or size
     if arch == "simplecnn":
         return SimpleCNN(classes, size, width)
     if arch in FASTNETS:

@@ -70,8 +70,8 @@ def test_the_process_that_decodes_loads_nothing_heavy():
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert not loaded & {"torch", "onnxruntime", "ts", "yaml", "tqdm", "handler", "model"}
     assert {name for name in done.stdout.split() if name.startswith("predictor")} == {
-        "predictor", "predictor.decoder_process", "predictor.files", "predictor.image_headers",
-        "predictor.pillow_preprocessing", "predictor.spec",
+        "predictor", "predictor.colour_profiles", "predictor.decoder_process", "predictor.files",
+        "predictor.image_headers", "predictor.pillow_preprocessing", "predictor.spec",
     }  # fmt: skip
 
 

@@ -24,6 +24,14 @@ def test_the_epoch_that_is_kept_is_the_best_by_the_measure_that_was_named(select
     assert best.epoch == {"accuracy": 1, "macro-f1": 2, "loss": 3}[select]
 
 
+def test_the_head_that_was_fitted_first_stays_the_best_until_an_epoch_beats_it():
+    head = Best(epoch=0, accuracy=0.9, loss=0.4, network={"weight": torch.zeros(1)}, macro_f1=0.9)
+    worse, better = ({"accuracy": a, "loss": 0.4, "macro": {"f1": a}} for a in (0.8, 0.95))
+    assert not is_better(worse, head, "accuracy")
+    assert is_better(better, head, "accuracy")
+    assert is_better(worse, Best(), "accuracy")
+
+
 @pytest.mark.parametrize("select", MEASURES)
 def test_the_first_epoch_is_better_than_none_however_bad(select):
     val = {"accuracy": 0.0, "loss": 99.0, "macro": {"f1": 0.0}}
