@@ -1,6 +1,7 @@
 """Which epoch is kept, and when there is no use in more of them, by each measure of --select."""
 
 import pytest
+import torch
 from torch import nn
 
 from tests.learning import make_plan
