@@ -99,10 +99,9 @@ def run(command: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
         options = resumed_options(command.resume, source, given)
     else:
         options = make_options(command.config, given, command.recipe)
-    opened = None
-    if not (command.resume or command.config or command.recipe):
-        options, opened = choose(options, given)
-    return {"run": options.out, **train(options, bool(command.resume), command.overwrite, opened)}
+    is_open = not (command.resume or command.config or command.recipe)
+    metrics = train(options, bool(command.resume), command.overwrite, given if is_open else None)
+    return {"run": options.out, **metrics}
 
 
 def show_evaluation(command: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
@@ -115,14 +114,14 @@ def show_evaluation(command: argparse.Namespace, given: dict[str, Any]) -> dict[
 
 
 def train(
-    options: TrainOptions, resume: bool = False, overwrite: bool = False, source: Source | None = None
+    options: TrainOptions, resume: bool = False, overwrite: bool = False, given: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Trains as `options` say and writes the run folder `options.out`; returns what metrics.json holds.
 
     Args:
         resume: go on from the run folder's last.ckpt, if the run came so far.
         overwrite: replace a run that the folder holds.
-        source: of `options.data`, where it is open already.
+        given: the options of the command line, where the images may decide the others.
 
     Raises:
         ValueError: the folder, the data, the architecture or an option cannot be used; nothing has been written then.
@@ -140,6 +139,7 @@ def train(
     first = distributed.rank() == 0
     out = Path(options.out)
     with run_folder.claimed(out, options.data, resume=resume, overwrite=overwrite) if first else nullcontext():
+        options, source = choose(options, given) if given else (options, None)
         return train_into(out, options, resume, source)
 
 

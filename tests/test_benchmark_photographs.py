@@ -163,5 +163,5 @@ def test_a_peer_without_its_environment_says_what_is_missing():
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_ablation_is_options_that_train_knows(name):
-    _, given = parse(["--data", "DIR", "--out", "RUN", "--epochs", "3", *ABLATIONS[name]], None)
-    assert make_options(None, given).epochs == 3
+    command, given = parse(["--data", "DIR", "--out", "RUN", "--epochs", "3", *ABLATIONS[name]], None)
+    assert make_options(None, given, command.recipe).epochs == 3

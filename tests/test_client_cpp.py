@@ -182,7 +182,7 @@ def test_a_bad_image_is_an_error_of_its_own_line(classify, tmp_path, sample, lab
     errors = {name: line["error"] for name, line in zip([*BAD, "none", "folder"], lines[:-1], strict=True)}
     assert next(iter(lines[-1]["answer"])) == label
     assert "20000×20000 px is too large: at most 50,000,000" in errors["bomb beyond pillow's limit"]
-    assert "neither JPEG nor PNG" in errors["heic"]
+    assert "neither JPEG nor PNG" in errors["heic cut in its header"]
     assert "empty" in errors["empty"]
     assert "No such file" in errors["none"]
     for name in ("png cut in its pixels", "jpeg cut in its pixels", "jpeg cut in its header"):

@@ -75,7 +75,7 @@ def rows_of(out):
 
 
 def test_the_fitted_head_is_kept_where_no_epoch_beats_it(colours, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.is_better", lambda val, best: False)
+    monkeypatch.setattr("train.is_better", lambda *_: False)
     assert train(colours, weights, tmp_path / "run", "--head-first", "--hold-norms", "--epochs", "1") == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["train"]["best_epoch"] == 0

@@ -19,6 +19,7 @@ from PIL import Image
 from benchmarks.probes import workers_of
 from launcher import Ports, serving
 from predictor.pillow_preprocessing import ImageError, decode, read
+from predictor.spec import PixelRule
 from tests.conftest import label_of, replace_in_archive
 from tests.hostile import BODIES, FILES, JSON, MIB
 from tests.hostile_images import IMAGES
@@ -227,7 +228,7 @@ def damaged(draw):
 @hypothesis_settings(max_examples=200, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_a_damaged_file_is_an_image_or_an_image_error(body):
     causes = {"empty", "not_an_image", "unsupported_kind", "truncated", "too_many_pixels"}
-    for attempt in (lambda: decode(body, 1_000_000), lambda: read(body, 32, 36, 1_000_000)):
+    for attempt in (lambda: decode(body, 1_000_000), lambda: read(body, PixelRule.square(32, 36), 1_000_000)):
         try:
             assert attempt() is not None
         except ImageError as error:

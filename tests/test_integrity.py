@@ -328,7 +328,8 @@ def test_int8_and_fp16_files_are_of_this_training_too(folder, other, small):
         (folder / f"digits{middle}.{small}.onnx").write_bytes(content)
         forge(folder)
         files = {finding.split(":")[0] for finding in check(folder, trusted=True)}
-        assert files == {f"digits{middle}.{small}.onnx"}
+        # The network's file too, where the two trainings differ in temperature: that is inside the crop graph.
+        assert {f"digits{middle}.{small}.onnx"} <= files <= {f"digits.{small}.onnx", f"digits.crops.{small}.onnx"}
     shutil.copy(other / "digits.onnx", folder / f"digits.{small}.onnx")
     forge(folder)
     (finding,) = check(folder)

@@ -94,15 +94,18 @@ def test_nothing_in_a_plan_is_optional_and_every_option_is_decided_or_used_befor
     kinds = get_type_hints(Plan)
     assert not [name for name, kind in kinds.items() if type(None) in get_args(kind)]
     before = {"data", "out", "download_dir", "val_fraction", "test_fraction", "split_seed", "skip_bad", "workers"}
-    assert set(option_names()) - set(kinds) == before | {"store", "pretrained", "weights", "minutes"}
+    assert set(option_names()) - set(kinds) == before | {
+        *("store", "pretrained", "weights", "minutes", "checkpoint_minutes"),
+        *("size", "resize", "fit", "interpolation"),  # rule
+    }
 
 
 def test_a_plan_is_what_the_options_left_open():
     plan = make_plan(images=9_999, flips=True, arch="resnet18")
-    assert (plan.size, plan.resize, plan.crop_padding, plan.flip, plan.batch_size) == (224, 256, 28, True, 32)
+    assert (plan.size, plan.rule.resize, plan.crop_padding, plan.flip, plan.batch_size) == (224, 256, 28, True, 32)
     assert (plan.lr, plan.epochs, plan.seconds, plan.amp) == (3e-3, 10, math.inf, torch.float32)
     many = make_plan(images=10_000, size=32, arch="resnet18", weights="w.pt", optimizer="sgd", minutes=2.0)
-    assert (many.batch_size, many.resize, many.epochs, many.seconds) == (64, 37, math.inf, 120)
+    assert (many.batch_size, many.rule.resize, many.epochs, many.seconds) == (64, 37, math.inf, 120)
     assert many.lr == pytest.approx(0.005)  # for trained weights that learn on
     assert make_plan(images=10_000, size=128, arch="resnet18").batch_size == 32
     asked = make_plan(flip=False, lr=0.5, batch_size=7, crop_padding=0, epochs=3, amp="bf16")

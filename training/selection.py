@@ -19,10 +19,10 @@ _COLUMNS = {"accuracy": "val_accuracy", "macro-f1": "val_macro_f1"}  # of the hi
 class Best:
     """The best epoch so far: its number, its val accuracy, loss and macro F1, and its weights.
 
-    epoch: 0 for the head that was fitted before; network: a state_dict on the CPU, empty while there is none.
+    epoch: 0 for the head that was fitted before, below while there is none; network: a state_dict on the CPU.
     """
 
-    epoch: float = 0
+    epoch: float = -1
     accuracy: float = -1.0
     loss: float = 0.0
     network: dict[str, Tensor] = field(default_factory=dict)
@@ -38,7 +38,7 @@ def is_better(val: dict[str, Any], best: Best, select: str) -> bool:
             often are on few images, the lower loss is better; of two with the same loss, the higher accuracy.
     """
     rank = _rank(val["accuracy"], val["macro"]["f1"], val["loss"], select)
-    return not best.network or rank > _rank(best.accuracy, best.macro_f1, best.loss, select)
+    return best.epoch < 0 or rank > _rank(best.accuracy, best.macro_f1, best.loss, select)
 
 
 def _rank(accuracy: float, macro_f1: float, loss: float, select: str) -> tuple[float, float]:
