@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def fit_head(
     learner: Learner, data: Data, plan: Plan, schedule: Schedule
 ) -> tuple[dict[str, float], dict[str, Any]] | None:
-    """Fits the head, with the penalty that suits val best.
+    """Fits the head, with the penalty that gives the lowest loss on val.
 
     Returns:
         The history's row, of epoch 0, and the `score` of val. None for a network that goes on after its last layer, or
@@ -43,14 +43,14 @@ def fit_head(
         log.info(f"no head is fitted before the first epoch: {features}")
         return None
     seen, targets = features.train[0].to(plan.device), data.train.targets.to(plan.device)
-    best: tuple[tuple[float, float], nn.Linear, dict[str, Any]] | None = None
+    best: tuple[nn.Linear, dict[str, Any]] | None = None
     for head in regressions(seen, targets, len(data.labels)):
         with torch.no_grad():
             val = score(head(features.val.to(plan.device)).cpu(), data.val.targets, data.labels)
-        if best is None or (val["accuracy"], -val["loss"]) > best[0]:
-            best = (val["accuracy"], -val["loss"]), head, val
+        if best is None or val["loss"] < best[1]["loss"]:  # of few images, accuracy would be a matter of luck
+            best = head, val
     assert best is not None
-    _, head, val = best
+    head, val = best
     weights = distributed.gather({name: value.cpu() for name, value in head.state_dict().items()})[0]  # one for all
     for network in {learner.network, learner.averaged}:
         head_of(network).load_state_dict(weights)
