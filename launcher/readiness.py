@@ -17,9 +17,11 @@ from launcher.server import RunningServer
 
 WARM_UP, WARM_UP_SECONDS = 30, 2  # requests, and when to leave it at fewer: a large model, or a patient batch
 IMAGE = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"  # of one pixel
-JAVAS_LAST_WORDS = (  # after the reason
+NO_REASONS = (  # how lines of the console begin that may come after the reason
     "Error: Could not create the Java Virtual Machine.",
     "Error: A fatal exception has occurred. Program will exit.",
+    "Warning: TorchServe is using non-default JVM parameters",  # its command prints this first and flushes it last
+    "NOTE: Picked up JDK_JAVA_OPTIONS",
 )
 
 
@@ -72,7 +74,7 @@ def _is_ready(server: RunningServer, model: str) -> bool:
 def last_words(server: RunningServer) -> str:
     """What the logs say last, since this start: errors before anything else, and the worker's own words first."""
     said = {name: _logged(server, name).strip().splitlines() for name in ("model_log.log", "ts_log.log", "console.log")}
-    said["console.log"] = [line for line in said["console.log"] if line not in JAVAS_LAST_WORDS]
+    said["console.log"] = [line for line in said["console.log"] if not line.startswith(NO_REASONS)]
     for pattern in (r"^(?!Caused by: ).*\b\w*(Error|Exception)\b", r"\b(ERROR|FATAL)\b", ""):
         for name, lines in said.items():
             if found := [line for line in lines if re.search(pattern, line)]:
