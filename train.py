@@ -205,9 +205,7 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
             files.save(resume_state.collect(learner, schedule, progress, data, begun))
         schedule.saved()
 
-    stuck = ""  # on this label
-    if plan.head_first and not history:
-        stuck = begin_with_head(learner, data, plan, schedule, progress, files)
+    stuck = begin_with_head(learner, data, plan, schedule, progress, files)  # on this label
     for epoch in itertools.count(progress.epochs):
         begun, progress.begun = progress.begun, None
         if history and not begun and is_finished(progress, plan, schedule):
@@ -228,8 +226,7 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
         # Evaluate
         val = score(evaluate_val(learner, data, plan), data.val.targets, data.labels)
         row = make_row(history, trained, val, schedule)
-        if not math.isfinite(val["loss"]):  # the last step's update: no checkpoint may hold it
-            raise Diverged(f"the loss on val is {val['loss']} after epoch {row['epoch']}; {way_back(last, epoch)}")
+        check_finite(val, row, last, epoch)
         progress.add(row, trained.images, trained.seconds)
         stuck = console.say_epoch(row, val, stuck)
 
@@ -244,9 +241,9 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
 def begin_with_head(
     learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress: Progress, files: EpochFiles | None
 ) -> str:
-    """The head alone, before anything else learns: the first result, which epochs have to beat. Returns as
-    `console.say_epoch`."""
-    if not (fitted := fit_head(learner, data, plan, schedule)):
+    """The head alone, before anything else learns, where the plan wants that: the first result, which epochs have to
+    beat. Returns as `console.say_epoch`."""
+    if not plan.head_first or progress.history or not (fitted := fit_head(learner, data, plan, schedule)):
         return ""
     row, val = fitted
     progress.add(row, images=0, seconds=0)
@@ -263,6 +260,15 @@ def is_finished(progress: Progress, plan: Plan, schedule: Schedule) -> bool:
     if stuck := is_out_of_patience(progress.history, plan, schedule.progress):
         log.info(f"no better {MEASURES[plan.select]} for {plan.patience} epochs: stopping early")
     return stuck
+
+
+def check_finite(val: dict[str, Any], row: dict[str, float], last: Path, epoch: int) -> None:
+    """
+    Raises:
+        Diverged: by the last step's update, which no checkpoint may hold.
+    """
+    if not math.isfinite(val["loss"]):
+        raise Diverged(f"the loss on val is {val['loss']} after epoch {row['epoch']}; {way_back(last, epoch)}")
 
 
 def has_finite_weights(learner: Learner) -> bool:
