@@ -130,17 +130,26 @@ def train(
         Diverged: the loss became infinite or NaN.
         OutOfMemory: of the GPU.
     """
-    for name in ("freeze", "freeze_first", "head_first", "hold_norms"):
-        if getattr(options, name) and not (resume or options.pretrained or options.weights):
-            raise ValueError(
-                f"{flag(name)}: without trained weights the head would learn from random features; "
-                f"pass --pretrained or --weights FILE, or leave {flag(name)} out"
-            )
     first = distributed.rank() == 0
     out = Path(options.out)
     with run_folder.claimed(out, options.data, resume=resume, overwrite=overwrite) if first else nullcontext():
         options, source = choose(options, given) if given else (options, None)
+        if not resume:
+            check_weights(options)
         return train_into(out, options, resume, source)
+
+
+def check_weights(options: TrainOptions) -> None:
+    """
+    Raises:
+        ValueError: an option is about trained weights, and there are none.
+    """
+    for name in ("freeze", "freeze_first", "head_first", "hold_norms"):
+        if getattr(options, name) and not (options.pretrained or options.weights):
+            raise ValueError(
+                f"{flag(name)}: without trained weights the head would learn from random features; "
+                f"pass --pretrained or --weights FILE, or leave {flag(name)} out"
+            )
 
 
 def train_into(out: Path, options: TrainOptions, resume: bool, source: Source | None) -> dict[str, Any]:

@@ -235,7 +235,7 @@ def test_the_crops_may_be_smaller_than_what_is_evaluated(folder):
 )
 def test_options_that_contradict_each_other_are_named(options, words):
     with pytest.raises(ValueError, match=words):
-        TrainOptions(data="digits", out="x", **options)
+        resolve_reading(TrainOptions(data="digits", out="x", **options))
 
 
 def test_a_network_for_one_size_cannot_train_on_another():

@@ -1,13 +1,16 @@
 """What is trained where no network is named."""
 
+from dataclasses import fields
+
 import pytest
 
 from dataset.overview import Overview
 from model import registry
 from tests.folders import make_folder
 from train import main
-from training.options import make_options, recipes
-from training.suggestion import RECIPE, choose, suggest
+from training.options import TrainOptions, make_options, option_names
+from training.resolve import resolve_reading
+from training.suggestion import NAMED, RECIPE, choose, suggest
 
 DATA = {"data": "photos", "out": "runs/x"}
 
@@ -19,38 +22,72 @@ def overview(width, height):
 
 def test_photographs_begin_with_the_installed_weights():
     suggestion = suggest(overview(400, 300), DATA)
-    assert suggestion.options == recipes()[RECIPE]
+    assert suggestion.recipe == RECIPE
     assert "ImageNet weights" in suggestion.lines[-2]
     assert len(suggestion.lines) <= 4
-    options = make_options(None, suggestion.options | DATA)
+    options = make_options(None, DATA, suggestion.recipe)
     assert options.arch == "timm/tf_efficientnet_lite0"
 
 
 @pytest.mark.parametrize(("size", "given"), [((32, 32), {}), ((400, 64), {}), ((400, 300), {"size": 32})])
 def test_small_images_are_trained_as_ever(size, given):
     suggestion = suggest(overview(*size), DATA | given)
-    assert suggestion.options == {}
+    assert suggestion.recipe is None
     assert suggestion.lines == overview(*size).lines()
 
 
 def test_images_whose_headers_say_nothing_are_trained_as_ever():
     nothing = Overview(300, 2, ("cat", 100), ("dog", 200), {}, 0, None, None)
-    assert suggest(nothing, DATA).options == {}
+    assert suggest(nothing, DATA).recipe is None
 
 
 def test_without_installed_weights_a_line_says_what_they_would_be_worth(monkeypatch):
     monkeypatch.setattr(registry, "has_installed_weights", lambda arch: False)
     suggestion = suggest(overview(400, 300), DATA)
-    assert suggestion.options == {}
+    assert suggestion.recipe is None
     assert "--arch resnet18 --pretrained" in suggestion.lines[-1]
 
 
-def test_what_is_given_stands_above_what_is_chosen():
-    larger = suggest(overview(400, 300), DATA | {"size": 384})
-    options = make_options(None, larger.options | DATA | {"size": 384})
-    assert (options.size, options.resize, options.train_size) == (384, 384, 320)
-    shifted = suggest(overview(400, 300), DATA | {"crop_padding": 8})
-    assert make_options(None, shifted.options | DATA | {"crop_padding": 8}).crop_scale == 0
+@pytest.mark.parametrize("given", [{"size": 384}, {"size": 96}, {"size": 80}], ids=str)
+def test_the_recipes_lengths_follow_another_size(given):
+    options = make_options(None, DATA | given, RECIPE)
+    assert options.resize == options.size == given["size"]
+    assert options.train_size == round(given["size"] * 160 / 192)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"crop_padding": 8}, {"crop_scale": 0.0, "train_size": None}),
+        ({"crop_scale": 0.0}, {"crop_scale": 0.0, "train_size": None}),
+        ({"crop_scale": 0.2}, {"train_size": 160}),
+        ({"train_size": 128}, {"crop_scale": 0.35}),
+        ({"freeze": True}, {"head_first": False, "crop_scale": 0.0}),
+        ({"optimizer": "sgd"}, {"lr": None, "layer_decay": 0.1}),
+        ({"optimizer": "sgd", "lr": 0.1}, {"lr": 0.1}),
+        ({"optimizer": "muon"}, {"layer_decay": 1.0}),
+        ({"optimizer": "adamw"}, {"lr": 0.0006}),
+        ({"head_first": False}, {"hold_norms": True}),
+        ({"fit": "pad"}, {"arch": "timm/tf_efficientnet_lite0"}),
+    ],
+    ids=str,
+)
+def test_what_is_given_stands_above_the_recipe_and_what_it_rules_out_goes(given, expected):
+    options = make_options(None, DATA | given, RECIPE)
+    assert {name: getattr(options, name) for name in given | expected} == given | expected
+    resolve_reading(options)
+
+
+@pytest.mark.parametrize("option", sorted(set(option_names()) - {"data", "out", *NAMED}))
+def test_no_other_option_takes_the_choice_over(option, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.suggestion.open_source", lambda *_: None)
+    monkeypatch.setattr("training.suggestion.look", lambda _: overview(400, 300))
+    values = {"size": 96, "train_size": 96, "resize": 200, "store": "memory"}
+    default = next(field.default for field in fields(TrainOptions) if field.name == option)
+    given = DATA | {option: values.get(option, default)}
+    chosen, _ = choose(make_options(None, given), given)
+    assert chosen.arch == "timm/tf_efficientnet_lite0"
+    resolve_reading(chosen)
 
 
 @pytest.mark.parametrize("given", [{"arch": "simplecnn"}, {"freeze": True, "pretrained": True}, {"data": "digits"}])

@@ -27,6 +27,8 @@ FINE_TUNING_RATE = 0.1  # of these, for trained weights that are not frozen
 DEFAULT_BATCH, LARGER_BATCH = 32, 64  # images
 MANY_IMAGES, LARGE_SIZE = 10_000, 128  # the larger batch: for so many training images, of fewer px than that
 
+LENGTHS = {"resize", "train_size"}  # px, which belong to a size
+
 ALWAYS, IF_CHANGED, WITH_STEP = "always", "if changed", "with the step schedule"
 
 
@@ -93,7 +95,8 @@ class TrainOptions:
     arch: str = _option(
         "simplecnn",
         "network",
-        "simplecnn, fastnet, fastnet_small, a torchvision classifier, or timm/NAME for one of timm's (--list-archs)",
+        "simplecnn, fastnet, fastnet_small, a torchvision classifier, or timm/NAME for one of timm's (--list-archs) "
+        "(default: what suits the images; simplecnn for small ones)",
     )
     size: int | None = _option(
         None, "network", "side of the square that the network sees, px (default: its own)", low=1, high=4096
@@ -406,10 +409,6 @@ class TrainOptions:
             raise ValueError(f"--layer-decay {self.layer_decay}: muon has one rate for all; pass --optimizer adamw")
         if self.unfreeze_at and self.optimizer == "muon":
             raise ValueError("--unfreeze-at: muon sets the norms of all filters anew; pass --optimizer sgd or adamw")
-        if self.train_size and not self.crop_scale:
-            raise ValueError(f"--train-size {self.train_size}: is the side of random crops; pass --crop-scale too")
-        if self.store != "auto" and not self.crop_scale:
-            raise ValueError(f"--store {self.store}: keeps whole images for random crops; pass --crop-scale too")
         if self.crop_scale and self.crop_padding:
             raise ValueError(f"--crop-padding {self.crop_padding}: --crop-scale takes its place; pass one of them")
         if self.flips_only:
@@ -454,11 +453,6 @@ def flag(name: str) -> str:
 
 def option_names() -> tuple[str, ...]:
     return tuple(option.name for option in fields(TrainOptions))
-
-
-def of_group(group: str) -> set[str]:
-    """The options of a group of the help."""
-    return {option.name for option in fields(TrainOptions) if option.metadata["group"] == group}
 
 
 def resumable() -> tuple[str, ...]:
@@ -509,6 +503,25 @@ def recipes() -> dict[str, dict[str, Any]]:
     }
 
 
+def beside(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe sets where other options are given: its lengths follow another --size, and what a given option has
+    no room for is left out."""
+    values = recipes()[recipe]
+    if given.get("size") and "size" in values:
+        scale = given["size"] / values["size"]
+        values |= {name: round(values[name] * scale) for name in LENGTHS & values.keys()}
+    ruled_out: set[str] = set()
+    if given.get("crop_padding"):
+        ruled_out |= {"crop_scale", "train_size"}
+    if not given.get("crop_scale", True):
+        ruled_out |= {"train_size"}
+    if given.get("freeze"):
+        ruled_out |= {"head_first", "freeze_first", "layer_decay", "hold_norms", "crop_scale", "train_size"}
+    if given.get("optimizer", values.get("optimizer")) != values.get("optimizer"):
+        ruled_out |= {"lr"} | ({"layer_decay"} if given["optimizer"] == "muon" else set())
+    return {name: value for name, value in values.items() if name not in ruled_out}
+
+
 def make_options(file: str | None, options: dict[str, Any], recipe: str | None = None) -> TrainOptions:
     """The given options, over those of the YAML file, over the recipe's, over the defaults.
 
@@ -517,7 +530,8 @@ def make_options(file: str | None, options: dict[str, Any], recipe: str | None =
     """
     if recipe is not None and recipe not in recipes():
         raise ValueError(f"--recipe {recipe}: there is none of this name; there are {', '.join(recipes())}")
-    values = (recipes()[recipe] if recipe else {}) | (read_config(file) if file else {}) | options
+    given = (read_config(file) if file else {}) | options
+    values = (beside(recipe, given) if recipe else {}) | given
     needed = [option.name for option in fields(TrainOptions) if option.default is MISSING]
     if missing := [f"--{name}" for name in needed if name not in values]:
         raise ValueError(f"{' and '.join(missing)}: needed, as a flag or in --config FILE")

@@ -46,7 +46,6 @@ class Plan:
     epochs, seconds: after which the run ends, whichever comes first; infinite where it has no such limit.
     checkpoint_seconds: between two states saved within an epoch; infinite for none there.
     device: where it computes; amp: the type that autocast computes in, float32 for none.
-    flips_only: whether no epoch augments images, beyond mirroring them.
     """
 
     arch: str
@@ -54,7 +53,6 @@ class Plan:
     freeze: bool
     cache_features: bool
     unfreeze_at: int
-    flips_only: bool
     head_first: bool
     hold_norms: bool
     freeze_first: float
@@ -122,6 +120,10 @@ def resolve_reading(options: TrainOptions, weights: Pretrained | None = None) ->
     if padding >= size:
         raise ValueError(f"--crop-padding {padding}: must be below --size {size}")
     network = registry.build(options.arch, 2, size)
+    if options.train_size and not options.crop_scale:
+        raise ValueError(f"--train-size {options.train_size}: is the side of random crops; pass --crop-scale too")
+    if options.store != "auto" and not options.crop_scale:
+        raise ValueError(f"--store {options.store}: keeps whole images for random crops; pass --crop-scale too")
     seen = options.train_size or size
     if seen != size and not registry.takes(network, 2, seen):
         raise ValueError(f"--train-size {seen}: {options.arch} of {size} px cannot take {seen} px; leave it out")
