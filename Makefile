@@ -20,7 +20,7 @@ BIN     = .venv/bin
 # is the same everywhere, oneDNN's convolutions without AVX-512 and without AVX. Each changes results here.
 PORTABLE  = "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE" ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=SSE41
 NUMERICAL = architectures augmentation backends calibration distributed evaluation explanations export fastnet features \
-	golden handler metrics preprocessing recipes reduced runtimes train training_step
+	golden handler head_fit metrics preprocessing recipes reduced runtimes train training_step
 PARALLEL  = $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
 
 .PHONY: demo test test-portable check lint serve bench bench-serving bench-reliability setup lock clean

@@ -4,8 +4,8 @@
     python train.py --data DIR --arch resnet18 --pretrained --freeze --out runs/NAME
 
 DIR holds one folder of images for each class. Where no network is named, the images decide. Ctrl-C ends the training,
-keeps the best weights and writes everything; before the first epoch is over there are none, and nothing is written.
-SIGTERM does the same, but first saves the state, so that --resume goes on at that very step.
+keeps the best weights and writes everything; before the first epoch is over, or the head fitted, there are none, and
+nothing is written. SIGTERM does the same, but first saves the state, so that --resume goes on at that very step.
 
     python train.py --resume runs/NAME                         goes on after a kill, as if there had been none
     python train.py --evaluate runs/NAME --data DIR            scores a run on any images
@@ -252,14 +252,18 @@ def begin_with_head(
 ) -> str:
     """The head alone, before anything else learns, where the plan wants that: the first result, which epochs have to
     beat. Returns as `console.say_epoch`."""
-    if not plan.head_first or progress.history or not (fitted := fit_head(learner, data, plan, schedule)):
-        return ""
-    row, val = fitted
-    progress.add(row, images=0, seconds=0)
-    progress.best = snapshot(0, val, learner.averaged)
-    if files:
-        files.write(resume_state.collect(learner, schedule, progress, data), progress.history)
-    return console.say_epoch(row, val, "")
+    is_new = not progress.history and not progress.begun
+    fitted = fit_head(learner, data, plan, schedule) if plan.head_first and is_new else None
+    stuck = ""
+    if fitted:
+        row, val = fitted
+        progress.add(row, images=0, seconds=0)
+        progress.best = snapshot(0, val, learner.averaged)
+        if files:
+            files.write(resume_state.collect(learner, schedule, progress, data), progress.history)
+        stuck = console.say_epoch(row, val, "")
+    schedule.head_seconds = progress.head_seconds
+    return stuck
 
 
 def is_finished(progress: Progress, plan: Plan, schedule: Schedule) -> bool:

@@ -32,7 +32,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 RECIPE = ["--data", "digits", "--epochs", "30", "--batch-size", "64", "--flip", "--jitter", "0.1", "--mixup", "0.2"]
 RECIPE += ["--cutmix", "1", "--ema", "0.99", "--clip-grad-norm", "1", "--accumulate", "2", "--device", "cpu"]
 PROGRAM = ["train.py"]
-TIMES = {"seconds", "data_seconds", "images_per_second"}  # what may differ
+TIMES = {"seconds", "data_seconds", "train_seconds", "features_seconds", "images_per_second"}  # what may differ
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Training:
 
     def epoch(self, on_save=lambda begun: None):
         """`on_save`: as `train_epoch`."""
-        done, begun, self.progress.begun = len(self.progress.history), self.progress.begun, None
+        done, begun, self.progress.begun = self.progress.epochs, self.progress.begun, None
         prepare_backbone(self.learner, self.data, self.plan, self.schedule, done)
         given = {"begun": begun, "on_save": on_save}
         trained = train_epoch(self.learner, self.data.train, self.plan, self.schedule, done, **given)

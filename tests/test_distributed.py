@@ -43,11 +43,18 @@ def frozen(tmp_path_factory):
     return [*options, "--weights", str(weights)]
 
 
+def head_first(frozen):
+    """The options of `frozen`, but the head is fitted first, then everything learns for an epoch; with patience."""
+    kept = [*frozen[:4], *frozen[frozen.index("--batch-size") :]]
+    return [*kept, "--head-first", "--patience", "1", "--epochs", "1"]
+
+
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory, frozen):
     """A folder with the runs of two processes, and `NAME.RANK.out` with what each said."""
     folder = tmp_path_factory.mktemp("by-two")
     recipes = {"two": [*RECIPE, *ODD, "--accumulate", "3", "--json"], "one-step": ONE_STEP, "frozen": frozen}
+    recipes["head-first"] = head_first(frozen)
     ports = vars(Ports.free()).values()
     trainings = {
         name: {"arguments": [*recipe, "--out", str(folder / name)], "port": port}
@@ -113,6 +120,14 @@ def test_two_processes_train_a_head_as_one_does(by_two, frozen, tmp_path):
     expected, got = (checkpoint.load(run / "last.ckpt")["history"] for run in (tmp_path / "one", by_two / "frozen"))
     for a, b in zip(expected, got, strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-2)
+
+
+def test_two_processes_fit_the_head_that_one_does_and_agree_on_it(by_two, frozen, tmp_path):
+    assert main([*head_first(frozen), "--out", str(tmp_path / "one")]) == 0
+    expected, got = (checkpoint.load(run / "last.ckpt") for run in (tmp_path / "one", by_two / "head-first"))
+    assert [row["epoch"] for row in got["history"]] == [0, 1]
+    for name in ("train_loss", "val_loss"):
+        assert got["history"][0][name] == pytest.approx(expected["history"][0][name], rel=1e-2)
 
 
 @pytest.mark.anywhere

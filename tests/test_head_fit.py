@@ -1,7 +1,10 @@
 """The head that is fitted before the first epoch, norms that are held, and a rate for each layer."""
 
 import csv
+import itertools
 import json
+from contextlib import nullcontext
+from signal import SIGTERM
 
 import numpy as np
 import pytest
@@ -13,11 +16,12 @@ from dataset.loading import load
 from model import registry
 from predictor.spec import PixelRule
 from tests.folders import make_folder
-from tests.learning import Training
+from tests.learning import Training, make_plan
 from train import main
 from training import head_fit
 from training.head_fit import PENALTIES, regressions
 from training.optimizers import make_optimizer
+from training.schedule import Schedule
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,22 @@ def test_each_head_is_the_logistic_regression_of_its_penalty(clouds):
 def test_a_smaller_penalty_gives_larger_weights(clouds):
     norms = [float(head.weight.detach().norm()) for head in regressions(*clouds, 3)]
     assert norms == sorted(norms)
+
+
+def test_weights_of_classes_count_as_that_many_images(clouds):
+    features, targets = clouds
+    twice = torch.tensor([1.0, 1.0, 2.0])
+    rows = torch.cat([torch.arange(300), (targets == 2).nonzero().flatten()])
+    for weighted, doubled in zip(
+        regressions(features, targets, 3, twice), regressions(features[rows], targets[rows], 3), strict=True
+    ):
+        expected = doubled(features).softmax(dim=1).detach().numpy()
+        np.testing.assert_allclose(weighted(features).softmax(dim=1).detach().numpy(), expected, atol=0.02)
+
+
+def test_a_head_without_a_bias_stays_without(clouds):
+    heads = list(regressions(*clouds, 3, bias=False))
+    assert [head.bias for head in heads] == [None] * len(PENALTIES)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +120,30 @@ def test_a_resumed_run_does_not_fit_the_head_again(colours, weights, tmp_path, m
     monkeypatch.setattr("train.fit_head", lambda *_: pytest.fail("fitted again"))
     assert main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
     assert [row["epoch"] for row in rows_of(tmp_path / "run")] == ["0", "1", "2"]
+
+
+def test_a_run_without_a_fitted_head_gets_none_within_its_first_epoch(colours, weights, tmp_path, monkeypatch):
+    """There was no memory for the features at first, and there is when the run goes on: the epoch has begun."""
+    monkeypatch.setattr(head_fit, "compute_features", lambda *_, **__: "they would take 9 GB")
+    looks = itertools.count()
+    monkeypatch.setattr("train.interruptible", lambda _: nullcontext(lambda: SIGTERM if next(looks) >= 2 else 0))
+    options = ("--head-first", "--hold-norms", "--batch-size", "8", "--epochs", "1")
+    assert train(colours, weights, tmp_path / "run", *options) == 128 + SIGTERM
+    monkeypatch.undo()
+    monkeypatch.setattr("train.fit_head", lambda *_: pytest.fail("fitted within an epoch"))
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert [row["epoch"] for row in rows_of(tmp_path / "run")] == ["1"]
+
+
+def test_the_time_that_the_head_takes_is_no_part_of_the_warmup():
+    plan = make_plan(minutes=2.0, warmup=0.5, schedule="constant", lr=1.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = Schedule(optimizer, plan, lambda: 0)
+    schedule.head_seconds = 60.0
+    for seconds, rate in ((60, 1e-3), (75, 0.5), (90, 1.0), (119, 1.0)):
+        schedule.go_on_from(seconds)
+        assert schedule.before_step(0, 0.0)
+        assert schedule.lr == pytest.approx(rate, abs=0.02)
 
 
 def test_a_network_whose_features_cannot_be_kept_begins_with_its_own_head(

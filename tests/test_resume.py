@@ -96,7 +96,7 @@ def make(data, **options):
         {"optimizer": "muon", "ema": 0.9, "label_smoothing": 0.2},
         {"rotate": 20.0, "trivial": True, "erase": 0.3, "balance": "loss", "select": "macro-f1"},
         {"balance": "sampler", "select": "loss"},
-        {"channels_last": True},
+        {"channels_last": True, "hold_norms": True, "freeze_first": 0.3, "layer_decay": 0.1, "weights": "w.pt"},
         {"amp": "bf16"},
         {"amp": "fp16"},
     ],

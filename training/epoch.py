@@ -172,15 +172,23 @@ def make_row(
     """The history's row for the epoch that has just ended. A part of one counts as such: after 6 epochs and a half the
     "epoch" is 6.5."""
     before = history[-1]["epoch"] if history else 0
+    epoch = before + 1 if trained.share == 1 else round(before + min(max(trained.share, 0.01), 0.99), 2)
+    return history_row(epoch, schedule.lr, trained.loss, trained.accuracy, val, schedule.seconds)
+
+
+def history_row(
+    epoch: float, lr: float, loss: float, accuracy: float, val: dict[str, Any], seconds: float
+) -> dict[str, float]:
+    """A row of history.csv; `loss` and `accuracy` of the training images, `val`: the `score` of the val split."""
     return {
-        "epoch": before + 1 if trained.share == 1 else round(before + min(max(trained.share, 0.01), 0.99), 2),
-        "lr": schedule.lr,
-        "train_loss": trained.loss,
-        "train_accuracy": trained.accuracy,
+        "epoch": epoch,
+        "lr": lr,
+        "train_loss": loss,
+        "train_accuracy": accuracy,
         "val_loss": val["loss"],
         "val_accuracy": val["accuracy"],
         "val_macro_f1": val["macro"]["f1"],
-        "seconds": round(schedule.seconds, 2),
+        "seconds": round(seconds, 2),
     }
 
 

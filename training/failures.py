@@ -57,7 +57,7 @@ def explained(last: Path, plan: Plan, epoch: int, images: int) -> Iterator[None]
 
 def way_back(last: Path, epoch: int) -> str:
     """What a run that diverged after `epoch` epochs leaves, and what to do about it."""
-    where = f"epoch {epoch}" if epoch else "in epoch 1"
+    where = f"epoch {epoch}" if epoch else "from before the end of epoch 1"
     kept = f"the last good checkpoint is {last}, {where}" if last.exists() else "there is no checkpoint yet"
     return f"{kept}; pass a smaller --lr, or --clip-grad-norm 1"
 

@@ -48,7 +48,7 @@ def training_facts(
     seconds: float,
     data_seconds: float,
 ) -> dict[str, Any]:
-    """What metrics.json says of the training itself; `options` are those that the model card lists."""
+    """What metrics.json says of the training itself; `chosen`: the options, of which the model card lists some."""
     return {
         "seconds": round(seconds, 2),
         "data_seconds": round(data_seconds, 2),

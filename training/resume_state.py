@@ -20,6 +20,8 @@ from training.selection import Best
 FILE = "last.ckpt"
 VERSION = 4  # of the file, and of what the options mean
 
+COUNTS = ("images", "train_seconds", "features_seconds")  # of Progress
+
 log = logging.getLogger(__name__)
 
 
@@ -28,7 +30,7 @@ class Progress:
     """How far a run has come.
 
     history: a row for each epoch, as in history.csv; the first is of epoch 0 where the head was fitted before.
-    images: of the epochs that this process ended, trained on in `train_seconds`, which evaluation is no part of.
+    images: of the epochs that were completed, trained on in `train_seconds`, which evaluation is no part of.
     features_seconds: that the features of a frozen backbone took, which is no part of the schedule's time.
     begun: what the next epoch has come to already, where the state was saved within it.
     """
@@ -45,6 +47,11 @@ class Progress:
         """How many epochs were begun and are in the history."""
         return sum(row["epoch"] > 0 for row in self.history)
 
+    @property
+    def head_seconds(self) -> float:
+        """How long the fitting of the head took, before the first epoch; 0 where there was none."""
+        return self.history[0]["seconds"] if self.history and not self.history[0]["epoch"] else 0.0
+
     def add(self, row: dict[str, float], images: int, seconds: float) -> None:
         """Counts an epoch that trained on so many images in so many seconds."""
         self.history.append(row)
@@ -59,13 +66,14 @@ def collect(
     average = learner.average
     return {
         "version": VERSION,
-        "epoch": len(progress.history),
+        "epoch": progress.epochs,
         "seconds": schedule.seconds,
         "network": learner.network.state_dict(),
         "ema": {"network": average.module.state_dict(), "steps": int(average.n_averaged) - 1} if average else None,
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
         "best": dict(vars(progress.best)),
+        "counts": {name: getattr(progress, name) for name in COUNTS},
         "history": progress.history,
         "begun": dict(vars(begun)) if begun else None,
         "labels": data.labels,
@@ -97,7 +105,7 @@ def restore(path: Path, learner: Learner, schedule: Schedule, data: Data) -> Pro
     history, begun = state["history"], PartialEpoch(**state["begun"]) if state["begun"] else None
     inside = f" and {len(begun.rates):,} steps of the next" if begun else ""
     log.info(f"going on after epoch {history[-1]['epoch'] if history else 0:g}{inside}, {state['seconds']:.0f} s")
-    return Progress(history, Best(**state["best"]), begun=begun)
+    return Progress(history, Best(**state["best"]), begun=begun, **state["counts"])
 
 
 def _fingerprint(data: Data) -> str:

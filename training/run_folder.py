@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import io
+import math
 import os
 import shlex
 import tempfile
@@ -98,7 +99,7 @@ class EpochFiles:
     """
 
     def __init__(self, out: Path, history: Sequence[dict[str, float]]) -> None:
-        self._out, self._board = out, Board(out / "tensorboard", len(history))
+        self._out, self._board = out, Board(out / "tensorboard", math.ceil(history[-1]["epoch"]) if history else 0)
         if history:
             write_history(history, out)  # the kill may have come between the two files
 

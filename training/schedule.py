@@ -17,11 +17,13 @@ class Schedule:
     """Sets the learning rate before each step; a run ends after `plan.epochs` or `plan.seconds`, whichever comes first,
     so the schedule also completes on a slow machine.
 
+    head_seconds: of the run, before its first step, in which the head was fitted: they count as time, and not as a part
+        of the learning rate's schedule.
     progress: how much of the run is done, 0..1, in steps or in time, as of the last step or `is_over`.
     interrupted: the number of the signal that ends the run, 0 for none; any process may have had it.
     must_save: whether the state is to be saved now: it is time, or SIGTERM came.
 
-    These three are the same in all processes.
+    These are the same in all processes.
     """
 
     def __init__(self, optimizer: Optimizer, plan: Plan, interrupted: Callable[[], int]) -> None:
@@ -29,7 +31,7 @@ class Schedule:
         self._peaks = [group["lr"] for group in optimizer.param_groups]
         self._started = time.perf_counter()
         self.progress, self.interrupted, self.must_save = 0.0, 0, False
-        self._saved = 0.0
+        self._saved = self.head_seconds = 0.0
 
     @property
     def seconds(self) -> float:
@@ -64,7 +66,8 @@ class Schedule:
     def before_step(self, epoch: int, done: float) -> bool:
         """Sets the learning rate for a step at the share `done` of an epoch; False if the run is over."""
         progress = self._look(epoch + done)
-        factor = lr_factor(self._plan, self.progress, epoch)
+        before = min(self.head_seconds / self._plan.seconds, 0.999)
+        factor = lr_factor(self._plan, max(0.0, (self.progress - before) / (1 - before)), epoch)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         return progress < 1 and not self.interrupted
