@@ -53,8 +53,8 @@ def test_the_weights_are_a_state_dict_that_loads_without_running_code(run):
 def test_the_last_checkpoint_holds_what_a_resume_needs(run):
     last = checkpoint.load(run / "last.ckpt")
     assert set(last) == {
-        "version", "epoch", "seconds", "network", "ema", "optimizer", "scaler", "best", "history", "begun", "labels",
-        "images",
+        "version", "epoch", "seconds", "network", "ema", "optimizer", "scaler", "best", "history", "begun", "counts",
+        "labels", "images",
     }  # fmt: skip
     assert last["epoch"] == 10
 
