@@ -44,7 +44,9 @@ class Resize(nn.Module):
     def _in_single(self, images: Tensor) -> Tensor:
         height = torch.full([], images.shape[1], dtype=torch.float32, device=images.device)
         width = torch.full([], images.shape[2], dtype=torch.float32, device=images.device)
-        if self.fit == "crop" and self.height == self.width:
+        if self.fit != "crop":
+            box_height, box_width = height, width
+        elif self.height == self.width:
             side = torch.minimum(height, width) * (2 * self.height) + self.resize
             box_height = torch.floor(side / (2 * self.resize)).clamp(min=1.0)
             box_width = box_height

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from export.graphs import torchscript
+from model import Classifier, registry
 from predictor.pillow_preprocessing import crop, decode
-from predictor.spec import PixelRule
+from predictor.spec import ModelSpec, PixelRule
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +55,42 @@ def test_another_label_has_another_explanation(explainer, crops):
     assert np.abs(one - other).max() > 0.1 * np.abs(one).max()
 
 
-@pytest.mark.parametrize(("side", "shown"), [(32, 224), (224, 224), (299, 299)])
-def test_what_is_for_the_label_is_red_and_what_is_against_it_is_blue(side, shown):
+def test_a_network_of_another_shape_is_explained_pixel_by_pixel(tmp_path):
+    from handler.explanations import Explainer
+
+    torch.manual_seed(0)
+    spec = ModelSpec(
+        arch="simplecnn", labels=("a", "b"), height=24, width=40, resize=24, mean=(0.5,) * 3, std=(0.2,) * 3
+    )
+    torchscript.save(Classifier(registry.build("simplecnn", 2, 24, 40), spec).eval(), spec, tmp_path / "net.pt")
+    pixels = np.full((24, 40, 3), 128, np.uint8)  # the mean, about which there is nothing to say
+    pixels[:, 30:] = np.random.default_rng(0).integers(0, 256, (24, 10, 3))
+    attributions = np.abs(Explainer(tmp_path / "net.pt", None).attributions(pixels, 1, time.monotonic() + 60))
+    assert attributions.shape == (24, 40)
+    assert attributions[:, :30].max() < 0.05 * attributions[:, 30:].max()
+
+
+@pytest.mark.parametrize(
+    ("shape", "shown"),  # height, width, px
+    [
+        ((32, 32), (224, 224)),
+        ((224, 224), (224, 224)),
+        ((299, 299), (299, 299)),
+        ((32, 96), (75, 224)),
+        ((96, 32), (224, 75)),
+        ((160, 320), (160, 320)),
+    ],
+)
+def test_what_is_for_the_label_is_red_and_what_is_against_it_is_blue(shape, shown):
     from handler.explanations import overlay
 
-    attributions = np.zeros((side, side), dtype=np.float32)
-    attributions[: side // 4] = 1
-    attributions[-side // 4 :] = -1
-    image = Image.open(io.BytesIO(overlay(np.full((side, side, 3), 128, np.uint8), attributions)))
+    attributions = np.zeros(shape, dtype=np.float32)
+    attributions[: shape[0] // 4] = 1
+    attributions[-shape[0] // 4 :] = -1
+    image = Image.open(io.BytesIO(overlay(np.full((*shape, 3), 128, np.uint8), attributions)))
     pixels = np.asarray(image).astype(int)
-    assert pixels.shape == (shown, shown, 3)
-    top, middle, bottom = pixels[shown // 10], pixels[shown // 2], pixels[-shown // 10]
+    assert pixels.shape == (*shown, 3)
+    top, middle, bottom = pixels[shown[0] // 10], pixels[shown[0] // 2], pixels[-shown[0] // 10]
     assert (top[:, 0] > top[:, 2] + 50).all()
     assert (bottom[:, 2] > bottom[:, 0] + 50).all()
     np.testing.assert_allclose(middle, 128, atol=2)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -21,6 +22,7 @@ from predictor.decoder_process import DecoderProcess
 from predictor.pillow_preprocessing import crop, read
 from predictor.spec import FITS, INTERPOLATIONS, ModelSpec, PixelRule
 from tests.kinds import gradient, save
+from tests.test_colour_profiles import P3
 
 RULES = [
     PixelRule(height=24, width=36, resize=28 if fit == "crop" else 24, interpolation=name, fit=fit, fill=(9, 99, 199))
@@ -52,15 +54,29 @@ def test_the_resize_in_torchscript_is_pillows(rule):
 
 @pytest.mark.parametrize("rule", RULES[::4], ids=ids[::4])  # each filter, each fit; an export takes a second
 def test_the_exported_resize_in_onnx_runtime_is_pillows(rule):
-    resize = Resize(rule)
-    example = torch.zeros(2, 33, 38, 3, dtype=torch.uint8)
-    open_dimensions = {0: torch.export.Dim("batch"), 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
-    traced = exported_program._trace(resize, example, open_dimensions, "images", "crops")
-    session = onnxruntime.InferenceSession(onnx_files.convert(traced).SerializeToString())
+    session = onnxruntime.InferenceSession(onnx_of(rule).SerializeToString())
     for size in IMAGES:
         pixels = noise(*size)
         got = session.run(None, {"images": pixels[None]})[0][0]
         np.testing.assert_array_equal(got, crop(Image.fromarray(pixels), rule))
+
+
+@pytest.mark.parametrize("rule", [RULES[1], PixelRule.square(24, 28)], ids=["squash", "square crop"])
+def test_a_bilinear_squash_or_square_crop_needs_no_float64(rule):
+    """Some runtimes have none (docs/onnx.md)."""
+    assert (rule.interpolation, rule.fit) in (("bilinear", "squash"), ("bilinear", "crop"))
+    graph = onnx.shape_inference.infer_shapes(onnx_of(rule)).graph
+    values = [*graph.input, *graph.output, *graph.value_info]
+    assert len(values) > 20
+    kinds = {value.type.tensor_type.elem_type for value in values} | {value.data_type for value in graph.initializer}
+    assert onnx.TensorProto.FLOAT in kinds
+    assert onnx.TensorProto.DOUBLE not in kinds
+
+
+def onnx_of(rule: PixelRule) -> onnx.ModelProto:
+    example = torch.zeros(2, 33, 38, 3, dtype=torch.uint8)
+    open_dimensions = {0: torch.export.Dim("batch"), 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
+    return onnx_files.convert(exported_program._trace(Resize(rule), example, open_dimensions, "images", "crops"))
 
 
 def test_a_model_of_another_shape_exports_and_every_runtime_agrees(tmp_path):
@@ -77,16 +93,51 @@ def test_a_model_of_another_shape_exports_and_every_runtime_agrees(tmp_path):
     assert next(row for row in rows if row.graph == "resize").max_difference == 0
 
 
+VERSION_1 = """{
+  "arch": "simplecnn",
+  "labels": ["a", "b"],
+  "size": 32,
+  "resize": 36,
+  "mean": [0.5, 0.4, 0.3],
+  "std": [0.2, 0.25, 0.3],
+  "temperature": 1.5,
+  "trained_on": "photos, 60 images",
+  "metrics": {"accuracy": 0.75},
+  "weights_sha256": "",
+  "versions": {"torch": "2.13.0"},
+  "spec_version": 1
+}
+"""  # a file that programs of version 1 wrote
+
+
 def test_version_1_of_the_spec_still_serves(tmp_path):
-    old = {"arch": "simplecnn", "labels": ["a", "b"], "size": 32, "resize": 36, "mean": [0.5] * 3, "std": [0.2] * 3}
-    spec = ModelSpec.from_json(json.dumps(old | {"spec_version": 1}))
+    (tmp_path / "spec.json").write_text(VERSION_1)
+    old = ModelSpec.load(tmp_path)
+    values = json.loads(VERSION_1)
+    size = values.pop("size")
+    meant = {"height": size, "width": size, "interpolation": "bilinear", "fit": "crop", "fill": (0, 0, 0)}
+    today = values | meant | {"colour": "as-stored", "spec_version": 2}
+    assert old == ModelSpec(**today)
+
+    image = Image.fromarray(noise(50, 37))
+    body = save(image, "PNG", icc_profile=P3)  # which version 1 ignores
+    box = (8, 2, 41, 35)  # 33 = 37 * 32 / 36, rounded, in the middle
+    seen = image.crop(box).resize((32, 32), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(read(body, old.rule), np.asarray(seen))
+
     torch.manual_seed(0)
-    classifier = Classifier(registry.build(spec.arch, 2, spec.height, spec.width), spec).eval()
-    pixels = noise(50, 37)
-    crops = torch.from_numpy(crop(Image.fromarray(pixels), spec.rule)[None].copy())
+    network = registry.build("simplecnn", 2, 32)
+    expected = probabilities(network, today, image)
+    torch.testing.assert_close(probabilities(network, json.loads(VERSION_1), image), expected, rtol=0, atol=0)
+    for other in ({"resize": 40}, {"interpolation": "lanczos"}, {"temperature": 3.0}):  # it could differ
+        assert not torch.equal(probabilities(network, today | other, image), expected), other
+
+
+def probabilities(network: torch.nn.Module, spec: dict, image: Image.Image) -> torch.Tensor:
+    """float32 (1, C), of the pixel graph of a spec as it stands in a file."""
+    classifier = Classifier(network, ModelSpec.from_json(json.dumps(spec))).eval()
     with torch.inference_mode():
-        expected = classifier.classify_crops(crops)
-        assert torch.equal(classifier(torch.from_numpy(pixels)[None]), expected)
+        return classifier(torch.from_numpy(np.array(image))[None])
 
 
 def test_the_decoder_process_reads_by_each_rule():
