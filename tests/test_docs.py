@@ -74,6 +74,23 @@ def test_every_link_leads_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
+def test_every_benchmark_is_described():
+    """What is a command, and its README: a figure in docs/ is to be found there."""
+    folder = PROJECT / "benchmarks"
+    programs = [*folder.glob("*.py"), *(package / "__main__.py" for package in folder.iterdir() if package.is_dir())]
+    commands = {path.stem if path.parent == folder else path.parent.name for path in programs if is_command(path)}
+    assert len(commands) > 10
+    text = (folder / "README.md").read_text()
+    described = set(re.findall(r"benchmarks\.(\w+)", text)) | set(re.findall(r"`(\w+)(?:\.py|/)`", text))
+    assert commands - described == set()
+    assert (folder / "gpu.sh").exists()
+    assert "benchmarks/gpu.sh" in text
+
+
+def is_command(path: Path) -> bool:
+    return path.exists() and 'if __name__ == "__main__"' in path.read_text()
+
+
 def test_the_readme_is_a_front_door():
     lines = README.read_text().splitlines()
     assert len(lines) <= 150
