@@ -1,10 +1,10 @@
 # make demo            everything once, on bundled digits
 # make test            lint, types and the whole test suite, the real TorchServe included, three files at a time,
 #                      as the tests of servers wait a third of their time (JOBS=1: one at a time, with its name)
-# make test-portable   the numerical tests again, as other processors round: 10 minutes
+# make test-portable   the numerical tests again, as other processors round: 17 minutes on two cores
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
-# make bench [DATA=…]  training (over 2 hours) and int8, whose figures stand in the README
+# make bench [DATA=…]  training (over 2 hours) and int8, whose figures stand in docs/performance.md
 # make bench-serving   ours against stock TorchServe, LitServe and BentoML: half an hour, and nothing else on the machine
 # make bench-reliability    load, bursts, faults, attacks: 25 minutes, and nothing else on the machine
 # make setup           only the environment; TORCH=cpu takes PyTorch's small CPU-only build
