@@ -28,13 +28,13 @@ SHOWN = 20  # rows of the table; all images are classified
 class Result:
     image: str
     truth: str
-    answer: str
+    prediction: str
     probability: float
     milliseconds: float
 
     @property
-    def right(self) -> bool:
-        return self.answer == self.truth
+    def is_correct(self) -> bool:
+        return self.prediction == self.truth
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,35 +93,35 @@ def classify_all(client: Client, images: Iterable[tuple[str, str, bytes]]) -> li
     results = []
     for image, truth, body in images:
         started = time.perf_counter()
-        answer = client.classify(body)
+        probabilities = client.classify(body)
         milliseconds = 1000 * (time.perf_counter() - started)
-        label, probability = next(iter(answer.items()))  # the best comes first
+        label, probability = next(iter(probabilities.items()))  # the best comes first
         results.append(Result(image, truth, label, probability, milliseconds))
     return results
 
 
 def print_table(results: list[Result]) -> None:
     """The mistakes first, then others, the classes in turn."""
-    wrong = [result for result in results if not result.right][: SHOWN // 2]
+    wrong = [result for result in results if not result.is_correct][: SHOWN // 2]
     turns: dict[str, int] = {}
     ranked = []
-    for result in (result for result in results if result.right):
+    for result in (result for result in results if result.is_correct):
         turns[result.truth] = turns.get(result.truth, 0) + 1
         ranked.append((turns[result.truth], result.truth, result))
     shown = wrong + [result for _, _, result in sorted(ranked, key=lambda r: r[:2])][: SHOWN - len(wrong)]
     width = max(len(result.image) for result in shown)
-    labels = max(6, *(len(result.truth) for result in shown), *(len(result.answer) for result in shown))
-    print(f"{'image':{width}}  {'truth':{labels}}  {'answer':{labels}}  probability      ms")
+    labels = max(10, *(len(result.truth) for result in shown), *(len(result.prediction) for result in shown))
+    print(f"{'image':{width}}  {'truth':{labels}}  {'prediction':{labels}}  probability      ms")
     for r in shown:
-        mark = "" if r.right else "  wrong"
+        mark = "" if r.is_correct else "  wrong"
         print(
-            f"{r.image:{width}}  {r.truth:{labels}}  {r.answer:{labels}}  {r.probability:11.4f}  "
+            f"{r.image:{width}}  {r.truth:{labels}}  {r.prediction:{labels}}  {r.probability:11.4f}  "
             f"{r.milliseconds:6.1f}{mark}"
         )
 
 
 def verdict(results: list[Result], expected: float, options: argparse.Namespace, seconds: float) -> int:
-    right = sum(result.right for result in results)
+    right = sum(result.is_correct for result in results)
     accuracy = right / len(results)
     median = sorted(result.milliseconds for result in results)[len(results) // 2]
     print(

@@ -48,16 +48,16 @@ def make_images(folder: Path, count: int) -> None:
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     chance = np.random.default_rng(0)
     files: list[Path] = []
-    for place in range(count):
-        path = folder / f"class-{place % 2}" / f"{place:06}.jpg"
+    for index in range(count):
+        path = folder / f"class-{index % 2}" / f"{index:06}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if place >= SOME:
-            os.link(files[place % SOME], path)
+        if index >= SOME:
+            os.link(files[index % SOME], path)
             continue
         width = int(chance.integers(200, 500))
         height = width * 3 // 4
         x, y = int(chance.integers(0, 640 - width + 1)), int(chance.integers(0, 427 - height + 1))
-        cut = photographs[place % 2].crop((x, y, x + width, y + height)).resize((500, 375), Image.Resampling.BICUBIC)
+        cut = photographs[index % 2].crop((x, y, x + width, y + height)).resize((500, 375), Image.Resampling.BICUBIC)
         cut.save(path, "JPEG", quality=85)
         files.append(path)
 

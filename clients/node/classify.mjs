@@ -47,8 +47,8 @@ async function load(path) {
 }
 
 /** As JSON text: an object would move labels that are numbers, such as the digits', to the front. */
-function best(answer) {
-  const entries = answer.slice(0, BEST).map(([label, probability]) => `${JSON.stringify(label)}: ${probability}`);
+function best(prediction) {
+  const entries = prediction.slice(0, BEST).map(([label, probability]) => `${JSON.stringify(label)}: ${probability}`);
   return `{${entries.join(", ")}}`;
 }
 

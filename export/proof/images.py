@@ -69,9 +69,9 @@ def sample(items: Iterable[Item], count: int, seed: int = 0) -> list[Item]:
     """`count` of the items, each as likely as any other, in their order; in one pass (Vitter 1985, algorithm R)."""
     draw, kept = random.Random(seed), dict[int, tuple[int, Item]]()
     for i, item in enumerate(items):
-        place = i if i < count else draw.randrange(i + 1)
-        if place < count:
-            kept[place] = (i, item)
+        index = i if i < count else draw.randrange(i + 1)
+        if index < count:
+            kept[index] = (i, item)
     return [item for _, item in sorted(kept.values(), key=lambda pair: pair[0])]
 
 
@@ -86,15 +86,15 @@ def read(run: Path, split: str, data: str | None = None) -> Iterator[tuple[str, 
     """
     try:
         config = yaml.safe_load((run / "config.yaml").read_text())
-        place, folder = data or config["data"], config["download_dir"]
+        source, folder = data or config["data"], config["download_dir"]
         cuts = {"val_fraction": config["val_fraction"], "test_fraction": config["test_fraction"]}
         seed = config["split_seed"]
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{run / 'config.yaml'}: cannot be read ({error}); re-run train.py") from None
     try:
-        yield from read_split(place, split, folder, run=run, **cuts, seed=seed, say=say)
+        yield from read_split(source, split, folder, run=run, **cuts, seed=seed, say=say)
     except ValueError as error:
-        raise ValueError(f"{error}; pass --data with its place") from None
+        raise ValueError(f"{error}; name where it lies now with --data") from None
 
 
 def _decoded(item: tuple[str, bytes]) -> Named | None:
