@@ -8,7 +8,7 @@ A triangle's weights (bilinear) are quotients of whole numbers. Each is split in
 every product is a whole number below 2^24 and float32 holds it exactly, on any device (TF32 too: it keeps 11 bits).
 The weights of the other filters come out of a formula that Pillow evaluates in double precision; so does the graph,
 operation by operation, and sums the pixels in it, which is exact in any order. Lanczos calls a sine, whose last bit
-each library chooses: after rounding to 22 bits none was seen to matter (docs/onnx.md).
+each library chooses: after rounding to 22 bits few values differ, by one grey level (docs/onnx.md).
 """
 
 import math

