@@ -54,19 +54,25 @@ def is_srgb(profile: bytes) -> bool:
         tags = _tags(profile)
         if b"A2B0" in tags or b"D2B0" in tags:
             return False
-        primaries = {name: struct.unpack_from(">3i", tags[name], 8) for name in _PRIMARIES}
-        curves = [_curve(tags[name]) for name in (b"rTRC", b"gTRC", b"bTRC")]
-    except (KeyError, struct.error):
+        is_close = all(
+            abs(value / 65536 - wanted) <= _PRIMARY_TOLERANCE
+            for name, primary in _PRIMARIES.items()
+            for value, wanted in zip(struct.unpack_from(">3i", tags[name], 8), primary, strict=True)
+        )
+        return is_close and all(_is_srgb_curve(tags[name]) for name in (b"rTRC", b"gTRC", b"bTRC"))
+    except (KeyError, struct.error, ArithmeticError):  # a tag is missing or cut, or its numbers make no curve
         return False
-    is_close = all(
-        abs(value / 65536 - wanted) <= _PRIMARY_TOLERANCE
-        for name, values in primaries.items()
-        for value, wanted in zip(values, _PRIMARIES[name], strict=True)
-    )
-    return is_close and all(
-        curve is not None and abs(255 * (_encoded(curve(i / 51)) - i / 51)) <= _LEVEL_TOLERANCE
-        for curve in curves
-        for i in range(52)
+
+
+def _is_srgb_curve(tag: memoryview) -> bool:
+    """
+    Raises:
+        struct.error: it ends too soon.
+        ArithmeticError: a power of what it holds is infinite.
+    """
+    curve = _curve(tag)
+    return curve is not None and all(
+        abs(255 * (_encoded(curve(i / 51)) - i / 51)) <= _LEVEL_TOLERANCE for i in range(52)
     )
 
 
@@ -81,23 +87,25 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
 
 
-def _tags(profile: bytes) -> dict[bytes, bytes]:
-    """
+def _tags(profile: bytes) -> dict[bytes, memoryview]:
+    """Views, no copies: a hundred tags may each claim all of the profile.
+
     Raises:
         struct.error: it ends too soon.
     """
     (count,) = struct.unpack_from(">I", profile, _HEADER)
     entries = [struct.unpack_from(">4sII", profile, _HEADER + 4 + 12 * i) for i in range(min(count, MAX_TAGS))]
-    return {name: profile[start : start + length] for name, start, length in entries}
+    view = memoryview(profile)
+    return {name: view[start : start + length] for name, start, length in entries}
 
 
-def _curve(tag: bytes) -> Callable[[float], float] | None:
+def _curve(tag: memoryview) -> Callable[[float], float] | None:
     """From stored to linear, both 0..1; None for kinds that sRGB is not written in.
 
     Raises:
         struct.error: it ends too soon.
     """
-    kind, number = tag[:4], struct.unpack_from(">I", tag, 8)[0]
+    kind, number = struct.unpack_from(">4s4xI", tag)
     if kind == b"curv" and 2 <= number <= 65_536:
         table = struct.unpack_from(f">{number}H", tag, 12)
 

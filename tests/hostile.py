@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from tests.icc import NOT_A_CURVE
 from tests.kinds import gradient, save
 
 JSON = {"Content-Type": "application/json"}
@@ -218,6 +219,8 @@ def oddities() -> Iterator[tuple[str, bytes, str]]:
         yield f"{kind} of 60 frames", save(frames[0], kind, save_all=True, append_images=frames[1:]), "any"
         if kind != "GIF":
             yield f"{kind} with trash as its profile", save(IMAGE, kind, icc_profile=NOISE.randbytes(3_000)), "any"
+    for name, profile in NOT_A_CURVE.items():
+        yield f"png of a colour curve with {name}", save(IMAGE, "PNG", icc_profile=profile), "any"
     yield "jpeg with trash as its profile", save(IMAGE, "JPEG", icc_profile=b"\0\0\0\1acsp" * 400), "any"
     first, last = ihdr(4, 4), idat()
     for name, chunks in {

@@ -1,5 +1,6 @@
 import io
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,34 +12,8 @@ from predictor.colour_profiles import MAX_BYTES, is_srgb
 from predictor.decoder_process import DecoderProcess
 from predictor.pillow_preprocessing import crop, decode, read
 from predictor.spec import PixelRule
+from tests.icc import CURVES, NOT_A_CURVE, P3, SRGB, with_curve
 from tests.kinds import gradient, save
-
-DISPLAY_P3 = {  # XYZ adapted to D50
-    b"rXYZ": (0.51512, 0.24120, -0.00105),
-    b"gXYZ": (0.29198, 0.69225, 0.04189),
-    b"bXYZ": (0.15710, 0.06657, 0.78407),
-}
-
-
-def with_primaries(profile: bytes, primaries: dict[bytes, tuple[float, ...]]) -> bytes:
-    changed = bytearray(profile)
-    (count,) = struct.unpack_from(">I", profile, 128)
-    for i in range(count):
-        name, start, _ = struct.unpack_from(">4sII", profile, 132 + 12 * i)
-        if name in primaries:
-            struct.pack_into(">3i", changed, start + 8, *(round(65536 * value) for value in primaries[name]))
-    return bytes(changed)
-
-
-def with_gamma(profile: bytes, gamma: float) -> bytes:
-    """The same with a plain power as its curves."""
-    changed = bytearray(profile)
-    (count,) = struct.unpack_from(">I", profile, 128)
-    for i in range(count):
-        name, start, _ = struct.unpack_from(">4sII", profile, 132 + 12 * i)
-        if name in (b"rTRC", b"gTRC", b"bTRC"):
-            struct.pack_into(">4sIHHi", changed, start, b"para", 0, 0, 0, round(65536 * gamma))
-    return bytes(changed)
 
 
 def grey_profile(gamma: float) -> bytes:
@@ -51,8 +26,6 @@ def grey_profile(gamma: float) -> bytes:
     return struct.pack(">I", 192) + (header + tags + white + curve)[4:]
 
 
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-P3 = with_primaries(SRGB, DISPLAY_P3)
 RULE = PixelRule.square(32, 36)
 KINDS = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}
 
@@ -93,11 +66,34 @@ def test_a_profile_of_srgb_changes_nothing(kind):
 
 @pytest.mark.parametrize(
     ("profile", "expected"),
-    [(SRGB, True), (P3, False), (with_gamma(SRGB, 2.2), False), (SRGB[:200], False), (b"x" * 300, False)],
+    [(SRGB, True), (P3, False), (with_curve(SRGB, 2.2), False), (SRGB[:200], False), (b"x" * 300, False)],
     ids=["srgb", "display p3", "gamma 2.2", "cut", "noise"],
 )
 def test_what_counts_as_srgb(profile, expected):
     assert is_srgb(profile) == expected
+
+
+@pytest.mark.parametrize("name", NOT_A_CURVE)
+def test_a_curve_that_cannot_be_computed_is_not_srgbs_and_costs_no_other_image(name):
+    """In the worker, which looks at profiles, an exception would be the whole batch's."""
+    profile = NOT_A_CURVE[name]
+    assert not is_srgb(profile)
+    body = save(gradient(40, 30), "PNG", icc_profile=profile)
+    crops = read(body, RULE), read(body, RULE, elsewhere=lambda body: read(body, RULE))
+    assert all(crop.shape == (32, 32, 3) for crop in crops)
+
+
+def test_tags_that_overlap_are_not_copied():
+    """A hundred of them may each claim all 4 MB of a profile, in a worker whose memory has no limit of its own."""
+    names = [*CURVES, *(b"x%03d" % i for i in range(97))]
+    table = b"".join(struct.pack(">4sII", name, 1, MAX_BYTES) for name in names)
+    profile = (bytes(128) + struct.pack(">I", len(names)) + table).ljust(MAX_BYTES, b"\0")
+    tracemalloc.start()
+    try:
+        assert not is_srgb(profile)
+        assert tracemalloc.get_traced_memory()[1] < MAX_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 def test_grey_pixels_are_converted_by_a_grey_profile():
