@@ -17,6 +17,7 @@ from PIL import Image, ImageCms
 MAX_BYTES = 4 << 20  # of a profile: a printer's has 3 MB, a display's 500 bytes
 MAX_TAGS = 100
 CACHED = 4  # profiles; the photographs of a batch tend to have the same
+ENOUGH = 32 << 20  # bytes of memory, with which LittleCMS fails because of the profile
 
 _HEADER = 128  # bytes
 _MODES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
@@ -39,12 +40,34 @@ def foreign_profile(image: Image.Image) -> bytes | None:
     return profile if _MODES.get(profile[16:20]) == mode and not is_srgb(profile) else None
 
 
-def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The pixels in sRGB, mode RGB, without transparency; unconverted where LittleCMS cannot use the profile."""
-    mode = _MODES[profile[16:20]]
-    transform = _transform(profile, mode)
-    plain = image if image.mode == mode else image.convert(mode)
-    return plain.convert("RGB") if transform is None else transform.apply(plain)
+@lru_cache(CACHED)
+def conversion(profile: bytes) -> ImageCms.ImageCmsTransform | None:
+    """To sRGB, perceptual, which is what browsers choose and what all profiles with tables have.
+
+    To be made before an image's pixels are loaded: where there is too little memory for both, the pixels then lack it.
+
+    Args:
+        profile: of `foreign_profile`.
+
+    Returns:
+        None where LittleCMS cannot use the profile.
+
+    Raises:
+        MemoryError: that may be for lack of memory; it is tried again for the next image.
+    """
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        return ImageCms.ImageCmsTransform(source, target, _MODES[profile[16:20]], "RGB", ImageCms.Intent.PERCEPTUAL)
+    except (OSError, ValueError, TypeError):  # LittleCMS does not say why
+        bytearray(ENOUGH)
+        return None
+
+
+def to_srgb(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    """The pixels in sRGB, mode RGB, without transparency."""
+    mode = transform.input_mode
+    return transform.apply(image if image.mode == mode else image.convert(mode))
 
 
 @lru_cache(CACHED)
@@ -74,17 +97,6 @@ def _is_srgb_curve(tag: memoryview) -> bool:
     return curve is not None and all(
         abs(255 * (_encoded(curve(i / 51)) - i / 51)) <= _LEVEL_TOLERANCE for i in range(52)
     )
-
-
-@lru_cache(CACHED)
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """To sRGB, perceptual, which is what browsers choose and what all profiles with tables have."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-        return ImageCms.ImageCmsTransform(source, target, mode, "RGB", ImageCms.Intent.PERCEPTUAL)
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _tags(profile: bytes) -> dict[bytes, memoryview]:

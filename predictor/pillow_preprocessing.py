@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageCms import ImageCmsTransform
 
-from predictor.colour_profiles import foreign_profile, to_srgb
+from predictor.colour_profiles import conversion, foreign_profile, to_srgb
 from predictor.image_headers import (
     KINDS,
     MAX_PIXELS,
@@ -99,8 +100,9 @@ def decode(
         if at_least:
             image.draft(None, (at_least, at_least))
         profile = foreign_profile(image) if colour == "srgb" else None
+        transform = None if profile is None else conversion(profile)
         method = _load(image)
-        return _to_rgb(image if method is None else image.transpose(method), profile)
+        return _to_rgb(image if method is None else image.transpose(method), transform)
     except MemoryError:
         raise ImageError("too_many_pixels", NO_MEMORY) from None
 
@@ -137,10 +139,11 @@ def read(
         profile = foreign_profile(image) if rule.colour == "srgb" else None
         if profile is not None and elsewhere is not None:
             return elsewhere(body)
+        transform = None if profile is None else conversion(profile)
         method = _load(image)
         if image.width * image.height > STRIP:
-            return _crop_in_strips(image, method, rule, profile)
-        return crop(_to_rgb(image if method is None else image.transpose(method), profile), rule)
+            return _crop_in_strips(image, method, rule, transform)
+        return crop(_to_rgb(image if method is None else image.transpose(method), transform), rule)
     except MemoryError:
         raise ImageError("too_many_pixels", NO_MEMORY) from None
 
@@ -307,7 +310,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _crop_in_strips(
-    image: Image.Image, method: Image.Transpose | None, rule: PixelRule, profile: bytes | None
+    image: Image.Image, method: Image.Transpose | None, rule: PixelRule, transform: ImageCmsTransform | None
 ) -> np.ndarray:
     """`crop` of an image that is still to be turned and to become RGB: strip by strip, to the same bit.
 
@@ -322,7 +325,7 @@ def _crop_in_strips(
     for start in range(top, bottom, rows):
         end = min(start + rows, bottom)
         strip = image.crop(_stored((left, start, right, end), width, height, method))
-        strip = _to_rgb(strip if method is None else strip.transpose(method), profile)
+        strip = _to_rgb(strip if method is None else strip.transpose(method), transform)
         narrow.paste(_resized(strip, (across, end - start), rule), (0, start - top))
     return _padded(_resized(narrow, (across, down), rule), rule)
 
@@ -342,27 +345,27 @@ def _stored(
     return left, top, right, bottom
 
 
-def _on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
+def _on_white(image: Image.Image, transform: ImageCmsTransform | None) -> Image.Image:
     """RGB, a strip of rows after the other: the whole would be there four times over."""
     opaque = Image.new("RGB", image.size)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
-        if profile is not None:
+        if transform is not None:
             alpha = strip.getchannel("A")
-            strip = to_srgb(strip, profile)
+            strip = to_srgb(strip, transform)
             strip.putalpha(alpha)
         white = Image.new("RGBA", strip.size, "white")
         opaque.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
     return opaque
 
 
-def _to_rgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
+def _to_rgb(image: Image.Image, transform: ImageCmsTransform | None = None) -> Image.Image:
     """
     Args:
-        profile: of the pixels' colours, where it is not sRGB.
+        transform: of the colours, where they are not sRGB's.
     """
-    if image.mode == "RGB" and "transparency" not in image.info and profile is None:
+    if image.mode == "RGB" and "transparency" not in image.info and transform is None:
         return image
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
@@ -371,7 +374,7 @@ def _to_rgb(image: Image.Image, profile: bytes | None = None) -> Image.Image:
         raise ImageError("unsupported_kind", "32-bit grey has no agreed white; send 8-bit or 16-bit grey, or RGB")
     try:
         if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-            return _on_white(image, profile)
-        return image.convert("RGB") if profile is None else to_srgb(image, profile)
+            return _on_white(image, transform)
+        return image.convert("RGB") if transform is None else to_srgb(image, transform)
     except ValueError as error:  # a mode with no way to RGB, such as LAB
         raise ImageError("unsupported_kind", f"pixels of mode {image.mode} are not supported ({error})") from None

@@ -1,5 +1,8 @@
 import io
+import os
 import struct
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -8,9 +11,9 @@ from PIL import Image, ImageCms
 from sklearn.datasets import load_sample_images
 
 from predictor import colour_profiles
-from predictor.colour_profiles import MAX_BYTES, is_srgb
+from predictor.colour_profiles import MAX_BYTES, conversion, is_srgb
 from predictor.decoder_process import DecoderProcess
-from predictor.pillow_preprocessing import crop, decode, read
+from predictor.pillow_preprocessing import NO_MEMORY, ImageError, crop, decode, read
 from predictor.spec import PixelRule
 from tests.icc import CURVES, NOT_A_CURVE, P3, SRGB, with_curve
 from tests.kinds import gradient, save
@@ -168,7 +171,49 @@ def test_a_large_image_is_converted_strip_by_strip_to_the_same_pixels(monkeypatc
 
 
 def test_the_conversion_is_made_once_for_images_of_one_profile():
-    colour_profiles._transform.cache_clear()
+    conversion.cache_clear()
     for width in (30, 40):
         decode(save(gradient(width, 30), "PNG", icc_profile=P3))
-    assert colour_profiles._transform.cache_info().misses == 1
+    assert conversion.cache_info().misses == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory is not limited")
+def test_a_conversion_that_fails_for_lack_of_memory_is_not_remembered_as_the_profiles_fault():
+    """In a process of its own; the profile's rest makes LittleCMS ask the system for memory."""
+    code = f"""
+import sys
+sys.path[:] = {sys.path!r}
+from predictor import colour_profiles
+from predictor.colour_profiles import conversion
+from predictor.decoder_process import _memory
+profile = sys.stdin.buffer.read()
+try:
+    with _memory(0):
+        conversion(profile)
+except MemoryError:
+    assert conversion(profile) is not None
+    print("made anew")
+"""
+    profile = P3.ljust(MAX_BYTES, b"\0")
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run([sys.executable, "-c", code], input=profile, capture_output=True, check=True, env=environment)
+    assert done.stdout == b"made anew\n"
+
+
+def fails(*_):
+    raise ValueError("cannot build transform")  # as LittleCMS does, whatever the reason
+
+
+@pytest.mark.parametrize("size", [(40, 30), (200, 150)], ids=["whole", "in strips"])
+def test_an_image_whose_conversion_lacks_memory_is_refused_and_not_read_unconverted(size, monkeypatch):
+    body = save(gradient(*size), "PNG", icc_profile=P3)
+    monkeypatch.setattr("predictor.pillow_preprocessing.STRIP", 3_000)
+    conversion.cache_clear()
+    with monkeypatch.context() as short:
+        short.setattr(ImageCms, "ImageCmsTransform", fails)
+        short.setattr(colour_profiles, "ENOUGH", sys.maxsize // 2)
+        for attempt in (lambda: read(body, RULE), lambda: decode(body)):
+            with pytest.raises(ImageError, match=NO_MEMORY):
+                attempt()
+    np.testing.assert_array_equal(read(body, RULE), crop(decode(body), RULE))
+    assert conversion(P3) is not None
