@@ -6,9 +6,8 @@ limits of its own, and is replaced when it has died of an image. It ends when it
 
 Over that socket, numbers little-endian, with the child as little trusted as the image that it reads:
 
-    to it      u32 length of the file; the pixel rule: u32 height, width and resize, u8 interpolation, fit and colour,
-               each an index into its choices in spec.py, and three u8 of fill; i64 the most pixels (-1: no limit);
-               the file
+    to it      u32 length of what follows, u32 length of the file; as JSON the pixel rule and the most pixels (null: no
+               limit); the file
     from it    once, as it starts, READY; then for each file u8 kind, u32 length; and
                CROP: uint8 (height, width, 3), RGB, always that long; REFUSED: cause, a line feed, message, in UTF-8
 
@@ -18,6 +17,7 @@ Only the crop comes back, 3 to 1,000 kB: that takes a socket less than a millise
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -28,21 +28,25 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from predictor.image_headers import is_heif, is_photograph
 from predictor.pillow_preprocessing import MAX_PIXELS, NO_MEMORY, ImageError, read
-from predictor.spec import COLOURS, FITS, INTERPOLATIONS, PixelRule
+from predictor.spec import PixelRule
 
-BATCH_SECONDS = 1.5  # that the images of a batch may wait for the child, all together
-SECONDS = 1.0  # of the processor, for one image
+# A photograph takes long for a reason, its pixels; of 48 megapixels in Display P3 0.9 s, of 12 in HEIC as much.
+BATCH_SECONDS = {"photograph": 6.0, "other": 1.5}  # that those of a batch may wait for the child, all together
+SECONDS = {"photograph": 3.0, "other": 1.0}  # of the processor, for one image
+MOST_BATCH_SECONDS = 12.0  # whatever the operator allows: TorchServe replaces a worker that takes longer than 30
 MEMORY = 64 << 20  # bytes that one image may take: 16 megapixels in Pillow
 ALONE_MEMORY = 256 << 20  # and where that is too little, one image at a time of all workers: 50 megapixels, and copies
 START_SECONDS = 60.0  # until the first child is ready, on a machine that is starting everything else
 MAX_MESSAGE = 4_096  # bytes
 
-_REQUEST, _REPLY = struct.Struct("<IIII6Bq"), struct.Struct("<BI")
+_REQUEST, _REPLY = struct.Struct("<II"), struct.Struct("<BI")
 READY, CROP, REFUSED = range(3)
 _CAUSES = ("empty", "not_an_image", "unsupported_kind", "truncated", "too_many_pixels")
 
@@ -51,6 +55,7 @@ _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "T
 _SETTINGS = {
     "OPENBLAS_NUM_THREADS": "1",  # NumPy's library would reserve memory for each core
     "MALLOC_MMAP_THRESHOLD_": "131072",  # glibc: large blocks go back to the system as soon as they are free
+    "MALLOC_ARENA_MAX": "1",  # glibc: 64 MB of addresses, which count as memory here, for each thread of libde265
 }
 
 
@@ -64,7 +69,7 @@ class DecoderProcess:
             max_pixels: of an image, or None; where they are more than by default, so are the limits.
         """
         self._lock, self._max_pixels = threading.Lock(), max_pixels
-        self._left = 0.0  # seconds of the batch
+        self._left = dict.fromkeys(BATCH_SECONDS, 0.0)
         self._start()
 
     def wait(self) -> None:
@@ -80,7 +85,8 @@ class DecoderProcess:
             raise RuntimeError("the process that decodes images does not start; is there memory for it?") from None
 
     def begin_batch(self) -> None:
-        self._left = BATCH_SECONDS * _scale(self._max_pixels)
+        scale = _scale(self._max_pixels)
+        self._left = {kind: min(seconds * scale, MOST_BATCH_SECONDS) for kind, seconds in BATCH_SECONDS.items()}
 
     def read(self, body: bytes, rule: PixelRule) -> np.ndarray:
         """`pillow_preprocessing.read` in the child.
@@ -89,14 +95,15 @@ class DecoderProcess:
             ImageError: as `pillow_preprocessing.read`; `too_slow`: it takes the processor more than SECONDS;
                 `no_time`: there is none left in this batch: the machine is busy, or a neighbour was expensive.
         """
+        kind = _kind(body)
         with self._lock:
             started = time.monotonic()
             try:
-                if self._left <= 0:
+                if self._left[kind] <= 0:
                     raise _no_time()
-                return self._ask(body, rule, started + self._left)
+                return self._ask(body, rule, started + self._left[kind])
             finally:
-                self._left -= time.monotonic() - started
+                self._left[kind] -= time.monotonic() - started
 
     def close(self) -> None:
         """Kills the child."""
@@ -107,8 +114,8 @@ class DecoderProcess:
             self._restart()
         try:
             self._until_ready(until)
-            most = -1 if self._max_pixels is None else self._max_pixels
-            self._send(_REQUEST.pack(len(body), *_packed(rule), most), until)
+            settings = json.dumps([asdict(rule), self._max_pixels]).encode()
+            self._send(_REQUEST.pack(len(settings), len(body)) + settings, until)
             self._send(body, until)
             kind, length = _REPLY.unpack(self._receive(_REPLY.size, until))
             if kind == CROP and length == rule.height * rule.width * 3:
@@ -120,14 +127,18 @@ class DecoderProcess:
             raise _no_time() from None
         except OSError:
             pass
-        raise self._death()
+        raise self._death(SECONDS[_kind(body)] * _scale(self._max_pixels))
 
-    def _death(self) -> ImageError:
-        """Why the child is gone, or answers what it never should; there is a new one."""
+    def _death(self, seconds: float) -> ImageError:
+        """Why the child is gone, or answers what it never should; there is a new one.
+
+        Args:
+            seconds: that the child had.
+        """
         status = self._restart()
         if status == -signal.SIGPROF:
             return ImageError(
-                "too_slow", f"decoding this image takes over {SECONDS:g} s; save it as a JPEG or PNG of fewer pixels"
+                "too_slow", f"decoding this image takes over {seconds:g} s; save it as a JPEG or PNG of fewer pixels"
             )
         if status == -signal.SIGKILL:  # not ours: the system's, when memory is short
             return ImageError("too_many_pixels", NO_MEMORY)
@@ -191,30 +202,15 @@ class DecoderProcess:
         return bytes(data)
 
 
-def _packed(rule: PixelRule) -> tuple[int, ...]:
-    """The numbers of a request that are the rule."""
-    choices = INTERPOLATIONS.index(rule.interpolation), FITS.index(rule.fit), COLOURS.index(rule.colour)
-    return rule.height, rule.width, rule.resize, *choices, *rule.fill
-
-
-def _unpacked(
-    height: int, width: int, resize: int, interpolation: int, fit: int, colour: int, red: int, green: int, blue: int
-) -> PixelRule:
-    return PixelRule(
-        height=height,
-        width=width,
-        resize=resize,
-        interpolation=INTERPOLATIONS[interpolation],
-        fit=FITS[fit],
-        fill=(red, green, blue),
-        colour=COLOURS[colour],
-    )
-
-
 def _end(connection: socket.socket, child: subprocess.Popen[bytes]) -> None:
     connection.close()
     child.kill()
     child.wait()
+
+
+def _kind(body: bytes) -> str:
+    """Of BATCH_SECONDS and SECONDS."""
+    return "photograph" if is_photograph(body) else "other"
 
 
 def _scale(max_pixels: int | None) -> float:
@@ -231,7 +227,9 @@ def _remaining(until: float) -> float:
 
 def _no_time() -> ImageError:
     return ImageError(
-        "no_time", "images other than plain JPEG, PNG and WebP have a time for each batch, and it is over; ask again"
+        "no_time",
+        "images that are large, have another colour profile or are no JPEG, PNG or WebP share a time in each batch, "
+        "and it is over; ask again",
     )
 
 
@@ -251,9 +249,9 @@ def main(descriptor: int) -> None:
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
         connection.sendall(_REPLY.pack(READY, 0))
         while len(head := requests.read(_REQUEST.size)) == _REQUEST.size:
-            length, *rule, most = _REQUEST.unpack(head)
-            body = requests.read(length)
-            kind, reply = _outcome(body, _unpacked(*rule), None if most < 0 else most)
+            settings, body = (requests.read(length) for length in _REQUEST.unpack(head))
+            rule, max_pixels = json.loads(settings)
+            kind, reply = _outcome(body, PixelRule(**rule | {"fill": tuple(rule["fill"])}), max_pixels)
             connection.sendall(_REPLY.pack(kind, len(reply)) + reply)
             del body, reply
 
@@ -274,10 +272,12 @@ def _limit() -> None:
 def _outcome(body: bytes, rule: PixelRule, max_pixels: int | None) -> tuple[int, bytes]:
     """Kind and content of the reply."""
     scale = _scale(max_pixels)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS * scale)
+    crop: np.ndarray | ImageError | None = None
+    signal.setitimer(signal.ITIMER_PROF, SECONDS[_kind(body)] * scale)
     try:
-        crop = _attempt(body, rule, max_pixels, MEMORY)
-        if isinstance(crop, ImageError) and (crop.cause == "truncated" or str(crop) == NO_MEMORY):
+        if not is_heif(body):  # its decoder would find out that memory is short when most of the work is done
+            crop = _attempt(body, rule, max_pixels, MEMORY)
+        if crop is None or (isinstance(crop, ImageError) and (crop.cause == "truncated" or str(crop) == NO_MEMORY)):
             with _alone():  # some libraries call a lack of memory damage
                 crop = _attempt(body, rule, max_pixels, int(ALONE_MEMORY * scale))
     finally:

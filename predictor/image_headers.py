@@ -42,7 +42,6 @@ MAX_SCANNED = 1_000_000_000  # pixels times scans: ten scans of 100 megapixels, 
 MAX_EXIF = 1_000  # segments of a JPEG file, which Pillow joins in quadratic time: 64 MB of XMP
 MAX_STRIPS = 100_000  # of a TIFF file, each a Python object in Pillow
 _SCAN, _EXIF = b"\xff\xda", b"\xff\xe1"
-_SCAN, _EXIF = b"\xff\xda", b"\xff\xe1"
 _MARKER = re.compile(rb"\xff([^\0\xff\xd0-\xd7])")  # but for those within a scan's data; finds in linear time
 
 # How the supported kinds begin; a body that begins so and cannot be opened is damaged, not foreign.
@@ -90,20 +89,19 @@ def is_plain(body: bytes) -> bool:
     So are 8-bit JPEG, PNG and WebP files without oddities, of at most 8 MB and 16 megapixels; of 4 megapixels where
     a decoder holds the image more than once (progressive JPEG, interlaced PNG, WebP).
     """
-    if len(body) > PLAIN_BYTES:
-        return False
-    try:
-        if body.startswith(b"\xff\xd8\xff"):
-            pixels = _plain_jpeg(body)
-        elif body.startswith(b"\x89PNG\r\n\x1a\n"):
-            pixels = _plain_png(body)
-        elif body.startswith(b"RIFF") and body[8:12] == b"WEBP":
-            pixels = _plain_webp(body)
-        else:
-            return False
-    except struct.error:  # it ends within a header
-        return False
-    return 0 < pixels <= PLAIN_PIXELS
+    return len(body) <= PLAIN_BYTES and 0 < _plain_pixels(body) <= PLAIN_PIXELS
+
+
+def is_photograph(body: bytes) -> bool:
+    """Whether a file may be a camera's, which takes its time because of its pixels and not of any oddity.
+
+    It is plain but for its size, or HEIC.
+    """
+    return is_heif(body) or _plain_pixels(body) > 0
+
+
+def is_heif(body: bytes) -> bool:
+    return body[4:8] == b"ftyp" and body[8:12] in _HEIF_BRANDS
 
 
 def check_start(body: bytes, max_pixels: int | None) -> None:
@@ -161,12 +159,11 @@ def refusal_of_unopened(body: bytes, reason: str) -> ImageError:
     Args:
         reason: what Pillow says, if it is damaged.
     """
-    is_heif = body[4:8] == b"ftyp" and body[8:12] in _HEIF_BRANDS
-    if body.startswith(_SUPPORTED_STARTS) or (is_heif and HAS_HEIF):
+    if body.startswith(_SUPPORTED_STARTS) or (HAS_HEIF and is_heif(body)):
         return ImageError("truncated", f"the image is truncated or damaged ({reason})")
     for offset, start, name in _FOREIGN_STARTS:
         if body[offset:].startswith(start):
-            way_out = f"send {', '.join(KINDS)}" + (", or install pi-heif where it is read" if is_heif else "")
+            way_out = f"send {', '.join(KINDS)}" + (", or install pi-heif where it is read" if is_heif(body) else "")
             return ImageError("unsupported_kind", f"{name} is not supported; {way_out}")
     return ImageError("not_an_image", f"the body is not an image; send {', '.join(KINDS)}")
 
@@ -222,8 +219,22 @@ def counts(body: bytes) -> tuple[int, int]:
     return scans, exif
 
 
+def _plain_pixels(body: bytes) -> int:
+    """Pixels, counted as often as the decoder holds them; 0 if the file has oddities."""
+    try:
+        if body.startswith(b"\xff\xd8\xff"):
+            return _plain_jpeg(body)
+        if body.startswith(b"\x89PNG\r\n\x1a\n"):
+            return _plain_png(body)
+        if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
+            return _plain_webp(body)
+    except struct.error:  # it ends within a header
+        pass
+    return 0
+
+
 def _plain_jpeg(body: bytes) -> int:
-    """Pixels, counted as often as the decoder holds them; 0 if the file is not plain. As the next two.
+    """As `_plain_pixels`, and the next two.
 
     Raises:
         struct.error: the body ends within a header.

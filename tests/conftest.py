@@ -226,4 +226,5 @@ def replace_in_archive(source: Path, target: Path, files: dict[str, str]) -> Non
 def _decoder_may_take_its_time() -> None:
     from predictor import decoder_process
 
-    decoder_process.BATCH_SECONDS = 60.0  # this machine may stall for seconds
+    decoder_process.MOST_BATCH_SECONDS = 60.0  # this machine may stall for seconds
+    decoder_process.BATCH_SECONDS = dict.fromkeys(decoder_process.BATCH_SECONDS, 60.0)

@@ -143,6 +143,19 @@ HEIC = base64.b64decode(
     "AQASAQMAAQAAAAYAAAAAAAAA"
 )
 
+# 5,712×4,284 px, of 24 megapixels as today's phones take them: red above blue.
+LARGE_HEIC = zlib.decompress(
+    base64.b64decode(
+        "eNpjYGCQSSupLMhIzUxmAILczDRDEDs3MzGNgYExMje1JJEBAhQzUnKKoGyGgszkEgY0oJSZkw82xMWBgREIgYCxFkIzMIjVAAnlzMy8NDAXJCoK5K"
+        "QyQXkZZcmGICZfQWZJLlzJzcyCogIgvSuzIDkfSFcDlTkzMoOEJoAVbfnA8Ofvjx8MDPzMCUAdEg6MPIz//4MUMINUMIPQll1MDolAST0nRkY0mQUM"
+        "mzoYnNnvRa9UWbZzB0eGgQJQmBlEMCgmAbWwuzAeLNqQ5AC0STg5P6coLzmnAijMy8DWABQSySwuSIV6L4CBQWAPkCFQkFmRCRJh5uDgAFLimQW5sB"
+        "AEBgpLIxMzC1B5S25KIjAAxSo0GNezCCjOd1319XXYyqClXiUvLy/3m2uFTM3jwiIIoyz+VFq8/v9zQv/5AzFaR/LfCM+8eIcrMSkN6kOqoagDy1+8"
+        "Y0s4akttg5kZqh0m85ocoL65TGXt1DcUiAQn0MRYtik0MfZ+Aw2MZXWhgaEStAhXLwcaGNpPgzBltKZBDuijvpnMTUMj6XPeoL6ZfCeob6YIDVK9VA"
+        "D1zVRWoL6Z2jQw05AGZtotoL6ZnjSo8cJoUNgl0MDMAhqYWe5Ai5YJ9c2kRd0xhQZmLqWBmQtoYOaahtz9egz137QVH635t/sM9S0woEGB4keDzD+Z"
+        "JoFLfTNXjJo5aiaV0NZRM0fNHDVz1MxRM0fNHDWTaLStAQBKetd6"
+    )
+)
+
 _PNG = save(gradient(200, 150), "PNG")
 _JPEG = save(gradient(200, 150), "JPEG")
 

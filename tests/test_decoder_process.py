@@ -17,7 +17,8 @@ from predictor.pillow_preprocessing import MAX_PIXELS, is_plain
 from predictor.pillow_preprocessing import read as read_here
 from predictor.spec import PixelRule
 from tests.hostile_images import IMAGES, bmp_of_runs, tiff_of_fax
-from tests.kinds import BAD, GOOD, gradient, save
+from tests.icc import P3
+from tests.kinds import BAD, GOOD, HEIC, LARGE_HEIC, gradient, save
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="elsewhere the worker decodes everything itself")
 
@@ -144,6 +145,75 @@ def test_a_photograph_of_48_megapixels_is_read_in_the_child_upright(ask):
     np.testing.assert_array_equal(ask(body), read_here(body, RULE))
 
 
+def test_a_heic_photograph_of_24_megapixels_is_read_in_the_child():
+    """With the memory that its pixels take, and none for the threads of its decoder."""
+    from predictor.decoder_process import DecoderProcess
+
+    child = DecoderProcess()
+    try:
+        child.wait()
+        child.begin_batch()
+        before = status_of(child._child.pid)["VmSize"]
+        np.testing.assert_array_equal(child.read(LARGE_HEIC, RULE), read_here(LARGE_HEIC, RULE))
+        assert status_of(child._child.pid)["VmPeak"] - before < 9 * 5_712 * 4_284 / MIB
+    finally:
+        child.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "rooms", "seconds"),
+    [
+        pytest.param(HEIC, ["ALONE_MEMORY"], 3, id="heic"),
+        pytest.param(save(gradient(), "JPEG"), ["MEMORY", "ALONE_MEMORY"], 3, id="jpeg"),
+        pytest.param(save(gradient(), "TIFF"), ["MEMORY", "ALONE_MEMORY"], 1, id="tiff"),
+    ],
+)
+def test_what_a_file_gets_that_needs_much_memory(body, rooms, seconds, monkeypatch):
+    """What has no second attempt to wait for begins with all the memory that there is: its time is for both."""
+    from predictor import decoder_process
+    from predictor.pillow_preprocessing import NO_MEMORY, ImageError
+
+    asked, timers = [], []
+
+    def attempt(body, rule, max_pixels, room):
+        asked.append(room)
+        is_enough = room == decoder_process.ALONE_MEMORY
+        return read_here(body, rule) if is_enough else ImageError("too_many_pixels", NO_MEMORY)
+
+    monkeypatch.setattr(decoder_process, "_attempt", attempt)
+    monkeypatch.setattr(signal, "setitimer", lambda which, seconds: timers.append(seconds))
+    kind, reply = decoder_process._outcome(body, RULE, MAX_PIXELS)
+    assert (kind, reply) == (decoder_process.CROP, read_here(body, RULE).tobytes())
+    assert asked == [getattr(decoder_process, room) for room in rooms]
+    assert timers == [seconds, 0]
+
+
+def test_photographs_and_other_files_of_a_batch_have_times_of_their_own(decoder, monkeypatch):
+    from predictor import decoder_process
+    from predictor.pillow_preprocessing import ImageError
+
+    files = {"photograph": save(gradient(200, 150), "JPEG", icc_profile=P3), "other": GOOD["bmp"][0]}
+    for kind, body in files.items():
+        monkeypatch.setattr(decoder_process, "BATCH_SECONDS", dict.fromkeys(files, 60) | {kind: 0})
+        decoder.begin_batch()
+        with pytest.raises(ImageError) as caught:
+            decoder.read(body, RULE)
+        assert caught.value.cause == "no_time"
+        for other in set(files) - {kind}:
+            np.testing.assert_array_equal(decoder.read(files[other], RULE), read_here(files[other], RULE))
+
+
+def test_no_operator_gives_a_batch_more_time_than_a_worker_has():
+    from predictor.decoder_process import BATCH_SECONDS, MOST_BATCH_SECONDS, DecoderProcess
+
+    decoder = DecoderProcess(None)
+    try:
+        decoder.begin_batch()
+        assert decoder._left == dict.fromkeys(BATCH_SECONDS, MOST_BATCH_SECONDS)
+    finally:
+        decoder.close()
+
+
 def test_what_is_slow_for_the_processor_is_refused_and_the_next_image_is_answered(odd):
     from predictor.pillow_preprocessing import ImageError
 
@@ -159,7 +229,7 @@ def test_a_batch_has_a_time_and_what_comes_later_is_to_ask_again(odd, monkeypatc
     from predictor import decoder_process
     from predictor.pillow_preprocessing import ImageError
 
-    monkeypatch.setattr(decoder_process, "BATCH_SECONDS", 0.2)
+    monkeypatch.setattr(decoder_process, "BATCH_SECONDS", {"photograph": 60, "other": 0.2})
     odd.begin_batch()
     first = odd._child
     for body in (b"slow", GOOD["bmp"][0]):  # the first takes more than is left of the batch, not yet of the processor
@@ -167,7 +237,7 @@ def test_a_batch_has_a_time_and_what_comes_later_is_to_ask_again(odd, monkeypatc
             odd.read(body, RULE)
         assert caught.value.cause == "no_time"
     assert first.returncode == -signal.SIGKILL
-    monkeypatch.setattr(decoder_process, "BATCH_SECONDS", 60)
+    monkeypatch.setattr(decoder_process, "BATCH_SECONDS", {"photograph": 0, "other": 60})
     odd.begin_batch()
     assert odd.read(GOOD["bmp"][0], RULE).shape == (RULE.height, RULE.width, 3)
 

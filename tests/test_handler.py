@@ -27,7 +27,8 @@ from PIL import Image
 from predictor.pillow_preprocessing import crop, decode
 from predictor.spec import PixelRule
 from tests.conftest import PROJECT, replace_in_archive
-from tests.kinds import BAD, GOOD, gradient, save
+from tests.icc import P3
+from tests.kinds import BAD, GOOD, LARGE_HEIC, gradient, save
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -323,6 +324,12 @@ def test_what_is_not_plain_is_decoded_in_another_process(ask, monkeypatch):
     for name in ("bmp", "gif animation", "tiff lzw", "png grey 16", "jpeg cmyk"):
         ((status, answer, _),) = ask({"body": GOOD[name][0]})
         assert (status, len(answer)) == (200, 5), name
+
+
+def test_the_photographs_of_phones_are_answered_a_batch_at_a_time(ask):
+    apple = save(gradient(4_032, 3_024), "JPEG", icc_profile=P3)
+    replies = ask({"body": LARGE_HEIC}, {"body": apple}, {"body": apple})
+    assert [(status, len(answer)) for status, answer, _ in replies] == [(200, 5)] * 3
 
 
 def test_an_image_that_is_too_slow_has_its_status(ask, sample, monkeypatch):

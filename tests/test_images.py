@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from predictor import image_headers, pillow_preprocessing
+from predictor.image_headers import is_photograph
 from predictor.pillow_preprocessing import MAX_PIXELS, ImageError, crop, decode, is_plain, read
 from predictor.spec import PixelRule
 from tests.hostile_images import IMAGES, exif_of_rationals, jpeg_of_markers, png, png_header, png_pixels, tiff
@@ -211,6 +212,16 @@ def test_plain_are_the_files_of_cameras_and_encoders_and_nothing_odd():
         *("png grey alpha", "png interlaced", "webp", "webp alpha"),
     }
     assert {name for name, body in IMAGES.items() if is_plain(body)} == {"jpeg of markers", "png of 16 megapixels"}
+
+
+def test_photographs_are_plain_files_of_any_size_and_heic():
+    large = save(Image.new("RGB", (8_064, 6_048)), "JPEG")
+    assert not is_plain(large)
+    assert all(is_photograph(body) for body in (large, HEIC, GOOD["jpeg"][0], GOOD["png"][0], GOOD["webp"][0]))
+    assert not any(is_photograph(GOOD[name][0]) for name in ("gif animation", "tiff", "bmp", "png grey 16"))
+    odd = {"jpeg of exif", "jpeg of scans", "png truncated at 50 megapixels", "png with nested rationals"}
+    assert not any(is_photograph(IMAGES[name]) for name in odd)
+    assert not is_photograph(b"")
 
 
 @pytest.mark.parametrize(
