@@ -161,14 +161,14 @@ def test_a_heic_photograph_of_24_megapixels_is_read_in_the_child():
 
 
 @pytest.mark.parametrize(
-    ("body", "rooms", "seconds"),
+    ("body", "rooms", "kind"),
     [
-        pytest.param(HEIC, ["ALONE_MEMORY"], 3, id="heic"),
-        pytest.param(save(gradient(), "JPEG"), ["MEMORY", "ALONE_MEMORY"], 3, id="jpeg"),
-        pytest.param(save(gradient(), "TIFF"), ["MEMORY", "ALONE_MEMORY"], 1, id="tiff"),
+        pytest.param(HEIC, ["ALONE_MEMORY"], "photograph", id="heic"),
+        pytest.param(save(gradient(), "JPEG"), ["MEMORY", "ALONE_MEMORY"], "photograph", id="jpeg"),
+        pytest.param(save(gradient(), "TIFF"), ["MEMORY", "ALONE_MEMORY"], "other", id="tiff"),
     ],
 )
-def test_what_a_file_gets_that_needs_much_memory(body, rooms, seconds, monkeypatch):
+def test_what_a_file_gets_that_needs_much_memory(body, rooms, kind, monkeypatch):
     """What has no second attempt to wait for begins with all the memory that there is: its time is for both."""
     from predictor import decoder_process
     from predictor.pillow_preprocessing import NO_MEMORY, ImageError
@@ -182,25 +182,26 @@ def test_what_a_file_gets_that_needs_much_memory(body, rooms, seconds, monkeypat
 
     monkeypatch.setattr(decoder_process, "_attempt", attempt)
     monkeypatch.setattr(signal, "setitimer", lambda which, seconds: timers.append(seconds))
-    kind, reply = decoder_process._outcome(body, RULE, MAX_PIXELS)
-    assert (kind, reply) == (decoder_process.CROP, read_here(body, RULE).tobytes())
+    outcome = decoder_process._outcome(body, RULE, MAX_PIXELS)
+    assert outcome == (decoder_process.CROP, read_here(body, RULE).tobytes())
     assert asked == [getattr(decoder_process, room) for room in rooms]
-    assert timers == [seconds, 0]
+    assert timers == [decoder_process.SECONDS[kind], 0]
 
 
-def test_photographs_and_other_files_of_a_batch_have_times_of_their_own(decoder, monkeypatch):
+def test_other_files_have_a_part_of_the_time_that_the_photographs_of_a_batch_have(decoder, monkeypatch):
     from predictor import decoder_process
     from predictor.pillow_preprocessing import ImageError
 
-    files = {"photograph": save(gradient(200, 150), "JPEG", icc_profile=P3), "other": GOOD["bmp"][0]}
-    for kind, body in files.items():
-        monkeypatch.setattr(decoder_process, "BATCH_SECONDS", dict.fromkeys(files, 60) | {kind: 0})
+    photograph, other = save(gradient(200, 150), "JPEG", icc_profile=P3), GOOD["bmp"][0]
+    for seconds, refused in (((60, 0), [other]), ((0, 60), [photograph, other])):
+        monkeypatch.setattr(decoder_process, "BATCH_SECONDS", dict(zip(("photograph", "other"), seconds, strict=True)))
         decoder.begin_batch()
-        with pytest.raises(ImageError) as caught:
-            decoder.read(body, RULE)
-        assert caught.value.cause == "no_time"
-        for other in set(files) - {kind}:
-            np.testing.assert_array_equal(decoder.read(files[other], RULE), read_here(files[other], RULE))
+        for body in refused:
+            with pytest.raises(ImageError) as caught:
+                decoder.read(body, RULE)
+            assert caught.value.cause == "no_time"
+        if photograph not in refused:
+            np.testing.assert_array_equal(decoder.read(photograph, RULE), read_here(photograph, RULE))
 
 
 def test_no_operator_gives_a_batch_more_time_than_a_worker_has():
@@ -237,7 +238,7 @@ def test_a_batch_has_a_time_and_what_comes_later_is_to_ask_again(odd, monkeypatc
             odd.read(body, RULE)
         assert caught.value.cause == "no_time"
     assert first.returncode == -signal.SIGKILL
-    monkeypatch.setattr(decoder_process, "BATCH_SECONDS", {"photograph": 0, "other": 60})
+    monkeypatch.setattr(decoder_process, "BATCH_SECONDS", {"photograph": 60, "other": 60})
     odd.begin_batch()
     assert odd.read(GOOD["bmp"][0], RULE).shape == (RULE.height, RULE.width, 3)
 
