@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 import warnings
 from collections import Counter
@@ -15,14 +14,14 @@ from typing import IO
 from PIL import Image
 
 from dataset.sources import Source
-from predictor.image_headers import check_start
-from predictor.pillow_preprocessing import MAX_PIXELS
+from predictor.pillow_preprocessing import upright_size
 
 LOOKED_AT = 200  # files at the most whose headers are read
 SECONDS = 0.5  # after which no other file is opened, as of a slow disk
-TIFF_BYTES = 32 << 20  # of a file at the most: its directory may lie at its end, and is checked before Pillow reads it
+HEAD_BYTES = 1 << 20  # of a JPEG or PNG file, whose headers are at its beginning
+WHOLE_BYTES = 32 << 20  # of another: TIFF's directory may be at the end, and the readers of WebP and HEIC want it whole
+HEADED = (b"\xff\xd8\xff", b"\x89PNG")  # how the former begin
 FORMATS = {"jpg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "tif": "TIFF", "webp": "WebP", "heif": "HEIC"}
-ON_SIDE = (5, 6, 7, 8)  # values of EXIF's orientation that swap width and height
 
 Size = tuple[int, int]  # width, height in px, upright
 
@@ -106,20 +105,15 @@ def _sizes(source: Source, indices: Sequence[int], seconds: float) -> Iterator[S
 
 
 def _size(file: IO[bytes]) -> Size | None:
-    """Of an image file, by its header; None where that cannot be read."""
+    """Of an image file, by its header; None where that cannot be read, or says that decoding will refuse the file."""
     try:
-        start = file.read(2)
-        file.seek(0)
-        if start in (b"II", b"MM"):
-            body = file.read(TIFF_BYTES)
-            check_start(body, MAX_PIXELS)
-            file = io.BytesIO(body)
+        head = file.read(HEAD_BYTES)
+        if not head.startswith(HEADED):
+            head += file.read(WHOLE_BYTES - len(head))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of damage, which decoding will name
-            with Image.open(file) as image:
-                width, height = image.size
-                return (height, width) if image.getexif().get(274) in ON_SIDE else (width, height)
-    except Exception:  # Pillow's readers raise whatever the damage leads them into
+            return upright_size(head)
+    except Exception:  # the readers of archives, and Pillow's, raise whatever the damage leads them into
         return None
 
 

@@ -50,6 +50,7 @@ __all__ = [
     "decode",
     "is_plain",
     "read",
+    "upright_size",
 ]
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns up to twice its value; `decode` has a strict one
@@ -146,6 +147,19 @@ def read(
         return crop(_to_rgb(image if method is None else image.transpose(method), transform), rule)
     except MemoryError:
         raise ImageError("too_many_pixels", NO_MEMORY) from None
+
+
+def upright_size(head: bytes, max_pixels: int | None = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of what `decode` makes of a file, px, by its headers: no pixel is decoded.
+
+    Args:
+        head: a file, of which what follows the headers may be left out.
+
+    Raises:
+        ImageError, MemoryError: the headers cannot be read, or say that `decode` refuses the file.
+    """
+    image = _opened(head, max_pixels)
+    return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
 
 
 def crop_box(width: int, height: int, rule: PixelRule) -> tuple[int, int, int, int]:

@@ -1,13 +1,16 @@
 """What is said of a data set before a run: counts of all images, sizes from the headers of some."""
 
 import io
+import struct
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from dataset.overview import look
 from dataset.sources import open_source
+from predictor.image_headers import KINDS
 from tests.folders import as_tar, as_zip, image, make_folder
+from tests.kinds import HEIC
 
 
 def uneven(root):
@@ -80,10 +83,55 @@ def test_damaged_and_missing_files_are_passed_over_and_still_counted(tmp_path):
     assert look(source).lines() == ["6 images in 3 classes, 2 each", "JPEG"]
 
 
-def test_no_pixel_is_decoded(tmp_path, monkeypatch):
-    source = open_source(str(make_folder(tmp_path, count=1, kind="tif")))
-    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
-    assert look(source).median_size == (40, 30)
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "bmp", "gif", "tif"])
+def test_no_pixel_is_decoded(tmp_path, monkeypatch, kind):
+    source = open_source(str(make_folder(tmp_path, count=1, kind=kind)))
+    readers = [ImageFile.ImageFile, *ImageFile.ImageFile.__subclasses__()]
+    for reader in (one for one in readers if "load" in vars(one)):
+        monkeypatch.setattr(reader, "load", lambda *_: pytest.fail("decoded"))
+    found = look(source)
+    assert (found.looked_at, found.median_size) == (3, (40, 30))
+
+
+@pytest.mark.skipif("HEIF" not in KINDS, reason="pip install pi-heif")
+def test_no_pixel_of_a_heic_file_is_decoded(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path, count=1)
+    for path in folder.rglob("*.jpg"):
+        path.write_bytes(HEIC)
+    monkeypatch.setattr("pi_heif.HeifImageFile.load", lambda *_: pytest.fail("decoded"))
+    assert look(open_source(str(folder))).looked_at == 3
+
+
+def test_what_decoding_refuses_has_no_size(tmp_path):
+    """A size beyond the limit, and a kind that Pillow knows and we do not read."""
+    folder = make_folder(tmp_path, count=2)
+    source = open_source(str(folder))
+    header = struct.pack("<IIiiHHIIiiII", 54, 40, 100_000, 100_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    (folder / "red" / "0.jpg").write_bytes(b"BM" + bytes(8) + header)
+    (folder / "red" / "1.jpg").write_bytes(b"P6 90 60 255\n" + bytes(90 * 60 * 3))
+    found = look(source)
+    assert (found.looked_at, found.size_range) == (4, ((40, 30), (40, 30)))
+
+
+STARTS = [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\xff\xff\xff\x7fWEBPVP8 ", b"II*\0", b"no"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_of_an_endless_file_little_is_read(monkeypatch, start):
+    """As of a member of an archive that unpacks to gigabytes."""
+
+    class Endless(io.BytesIO):
+        total = 0
+
+        def read(self, size=-1):
+            assert size >= 0, "all of it is asked for"
+            self.total += size
+            return (start + bytes(size))[:size] if self.total == size else bytes(size)
+
+    source, file = open_source("digits"), Endless()
+    monkeypatch.setattr(source, "peek", lambda indices: iter([file]))
+    assert look(source).looked_at == 0
+    assert file.total <= 32 << 20
 
 
 def test_sizes_are_of_the_upright_image(tmp_path):
