@@ -30,7 +30,7 @@ OWN = ("simplecnn", *FASTNETS)
 # Densenet's published files say norm.1 where its layers are called norm1; torchvision's loader renames them too.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
-_NUMBERED = re.compile(r"(?:[^.]+\.)*?[^.]*\d(?=\.)")  # of a name, up to the first part that ends in a digit
+_NUMBERED = re.compile(r"(?:[^.]+\.)*?[^.]*\d[^.]*(?=\.)")  # of a name, up to the first part that holds a digit
 
 
 class SimpleCNN(nn.Module):
@@ -230,8 +230,11 @@ def train_mode(network: nn.Module, *, hold_norms: bool = False) -> None:
 
 
 def layer_numbers(network: nn.Module) -> dict[str, int]:
-    """How deep each parameter lies, by name: 0 for the first layer. A block of a series, such as `layer3` or
-    `blocks.4`, counts as one layer, whatever it consists of."""
+    """How deep each parameter lies, by name: 0 for the first layer, the most for the head.
+
+    What a number tells apart, such as `layer3`, `blocks.4` or `inception3a`, counts as one layer, whatever it consists
+    of; so does each other part of the network.
+    """
     head, numbers, seen = head_name(network), dict[str, int](), dict[str, int]()
     for name, _ in network.named_parameters():
         if name.startswith(f"{head}."):

@@ -190,6 +190,13 @@ def test_layers_are_counted_by_block_and_the_head_is_the_last():
     assert sorted(set(numbers.values())) == list(range(max(numbers.values()) + 1))
 
 
+def test_a_block_whose_name_ends_in_a_letter_is_one_layer():
+    numbers = registry.layer_numbers(registry.build("googlenet", 3, 64))
+    blocks = {name.partition(".")[0] for name in numbers}
+    assert len(blocks) == len(set(numbers.values())) == 3 + 9 + 1  # convolutions, inception3a to 5b, fc
+    assert all(len({n for name, n in numbers.items() if name.startswith(f"{block}.")}) == 1 for block in blocks)
+
+
 def test_each_layer_has_a_rate_between_the_first_ones_and_the_heads(data):
     training = Training(data, arch="resnet18", size=32, optimizer="adamw", lr=1e-2, layer_decay=0.01)
     network = training.network
