@@ -5,7 +5,6 @@ A corrupt image stops a run, with all such files named, or is left out where the
 
 from __future__ import annotations
 
-import copy
 import io
 import os
 from collections import deque
@@ -18,9 +17,6 @@ from torch import Tensor
 
 from dataset.image_store import FilePixels
 from dataset.sources import DataError, Entry, ImageInput, Source, Unreadable, printable
-from dataset.sources.archives import TarSource, ZipSource
-from dataset.sources.folders import FolderSource
-from dataset.sources.tables import TableSource
 from predictor.pillow_preprocessing import ImageError, crop, read
 from predictor.spec import PixelRule
 
@@ -37,7 +33,6 @@ def decode_all(
     *,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    on_decoded: Callable[[int, ImageInput], None] = lambda index, image: None,
 ) -> dict[int, str]:
     """Decodes some images of a source into rows of `crops`.
 
@@ -45,7 +40,6 @@ def decode_all(
         rows: of each image that is wanted its row, by its index in `source.entries`.
         workers: threads; by default one for each core.
         progress: told how many images are done, of how many.
-        on_decoded: called with each image that could be decoded, by one of the threads.
 
     Returns:
         The reason for each image that cannot be read, by its index.
@@ -53,7 +47,6 @@ def decode_all(
 
     def decode(index: int, image: bytes | Image.Image) -> None:
         crops[rows[index]] = square(image, rule)
-        on_decoded(index, image)
 
     return decode_each(source, rows.keys(), decode, workers=workers, progress=progress)
 
@@ -82,7 +75,6 @@ def decode_each(
         The reason for each image that cannot be read, by its index.
     """
     unreadable: dict[int, str] = {}
-    some, indices = _narrowed(source, wanted)
 
     def decode_some(items: list[tuple[int, ImageInput]]) -> None:
         for index, image in items:
@@ -95,8 +87,7 @@ def decode_each(
                 unreadable[index] = _reason(error)
 
     done = 0
-    items = ((indices[i], image) for i, image in some.read() if indices[i] in wanted)
-    for count in _in_threads(decode_some, _batches(items), workers or os.cpu_count() or 1):
+    for count in _in_threads(decode_some, _batches(source.read(wanted)), workers or os.cpu_count() or 1):
         done += count
         progress(done, len(wanted))
     return unreadable
@@ -132,15 +123,6 @@ def as_file(image: ImageInput) -> bytes:
     buffer = io.BytesIO()
     Image.Image.save(image, buffer, "PNG")
     return buffer.getvalue()
-
-
-def _narrowed(source: Source, wanted: Collection[int]) -> tuple[Source, Sequence[int]]:
-    """A source of only the wanted images, where the others need not be read, and its images' indices in `source`."""
-    if not isinstance(source, (FolderSource, TableSource, ZipSource, TarSource)):
-        return source, range(len(source.entries))
-    indices, some = sorted(wanted), copy.copy(source)
-    some.entries = [source.entries[index] for index in indices]
-    return some, indices
 
 
 def _reason(error: ImageError | MemoryError) -> str:

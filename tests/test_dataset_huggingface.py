@@ -10,7 +10,7 @@ datasets = pytest.importorskip("datasets", reason="pip install datasets")
 
 from dataset.loading import load  # noqa: E402
 from dataset.overview import look  # noqa: E402
-from dataset.sources import DataError, Unreadable, open_source  # noqa: E402
+from dataset.sources import DataError, Unreadable, huggingface, open_source  # noqa: E402
 from predictor.spec import PixelRule  # noqa: E402
 from tests.folders import make_folder  # noqa: E402
 
@@ -121,6 +121,29 @@ def test_what_cannot_be_trained_on_is_named(folder, tmp_path):
             open_source(str(path))
         assert str(caught.value).startswith(str(path))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cell", [4, -2])
+def test_a_label_that_is_the_number_of_no_class_is_named(folder, tmp_path, cell):
+    """`datasets` checks numbers as it makes a column, but not what it loads."""
+    images, labels = rows(folder)
+    numbers = [NAMES.index(label) + 1 for label in labels]
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+    plain = datasets.Dataset.from_dict({"image": images, "label": [*numbers[:7], cell, *numbers[8:]]}, features)
+    saved = save(plain, tmp_path / "saved")
+    info = json.loads((saved / "dataset_info.json").read_text())
+    info["features"]["label"] = {"names": ["unused", *NAMES], "_type": "ClassLabel"}
+    (saved / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=f"row 7: column 'label': {cell} is the number of no class, which are 0 to 3"):
+        open_source(str(saved))
+
+
+def test_a_file_that_is_far_too_large_is_unreadable(saved, monkeypatch):
+    source = open_source(str(saved))
+    sizes = [len(body) for _, body in source.read()]
+    monkeypatch.setattr(huggingface, "MAX_FILE_BYTES", max(sizes) - 1)
+    assert sum(isinstance(body, Unreadable) for _, body in source.read()) == sizes.count(max(sizes))
+    assert look(source).looked_at == len(sizes) - sizes.count(max(sizes))
 
 
 def test_damage_and_files_elsewhere_are_named(saved, tmp_path):

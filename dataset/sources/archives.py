@@ -10,13 +10,13 @@ import tarfile
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from dataset.sources.base import DataError, ImageInput, Unreadable
-from dataset.sources.folders import DAMAGE, MAX_FILE_BYTES, TOO_LARGE, read_guarded
+from dataset.sources.base import DataError, ImageInput, Unreadable, chosen
+from dataset.sources.folders import DAMAGE, MAX_FILE_BYTES, TOO_LARGE, file_stamp, read_guarded
 from dataset.sources.layout import is_image, read_layout
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
@@ -41,16 +41,22 @@ class ZipSource:
         folders = [m.filename for m in members if m.is_dir()]
         self.entries, self.labels = read_layout(str(path), files, folders, may_be_wrapped=True)
 
-    def read(self) -> Iterator[tuple[int, ImageInput]]:
+    def read(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, ImageInput]]:
         with zipfile.ZipFile(self._path) as archive:
-            for i, entry in enumerate(self.entries):
-                yield i, read_guarded(entry.name, archive.getinfo(entry.name).file_size, archive.read)
+            for i in chosen(self.entries, wanted):
+                name = self.entries[i].name
+                yield i, read_guarded(name, archive.getinfo(name).file_size, archive.read)
 
     def peek(self, indices: Sequence[int]) -> Iterator[IO[bytes]]:
         with zipfile.ZipFile(self._path) as archive:
             for i in indices:
                 with contextlib.suppress(OSError, *DAMAGE), archive.open(self.entries[i].name) as file:
                     yield file
+
+    def stamps(self, indices: Sequence[int]) -> list[str]:
+        with zipfile.ZipFile(self._path) as archive:
+            members = (archive.getinfo(self.entries[i].name) for i in indices)
+            return [f"{member.file_size} {member.CRC}" for member in members]
 
 
 class TarSource:
@@ -77,19 +83,20 @@ class TarSource:
                     self._kept.setdefault(member.name, body)
         self.entries, self.labels = read_layout(str(path), files, folders, may_be_wrapped=True)
 
-    def read(self) -> Iterator[tuple[int, ImageInput]]:
-        wanted: dict[str, list[int]] = defaultdict(list)  # indices of the images whose bytes a member holds
-        for i, entry in enumerate(self.entries):
-            wanted[self._linked.get(entry.name, entry.name)].append(i)
-        if wanted.keys() <= self._kept.keys():
-            yield from ((i, self._kept[name]) for name, indices in wanted.items() for i in indices)
+    def read(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, ImageInput]]:
+        holding: dict[str, list[int]] = defaultdict(list)  # indices of the images whose bytes a member holds
+        for i in chosen(self.entries, wanted):
+            name = self.entries[i].name
+            holding[self._linked.get(name, name)].append(i)
+        if holding.keys() <= self._kept.keys():
+            yield from ((i, self._kept[name]) for name, indices in holding.items() for i in indices)
             return
-        for member, body in self._members(lambda one: one.name in wanted):
+        for member, body in self._members(lambda one: one.name in holding):
             if member.isreg():
                 image = body if member.size <= MAX_FILE_BYTES else Unreadable(TOO_LARGE)
-                yield from ((i, image) for i in wanted.pop(member.name, []))
+                yield from ((i, image) for i in holding.pop(member.name, []))
         missing = Unreadable("a hard link to what the archive does not hold")
-        yield from ((i, missing) for indices in wanted.values() for i in indices)
+        yield from ((i, missing) for indices in holding.values() for i in indices)
 
     def peek(self, indices: Sequence[int]) -> Iterator[IO[bytes]]:
         if self._kept:
@@ -99,6 +106,9 @@ class TarSource:
         names = {entry.name for entry in self.entries}
         bodies = (body for member, body in self._members(lambda one: one.name in names) if member.name in names)
         yield from (io.BytesIO(body) for body in islice(bodies, len(indices)))
+
+    def stamps(self, indices: Sequence[int]) -> list[str]:
+        return [file_stamp(self._path)] * len(indices)
 
     def _members(self, wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
         """Files, hard links and folders, one after the other, with the bytes of those files that are wanted; symbolic

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Protocol
 
@@ -49,13 +49,23 @@ class Source(Protocol):
     entries: list[Entry]
     flips: bool  # whether a mirrored image keeps its label
 
-    def read(self) -> Iterator[tuple[int, ImageInput]]:
-        """Every image once, as its index in `entries` and its file's bytes, its pixels, or why it has none."""
+    def read(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, ImageInput]]:
+        """Every image once, or those of the indices `wanted`, as its index in `entries` and its file's bytes, its
+        pixels, or why it has none."""
 
     def peek(self, indices: Sequence[int]) -> Iterator[IO[bytes] | Image.Image]:
         """The opened files of some images, or their pixels, for a look at their headers. Those that cannot be opened
         are left out, and a stream gives as many from its beginning instead. Each file is closed as the next is asked
         for."""
+
+    def stamps(self, indices: Sequence[int]) -> list[str] | None:
+        """Of each of some images a text that changes when the image does, without reading it; None where the source
+        has nothing of the kind."""
+
+
+def chosen(entries: Sequence[Entry], wanted: Collection[int] | None) -> Sequence[int]:
+    """The indices that `Source.read` is asked for, in order."""
+    return range(len(entries)) if wanted is None else sorted(wanted)
 
 
 def printable(name: str) -> str:

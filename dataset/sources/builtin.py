@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
-from dataset.sources.base import DataError, Entry, ImageInput, Source
+from dataset.sources.base import DataError, Entry, ImageInput, Source, chosen
 
 
 class ArraySource:
@@ -22,12 +22,15 @@ class ArraySource:
             for i, target in enumerate(targets)
         ]
 
-    def read(self) -> Iterator[tuple[int, ImageInput]]:
-        for i, pixels in enumerate(self._images):
-            yield i, Image.fromarray(pixels).convert("RGB")
+    def read(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, ImageInput]]:
+        for i in chosen(self.entries, wanted):
+            yield i, Image.fromarray(self._images[i]).convert("RGB")
 
     def peek(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         yield from (Image.fromarray(self._images[i]) for i in indices)
+
+    def stamps(self, indices: Sequence[int]) -> None:
+        return None
 
 
 def _digits(name: str, _: str) -> Source:

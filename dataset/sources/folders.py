@@ -8,11 +8,11 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from dataset.sources.base import DataError, ImageInput, Unreadable, printable
+from dataset.sources.base import DataError, ImageInput, Unreadable, chosen, printable
 from dataset.sources.layout import is_hidden, read_layout
 
 MAX_FILE_BYTES = 256 << 20  # of one image file: what is larger is a mistake, or a bomb
@@ -35,12 +35,15 @@ class FolderSource:
         files, folders = _walk(path)
         self.entries, self.labels = read_layout(str(path), files, folders)
 
-    def read(self) -> Iterator[tuple[int, ImageInput]]:
-        for i, entry in enumerate(self.entries):
-            yield i, read_file(self._path / entry.name)
+    def read(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, ImageInput]]:
+        for i in chosen(self.entries, wanted):
+            yield i, read_file(self._path / self.entries[i].name)
 
     def peek(self, indices: Sequence[int]) -> Iterator[IO[bytes]]:
         return open_files(self._path / self.entries[i].name for i in indices)
+
+    def stamps(self, indices: Sequence[int]) -> list[str]:
+        return [file_stamp(self._path / self.entries[i].name) for i in indices]
 
 
 def read_file(path: Path) -> bytes | Unreadable:
@@ -52,6 +55,15 @@ def read_file(path: Path) -> bytes | Unreadable:
         return Unreadable("a link to nothing" if path.is_symlink() else "there is no such file")
     except OSError as error:  # a folder that may be listed and not entered
         return Unreadable(f"the file cannot be read ({error.strerror or error})")
+
+
+def file_stamp(path: Path) -> str:
+    """Size and time, or "none" of what cannot be looked at; reading it says why."""
+    try:
+        found = path.stat()
+    except OSError:
+        return "none"
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def open_files(paths: Iterable[Path]) -> Iterator[IO[bytes]]:

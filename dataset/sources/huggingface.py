@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from dataset.sources.base import DataError, Entry, ImageInput, Unreadable, printable
+from dataset.sources.base import DataError, Entry, ImageInput, Unreadable, chosen, printable
+from dataset.sources.folders import MAX_FILE_BYTES, TOO_LARGE
 from dataset.sources.layout import SPLIT_FOLDERS, find_labels, path_parts
 from dataset.sources.tables import cell_text
 
@@ -48,16 +49,22 @@ class HuggingFaceSource:
         self._stored = [(images, row) for _, images, row in rows]
         self.labels = find_labels(str(path), self.entries, {entry.label for entry in self.entries})
 
-    def read(self) -> Iterator[tuple[int, ImageInput]]:
-        for i in range(len(self.entries)):
-            yield i, self._body(i) or NO_BYTES
+    def read(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, ImageInput]]:
+        for i in chosen(self.entries, wanted):
+            yield i, self._body(i)
 
     def peek(self, indices: Sequence[int]) -> Iterator[IO[bytes]]:
-        yield from (BytesIO(body) for body in map(self._body, indices) if body)
+        yield from (BytesIO(body) for body in map(self._body, indices) if isinstance(body, bytes))
 
-    def _body(self, index: int) -> bytes | None:
+    def stamps(self, indices: Sequence[int]) -> None:
+        return None
+
+    def _body(self, index: int) -> bytes | Unreadable:
         images, row = self._stored[index]
-        return (images[row].as_py() or {}).get("bytes")
+        stored = images[row]["bytes"] if images[row].is_valid else None
+        if stored is None or not (stored.is_valid and stored.as_buffer().size):
+            return NO_BYTES
+        return stored.as_py() if stored.as_buffer().size <= MAX_FILE_BYTES else Unreadable(TOO_LARGE)
 
 
 def _load(path: Path) -> list[tuple[str, Dataset]]:
@@ -116,12 +123,24 @@ def _read_columns(where: str, part: Dataset) -> tuple[Any, list[str]]:
     table, labels = part.with_format("arrow")[:], []
     for row, cell in enumerate(table.column(label).to_pylist()):
         if names is not None:
-            cell = None if cell in (None, -1) else names[cell]  # -1 where a test split hides its labels
+            cell = _class_name(f"{where}: row {row}: column {label!r}", names, cell)
         text = cell_text(f"{where}: column {label!r}", cell)
         if not text:
             raise DataError(f"{where}: row {row} has no label; remove the rows without one")
         labels.append(unicodedata.normalize("NFC", text))
     return table.column(image), labels
+
+
+def _class_name(where: str, names: Sequence[str], cell: int | None) -> str | None:
+    """
+    Raises:
+        DataError: no class has this number.
+    """
+    if cell is None or cell == -1:  # -1 where a test split hides its labels
+        return None
+    if not 0 <= cell < len(names):
+        raise DataError(f"{where}: {cell} is the number of no class, which are 0 to {len(names) - 1}; mend the row")
+    return names[cell]
 
 
 def _find_columns(where: str, features: Mapping[str, Any]) -> tuple[str, str]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import csv
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
-from dataset.sources.base import DataError, Entry, ImageInput, printable
-from dataset.sources.folders import open_files, read_file
+from dataset.sources.base import DataError, Entry, ImageInput, chosen, printable
+from dataset.sources.folders import file_stamp, open_files, read_file
 from dataset.sources.layout import SPLIT_FOLDERS, find_labels, path_parts
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -38,12 +38,15 @@ class TableSource:
         self.entries = _read_entries(str(path), rows)
         self.labels = find_labels(str(path), self.entries, {entry.label for entry in self.entries})
 
-    def read(self) -> Iterator[tuple[int, ImageInput]]:
-        for i, entry in enumerate(self.entries):
-            yield i, read_file(self._folder / entry.name)
+    def read(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, ImageInput]]:
+        for i in chosen(self.entries, wanted):
+            yield i, read_file(self._folder / self.entries[i].name)
 
     def peek(self, indices: Sequence[int]) -> Iterator[IO[bytes]]:
         return open_files(self._folder / self.entries[i].name for i in indices)
+
+    def stamps(self, indices: Sequence[int]) -> list[str]:
+        return [file_stamp(self._folder / self.entries[i].name) for i in indices]
 
 
 def path_within(path: str) -> str | None:
