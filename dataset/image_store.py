@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 class FilePixels:
-    """uint8 (N, S, S, 3) in a file without a name, which ends with the program. Rows are read when they are asked for.
+    """uint8 (N, H, W, 3) in a file without a name, which ends with the program. Rows are read when they are asked for.
 
     They are read, and not mapped into memory: what is mapped counts as the program's own memory until it is needed for
     something else, and a container's limit does not wait for that.
     """
 
-    def __init__(self, count: int, size: int, folder: Path | None) -> None:
+    def __init__(self, count: int, height: int, width: int, folder: Path | None) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
-        self._row_bytes, self.shape = size * size * 3, (count, size, size, 3)
+        self._row_bytes, self.shape = height * width * 3, (count, height, width, 3)
         self._file.truncate(count * self._row_bytes)
         self._readers = ThreadPoolExecutor(READERS)
         self._ahead = ThreadPoolExecutor(1)
@@ -70,8 +70,8 @@ class FilePixels:
 class Split:
     """N labelled images, as rows of a tensor that the splits share.
 
-    pixels: uint8 (all, S, S, 3), RGB; rows: int64 (N,), indices into it; targets: int64 (N,), indices of labels.
-    Of a training split that random crops are cut out of, they are whole frames; its squares are then made of these.
+    pixels: uint8 (all, H, W, 3), RGB; rows: int64 (N,), indices into it; targets: int64 (N,), indices of labels.
+    Of a training split that random crops are cut out of, they are whole frames; the rule's crops are made of these.
     """
 
     pixels: Tensor | FilePixels | FrameSquares
@@ -80,12 +80,12 @@ class Split:
     names: list[str]  # as Entry.key
 
     def crops(self, chosen: Tensor | slice) -> Tensor:
-        """uint8 (n, S, S, 3) of the chosen images."""
+        """uint8 (n, H, W, 3) of the chosen images."""
         return self.pixels[self.rows[chosen]]
 
     @property
     def frames(self) -> Frames | None:
-        """The whole images, by `rows`; None where there are only squares."""
+        """The whole images, by `rows`; None where there are only the rule's crops."""
         return self.pixels.frames if isinstance(self.pixels, FrameSquares) else None
 
     def read_ahead(self, chosen: Tensor) -> None:
@@ -112,9 +112,15 @@ class Data:
 
 
 def allocate(
-    count: int, size: int, scratch: Path | None, *, processes: int = 1, say: Callable[[str], None] = logger.warning
+    count: int,
+    height: int,
+    width: int,
+    scratch: Path | None,
+    *,
+    processes: int = 1,
+    say: Callable[[str], None] = logger.warning,
 ) -> Tensor | FilePixels:
-    """uint8 (count, size, size, 3): in memory, or in a file where that would take over half of it.
+    """uint8 (count, height, width, 3): in memory, or in a file where that would take over half of it.
 
     Args:
         scratch: folder for that file; without it the system's own for temporary files.
@@ -124,9 +130,9 @@ def allocate(
     Raises:
         DataError: the disk has no room for that file.
     """
-    needed, free = count * size * size * 3, free_memory(processes)
+    needed, free = count * height * width * 3, free_memory(processes)
     if needed <= free // 2:
-        return torch.empty((count, size, size, 3), dtype=torch.uint8)
+        return torch.empty((count, height, width, 3), dtype=torch.uint8)
     where = scratch or tempfile.gettempdir()
     space = shutil.disk_usage(where).free
     if needed * processes > space:
@@ -140,7 +146,7 @@ def allocate(
         f"the images take {needed / 1e9:.1f} GB, over half of the free memory ({free / 1e9:.1f} GB): "
         f"they stream from a temporary file in {where}"
     )
-    return FilePixels(count, size, scratch)
+    return FilePixels(count, height, width, scratch)
 
 
 def free_memory(processes: int = 1) -> int:

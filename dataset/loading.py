@@ -116,7 +116,9 @@ class _Kept:
         self._squares = sorted(set(range(len(assigned))) - set(self._whole))
         self.rows = {index: row for indices in (self._whole, self._squares) for row, index in enumerate(indices)}
         self._is_whole = set(self._whole)
-        self._crops = allocate(len(self._squares), rule.height, scratch, processes=processes, say=say)
+        self._crops = allocate(
+            *(len(self._squares), rule.height, rule.width, scratch), processes=processes, say=say
+        )
         self.bodies: MemoryBodies | StoredBodies = MemoryBodies(0, "raw")
         if frames:
             self.bodies = bodies_for(

@@ -8,11 +8,13 @@ import torch
 from dataset import image_store
 from dataset.image_store import FilePixels, allocate, free_memory
 from dataset.loading import load
-from dataset.sources import DataError
+from dataset.sources import DataError, open_source
 from model import checkpoint
+from predictor.pillow_preprocessing import crop, decode
 from predictor.spec import PixelRule
 from tests.folders import make_folder
 from train import main
+from training.evaluation import read_images
 from training.options import TrainOptions
 from training.resolve import Reading
 from training.start import read_data
@@ -69,8 +71,8 @@ def test_the_processes_of_a_machine_share_its_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(image_store.psutil, "virtual_memory", lambda: Some)
     assert free_memory(1) >= 50 * free_memory(100)
-    assert isinstance(allocate(100, 16, tmp_path, processes=1), torch.Tensor)
-    assert isinstance(allocate(100, 16, tmp_path, processes=2, say=lambda line: None), FilePixels)
+    assert isinstance(allocate(100, 16, 16, tmp_path, processes=1), torch.Tensor)
+    assert isinstance(allocate(100, 16, 16, tmp_path, processes=2, say=lambda line: None), FilePixels)
 
 
 def test_training_tells_how_many_processes_share_the_memory(tmp_path, monkeypatch):
@@ -83,9 +85,24 @@ def test_training_tells_how_many_processes_share_the_memory(tmp_path, monkeypatc
 
 
 def test_a_temporary_file_that_was_cut_is_an_error(tmp_path):
-    pixels = FilePixels(4, 8, tmp_path)
+    pixels = FilePixels(4, 8, 8, tmp_path)
     pixels[3] = torch.full((8, 8, 3), 7, dtype=torch.uint8)
     assert int(pixels[torch.tensor([3])].sum()) == 7 * 8 * 8 * 3
     pixels._file.truncate(100)
     with pytest.raises(OSError, match="cut short; is the disk full"):
         pixels[torch.tensor([3])]
+
+
+@pytest.mark.parametrize("free", [1 << 40, 1000], ids=["memory", "file"])
+def test_images_need_not_be_squares(tmp_path, monkeypatch, free):
+    folder, rule = make_folder(tmp_path, count=6), PixelRule(height=12, width=20, resize=12)
+    monkeypatch.setattr(image_store, "free_memory", lambda processes: free)
+    source, labels = open_source(str(folder)), ("blue", "green", "red")
+    loaded = load(str(folder), rule=rule, scratch=tmp_path, say=lambda line: None).train
+    scored = read_images(source, labels, rule, range(18), TrainOptions(data=str(folder), out=""))
+    assert isinstance(scored.pixels, torch.Tensor) == (free > 1000)
+    for split in (loaded, scored):
+        crops = split.crops(slice(None)).numpy()
+        expected = [crop(decode((folder / name).read_bytes()), rule) for name in split.names]
+        assert crops.shape == (len(split), 12, 20, 3)
+        assert (crops == expected).all()

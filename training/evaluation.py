@@ -150,7 +150,8 @@ def read_images(
             f"{source.name}: the run does not know {', '.join(map(repr, strange))}; its classes are {', '.join(labels)}"
         )
     rows = {index: row for row, index in enumerate(wanted)}
-    pixels = allocate(len(wanted), rule.height, None, processes=distributed.local_world(), say=log.info)
+    processes = distributed.local_world()
+    pixels = allocate(len(wanted), rule.height, rule.width, None, processes=processes, say=log.info)
     with reading_bar() as progress:
         bad = decode_all(source, rows, pixels, rule, workers=config.workers, progress=progress)
     for line in name_unreadable(source.entries, bad):
