@@ -2,6 +2,8 @@
 
 python -m dataset store                    lists the stores of decoded training images, with their size
 python -m dataset store --clear NAME       removes one of them, or all
+
+The frames of images that have changed or were removed stay in a store until it is cleared.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset.sources import DataError
-from dataset.store import Found, clear, default_root, list_stores
+from dataset.sources import DataError, printable
+from dataset.store import ABOUT, VERSION, Found, clear, default_root, list_stores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,19 +30,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = clear(options.store, options.clear) if options.clear else list_stores(options.store)
     except (DataError, OSError) as error:
-        print(f"dataset: {error}", file=sys.stderr)
+        print(f"dataset: {printable(str(error))}", file=sys.stderr)
         return 2
     if not found:
         print(f"{options.store}: no stores")
     for one in found:
         print(("removed " if options.clear else "") + told(one))
+    if found and not options.clear:
+        print("frames of images that have changed or were removed count too, until their store is cleared")
     return 0
 
 
 def told(store: Found) -> str:
     """A store in a line."""
+    about = printable(store.data) if store.version else f"{ABOUT} is damaged: clear it by its name"
+    if store.version not in (0, VERSION):
+        about += " (of another version of this program: not read)"
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(store.used))
-    return f"{store.name}  {store.images:,} images  {store.bytes / 1e9:.2f} GB  last used {used}  {store.data}"
+    return f"{store.name}  {store.frames:,} frames  {store.bytes / 1e9:.2f} GB  last used {used}  {about}"
 
 
 if __name__ == "__main__":

@@ -64,6 +64,9 @@ class MemoryBodies:
         """The rows that hold no frame."""
         return np.flatnonzero(self.shapes[:, 0] == 0).tolist()
 
+    def leave_out(self, rows: Sequence[int]) -> None:
+        """As `dataset.store.StoredBodies` has it; here nobody asks again."""
+
     @contextmanager
     def filling(self, say: Callable[[str], None]) -> Iterator[None]:
         """As `dataset.store.StoredBodies` has it; here frames may be added at any time."""
@@ -197,15 +200,18 @@ def edge_for(size: int) -> int:
     return math.ceil(MARGIN * size)
 
 
-def make_frame(image: bytes | Image.Image, edge: int) -> Image.Image:
+def make_frame(image: bytes | Image.Image, edge: int, colour: str = "srgb") -> Image.Image:
     """The upright image in RGB; where its short edge is longer than `edge` px, reduced to that.
 
     A JPEG file is decoded at a half, a quarter or an eighth of its size where that is no less than needed.
 
+    Args:
+        colour: as the pixel rule has it.
+
     Raises:
         ImageError, MemoryError: the image cannot be decoded, as `predictor.pillow_preprocessing.decode`.
     """
-    image = decode(image, at_least=edge) if isinstance(image, bytes) else image
+    image = decode(image, at_least=edge, colour=colour) if isinstance(image, bytes) else image
     short = min(image.size)
     if short <= edge:
         return image

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,8 @@ def load(
 
     with kept.bodies.filling(say):
         unreadable = decode_each(source, kept.missing(), decode, workers=workers, progress=progress)
+        kept.leave_out(unreadable)
+    kept.check(unreadable)
     skipped = name_unreadable(source.entries, unreadable)
     if skipped and not skip_bad:
         raise unreadable_images(data, skipped, len(assigned))
@@ -111,18 +113,19 @@ class _Kept:
         processes: int,
         say: Callable[[str], None],
     ) -> None:
-        self._rule, self._frames = rule, frames
+        self._data, self._rule, self._frames = data, rule, frames
         self._whole = [index for index, split in enumerate(assigned) if frames and split == "train"]
         self._squares = sorted(set(range(len(assigned))) - set(self._whole))
         self.rows = {index: row for indices in (self._whole, self._squares) for row, index in enumerate(indices)}
         self._is_whole = set(self._whole)
-        self._crops = allocate(
-            *(len(self._squares), rule.height, rule.width, scratch), processes=processes, say=say
-        )
+        self._crops = allocate(*(len(self._squares), rule.height, rule.width, scratch), processes=processes, say=say)
         self.bodies: MemoryBodies | StoredBodies = MemoryBodies(0, "raw")
         if frames:
             self.bodies = bodies_for(
-                *(data, source, self._whole, frames.edge, frames.store), processes=processes, say=say
+                *(data, source, self._whole, frames.edge, frames.store),
+                colour=rule.colour,
+                processes=processes,
+                say=say,
             )
 
     def missing(self) -> set[int]:
@@ -131,9 +134,24 @@ class _Kept:
 
     def keep(self, index: int, image: bytes | Image.Image) -> None:
         if self._frames and index in self._is_whole:
-            self.bodies[self.rows[index]] = make_frame(image, self._frames.edge)
+            self.bodies[self.rows[index]] = make_frame(image, self._frames.edge, self._rule.colour)
         else:
             self._crops[self.rows[index]] = square(image, self._rule)
+
+    def leave_out(self, unreadable: Collection[int]) -> None:
+        """Says which of the images cannot be read, while frames are added."""
+        self.bodies.leave_out([self.rows[index] for index in unreadable if index in self._is_whole])
+
+    def check(self, unreadable: Collection[int]) -> None:
+        """
+        Raises:
+            DataError: frames of readable images are missing, which would be trained on as black.
+        """
+        if lost := {self._whole[row] for row in self.bodies.missing}.difference(unreadable):
+            raise DataError(
+                f"{self._data}: the frames of {len(lost):,} training images are gone from their store, as if it had "
+                "been removed meanwhile; start again, or give another --store DIR"
+            )
 
     def pixels(self, workers: int | None) -> dict[str, Tensor | FilePixels | FrameSquares]:
         """By split."""

@@ -8,24 +8,24 @@ A store is a folder below STORES, of one data set, one short edge and one encodi
     part-0.idx, part-1.idx    RECORDs of the frames in the part of that number
 
 A frame is found by the digest of its image's name and stamp (its file's size and time, or what an archive says of it):
-of an image that has changed no frame is found, and it is decoded anew. Frames are written and flushed to disk in
-chunks before their records are, so a kill costs no more than the chunk under way. What it leaves unfinished is passed
-over by readers, and cut off by who adds next.
+of an image that has changed no frame is found, and it is decoded anew. The frame that it had stays until the store is
+cleared. A record without a frame says that the image could not be read: it is tried again, but nobody waits for it.
+
+Frames are written and flushed to disk in chunks before their records are, so a kill costs no more than the chunk under
+way. What it leaves unfinished is passed over by readers, and cut off by who adds next.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
 import weakref
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,18 +37,20 @@ from PIL import Image
 
 from dataset.frames import ENCODINGS, MemoryBodies, encode
 from dataset.image_store import free_memory
-from dataset.sources import DataError, Source
-from dataset.sources.archives import TarSource, ZipSource
-from dataset.sources.folders import FolderSource
-from dataset.sources.tables import TableSource
+from dataset.sources import DataError, Source, printable
+from dataset.store_files import check_folder, explained, locked, open_own, read_own
 from predictor.files import sync_folder, write_text
 
-VERSION = 1  # of the files, and of what a frame is
+VERSION = 2  # of the files, and of what a frame is
 PART_BYTES = 4 << 30
 CHUNK_BYTES = 64 << 20  # of frames that are written, and flushed, together
 ASPECT = 4 / 3  # of photographs: what space is reckoned with before any is decoded
 JPEG_FACTOR = 4  # photographs take a sixth to a tenth of their pixels' bytes; this is to be safe
-ABOUT, LOCK = "store.json", "lock"
+ABOUT = "store.json"
+ABOUT_BYTES = 1 << 16  # of it at the most
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*-[0-9]+px-(raw|jpeg)-[0-9a-f]{8}")  # as `store_folder` makes them
+CLEARED = re.compile(rf"\.{NAME.pattern}-cleared-[0-9a-f]{{8}}")
+FILES = re.compile(r"store\.json|\.store\.json\.\w{8}\.tmp|lock|part-[0-9]+\.(bin|idx)")
 DIGEST_BYTES = 16
 
 # check: CRC-32 of the bytes before it.
@@ -63,43 +65,28 @@ def default_root() -> Path:
     return Path(cache).expanduser() / "classify-and-serve" / "store"
 
 
-def store_folder(root: Path, data: str, name: str, edge: int, encoding: str) -> Path:
+def store_folder(root: Path, data: str, name: str, edge: int, encoding: str, colour: str) -> Path:
     """The folder of the frames of a data set.
 
     Args:
         data: as --data has it; name: the data set's, for people.
         edge: px; encoding: as `dataset.frames` has them.
+        colour: as the pixel rule has it.
     """
     path = str(Path(data).resolve()) if Path(data).exists() else data
-    digest = hashlib.blake2b(json.dumps([VERSION, path, edge, encoding]).encode(), digest_size=4).hexdigest()
+    key = json.dumps([VERSION, path, edge, encoding, colour])
+    digest = hashlib.blake2b(key.encode(), digest_size=4).hexdigest()
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "data"
     return root / f"{plain[:40]}-{edge}px-{encoding}-{digest}"
 
 
-def image_digests(data: str, source: Source, indices: Sequence[int]) -> list[bytes] | None:
+def image_digests(source: Source, indices: Sequence[int]) -> list[bytes] | None:
     """What identifies each of some images, as it is now; None for a source whose images cannot be told apart so."""
-    path = Path(data)
-    if isinstance(source, (FolderSource, TableSource)):
-        folder = path if path.is_dir() else path.parent
-        stamps = [_file_stamp(folder / source.entries[i].name) for i in indices]
-    elif isinstance(source, ZipSource):
-        with zipfile.ZipFile(path) as archive:
-            members = {member.filename: f"{member.file_size} {member.CRC}" for member in archive.infolist()}
-        stamps = [members[source.entries[i].name] for i in indices]
-    elif isinstance(source, TarSource):
-        stamps = [_file_stamp(path)] * len(indices)
-    else:
+    stamps = source.stamps(indices)
+    if stamps is None:
         return None
     texts = (f"{source.entries[i].name}\0{stamp}" for i, stamp in zip(indices, stamps, strict=True))
     return [hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=DIGEST_BYTES).digest() for text in texts]
-
-
-def _file_stamp(path: Path) -> str:
-    try:
-        found = path.stat()
-    except OSError:
-        return "none"  # reading it says why
-    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def bodies_for(
@@ -109,6 +96,7 @@ def bodies_for(
     edge: int,
     where: str,
     *,
+    colour: str,
     processes: int,
     say: Callable[[str], None],
 ) -> MemoryBodies | StoredBodies:
@@ -120,6 +108,7 @@ def bodies_for(
         edge: px, of the frames' short edges.
         where: "memory"; the folder of the stores; or "auto", for memory where half of what is free is enough, else the
             default folder.
+        colour: as the pixel rule has it.
         processes: how many on this machine keep the same frames in memory; on disk they share them.
 
     Raises:
@@ -127,38 +116,52 @@ def bodies_for(
     """
     raw, free = len(indices) * 3 * edge * round(edge * ASPECT), free_memory(processes)
     sizes = {"raw": raw, "jpeg": raw // JPEG_FACTOR}
-    if where == "memory" or (where == "auto" and raw <= free // 2):
-        return _in_memory(len(indices), sizes, free, say)
-    digests = image_digests(data, source, indices)
-    if digests is None and where == "auto":
-        return _in_memory(len(indices), sizes, free, say)
+    can_be_stored = source.stamps([]) is not None
+    if where == "memory" or (where == "auto" and (raw <= free // 2 or not can_be_stored)):
+        return _in_memory(len(indices), sizes, free, say, can_be_stored)
+    digests = image_digests(source, indices)
     if digests is None:
-        raise DataError(f"--store {where}: is for folders and archives of images; pass --store memory for {data}")
+        raise DataError(f"--store {where}: is for folders and archives of images; leave it out for {data}")
     root = default_root() if where == "auto" else Path(where)
-    folders = {encoding: store_folder(root, data, source.name, edge, encoding) for encoding in ENCODINGS}
+    folders = {encoding: store_folder(root, data, source.name, edge, encoding, colour) for encoding in ENCODINGS}
     known = next((encoding for encoding, folder in folders.items() if (folder / ABOUT).exists()), None)
-    space = _free_disk(root)
-    encoding = known or ("raw" if sizes["raw"] <= space // 2 else "jpeg")
+    encoding = known or ("raw" if sizes["raw"] <= _free_disk(root) // 2 else "jpeg")
     bodies = StoredBodies(folders[encoding], digests, encoding, data)
-    missing = len(bodies.missing)
-    needed = sizes[encoding] * missing // max(1, len(indices))
-    if needed > space:
-        raise DataError(
-            f"{root}: has room for {space / 1e9:.1f} GB, and {missing:,} training images take about "
-            f"{needed / 1e9:.1f} GB as whole frames; give --store DIR on another disk, or a smaller --size"
-        )
-    kind = {"raw": "as pixels", "jpeg": "as JPEG"}[encoding]
-    rest = f"; {missing:,} are added {kind}, about {needed / 1e9:.1f} GB of the {space / 1e9:.1f} GB that are free"
-    say(f"whole frames of {len(indices) - missing:,} training images lie in {bodies.folder}{rest if missing else ''}")
+    _say_what_is_added(bodies, root, sizes[encoding], say)
     return bodies
 
 
-def _in_memory(count: int, sizes: dict[str, int], free: int, say: Callable[[str], None]) -> MemoryBodies:
+def _say_what_is_added(bodies: StoredBodies, root: Path, size: int, say: Callable[[str], None]) -> None:
+    """
+    Args:
+        size: bytes that all frames take.
+
+    Raises:
+        DataError: the disk has no room for what is missing.
+    """
+    space, count, added = _free_disk(root), len(bodies.shapes), len(bodies.fresh)
+    needed = size * added // max(1, count)
+    if needed > space:
+        raise DataError(
+            f"{root}: has room for {space / 1e9:.1f} GB, and {added:,} training images take about "
+            f"{needed / 1e9:.1f} GB as whole frames; give --store DIR on another disk, or a smaller --size"
+        )
+    kind = {"raw": "as pixels", "jpeg": "as JPEG"}[bodies.encoding]
+    rest = f"; {added:,} are added {kind}, about {needed / 1e9:.1f} GB of the {space / 1e9:.1f} GB that are free"
+    say(
+        f"whole frames of {count - len(bodies.missing):,} training images lie in {bodies.folder}{rest if added else ''}"
+    )
+
+
+def _in_memory(
+    count: int, sizes: dict[str, int], free: int, say: Callable[[str], None], can_be_stored: bool
+) -> MemoryBodies:
     encoding = "raw" if sizes["raw"] <= free // 2 else "jpeg"
     if sizes[encoding] > free // 2:
+        way_out = "pass --store DIR" if can_be_stored else "save the images as a folder of class folders, for --store"
         raise DataError(
             f"the training images take about {sizes[encoding] / 1e9:.1f} GB as JPEG, over half of the free memory "
-            f"({free / 1e9:.1f} GB); pass --store DIR, or a smaller --size"
+            f"({free / 1e9:.1f} GB); {way_out}, or pass a smaller --size"
         )
     if encoding == "jpeg":
         say(
@@ -190,9 +193,11 @@ class StoredBodies:
         self._row_of = {digest: row for row, digest in enumerate(digests)}
         self._digests = digests
         self._offsets, self._lengths = np.zeros(len(digests), np.int64), np.zeros(len(digests), np.int64)
-        self._parts = np.zeros(len(digests), np.int32)
+        self._parts, self._bad = np.zeros(len(digests), np.int32), np.zeros(len(digests), bool)
         self._files: dict[int, int] = {}  # descriptors, by part
+        self._mutex, self._held = threading.Lock(), contextlib.ExitStack()  # the latter with the lock of the store
         self._writer: _Writer | None = None
+        self._say: Callable[[str], None] = lambda line: None
         weakref.finalize(self, _close, self._files)
         self._look()
 
@@ -200,6 +205,11 @@ class StoredBodies:
     def missing(self) -> list[int]:
         """The rows of which there is no frame."""
         return np.flatnonzero(self.shapes[:, 0] == 0).tolist()
+
+    @property
+    def fresh(self) -> list[int]:
+        """The missing rows of which the store does not say either that their image could not be read."""
+        return np.flatnonzero((self.shapes[:, 0] == 0) & ~self._bad).tolist()
 
     def __getitem__(self, row: int) -> bytes:
         length = int(self._lengths[row])
@@ -209,12 +219,19 @@ class StoredBodies:
         return body
 
     def __setitem__(self, row: int, frame: Image.Image) -> None:
-        assert self._writer is not None, "frames are added in a `filling` block"
-        self._writer.add(self._digests[row], encode(frame, self.encoding), frame.height, frame.width)
+        body = encode(frame, self.encoding)
+        self._writing().add(self._digests[row], body, frame.height, frame.width)
+
+    def leave_out(self, rows: Sequence[int]) -> None:
+        """Keeps in mind that the images of these rows cannot be read, in a `filling` block."""
+        for row in set(rows).intersection(self.fresh):
+            self._writing().add(self._digests[row], b"", 0, 0)
 
     @contextmanager
     def filling(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Lets frames be added in the block, by this process alone; `missing` is up to date from its beginning on.
+        """Lets frames be added in the block; `missing` is up to date from its beginning on.
+
+        By this process alone if there are fresh rows; else the others need not wait, unless one is added.
 
         Args:
             say: is told if another process has to be waited for.
@@ -222,22 +239,35 @@ class StoredBodies:
         Raises:
             DataError: the disk is full, or the folder cannot be written. What was added before stays.
         """
-        if not self.missing:
-            with contextlib.suppress(OSError):  # of another user, who shares it
-                os.utime(self.folder / ABOUT)
+        self._say = say
+        try:
+            if self.fresh:
+                self._writing()
+                if not self.fresh:  # another process has added them
+                    self._finish()
+            else:
+                with contextlib.suppress(OSError):
+                    os.utime(self.folder / ABOUT, follow_symlinks=False)
             yield
-            return
-        with _locked(self.folder, say):
-            with _explained(self.folder):
-                write_text(self.folder / ABOUT, json.dumps({"version": VERSION, "data": self._data}) + "\n")
-                writer = self._writer = _Writer(self.folder)
-            _close(self._files)  # they may have been cleared, and others be in their place
-            self.shapes[:] = 0
-            self._look()
-            try:
-                yield
-            finally:
-                self._writer = None
+        finally:
+            self._finish()
+
+    def _writing(self) -> _Writer:
+        """Takes the lock, unless this process has it, and looks at what others have added meanwhile."""
+        with self._mutex:
+            if self._writer is None:
+                self._held.enter_context(locked(self.folder, self._say))
+                with explained(self.folder):
+                    write_text(self.folder / ABOUT, json.dumps({"version": VERSION, "data": self._data}) + "\n")
+                    self._writer = _Writer(self.folder)
+                self._look()
+            return self._writer
+
+    def _finish(self) -> None:
+        """Writes what is left, and gives the lock back."""
+        writer, self._writer = self._writer, None
+        with self._held:
+            if writer is not None:
                 try:
                     writer.close()
                 finally:
@@ -245,6 +275,8 @@ class StoredBodies:
 
     def _look(self) -> None:
         """Finds the frames of all rows in the indices."""
+        _close(self._files)  # the store may have been cleared, and another be in its place
+        self.shapes[:], self._bad[:] = 0, False
         for part, records in _read_indices(self.folder):
             digests = records["digest"].tobytes()
             found = [
@@ -253,11 +285,15 @@ class StoredBodies:
             ]
             rows = np.array(found, np.int64)
             records, rows = records[rows >= 0], rows[rows >= 0]
-            if len(rows) and part not in self._files:
-                self._files[part] = os.open(_part(self.folder, part), os.O_RDONLY)
+            if not len(rows):
+                continue
+            try:
+                self._files[part] = open_own(_part(self.folder, part), os.O_RDONLY)
+            except FileNotFoundError:  # cleared meanwhile
+                continue
             self.shapes[rows] = np.stack([records["height"], records["width"]], axis=1)
             self._offsets[rows], self._lengths[rows] = records["offset"], records["length"]
-            self._parts[rows] = part
+            self._parts[rows], self._bad[rows] = part, records["height"] == 0
 
 
 class _Writer:
@@ -294,7 +330,7 @@ class _Writer:
 
     def _flush(self) -> None:
         try:
-            with _explained(self._folder):
+            with explained(self._folder):
                 self._write()
         except DataError:
             self._failed = True
@@ -326,53 +362,86 @@ class _Writer:
             (_part(self._folder, self._part), self._end),
             (_index(self._folder, self._part), self._records * RECORD.itemsize),
         ):
-            if path.exists() and path.stat().st_size > length:
-                os.truncate(path, length)
+            with contextlib.suppress(FileNotFoundError), os.fdopen(open_own(path, os.O_RDWR), "r+b") as file:
+                if file.seek(0, os.SEEK_END) > length:
+                    file.truncate(length)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A store on disk; bytes and when it was last used, in seconds since 1970."""
+    """A store on disk; bytes and when it was last used, in seconds since 1970.
+
+    version: 0 where its store.json is damaged, which says nothing of the data then.
+    """
 
     name: str
     data: str
-    images: int
+    version: int
+    frames: int  # those of images that have changed or gone among them
     bytes: int
     used: float
 
 
 def list_stores(root: Path) -> list[Found]:
-    """The stores below a folder, the one that was used last first."""
+    """This user's stores below a folder, the one that was used last first; what is none is passed over."""
     found = []
     for about in root.glob(f"*/{ABOUT}"):
         folder = about.parent
-        try:
-            data = json.loads(about.read_text(encoding="utf-8")).get("data", "")
-        except (OSError, ValueError):
-            data = ""
-        images = sum(len(records) for _, records in _read_indices(folder))
-        size = sum(path.stat().st_size for path in folder.iterdir())
-        found.append(Found(folder.name, data, images, size, about.stat().st_mtime))
+        with contextlib.suppress(FileNotFoundError, DataError):  # cleared meanwhile, or not ours
+            if NAME.fullmatch(folder.name):
+                check_folder(folder)
+                version, data = _read_about(about)
+                frames = sum(int((records["height"] > 0).sum()) for _, records in _read_indices(folder))
+                size = sum(path.lstat().st_size for path in folder.iterdir())
+                found.append(Found(folder.name, data, version, frames, size, about.lstat().st_mtime))
     return sorted(found, key=lambda store: -store.used)
 
 
-def clear(root: Path, name: str) -> list[Found]:
-    """Removes a store, or "all" of them; returns what was removed.
+def _read_about(path: Path) -> tuple[int, str]:
+    """The version of a store and what it is of; 0 and nothing where the file is damaged."""
+    try:
+        values = json.loads(read_own(path, ABOUT_BYTES))
+    except (ValueError, RecursionError):
+        return 0, ""
+    version, data = (values.get("version"), values.get("data")) if isinstance(values, dict) else (0, "")
+    return (version, data) if isinstance(version, int) and isinstance(data, str) else (0, "")
 
-    A process that reads from it keeps what it has opened; one that adds to it is waited for.
+
+def clear(root: Path, name: str) -> list[Found]:
+    """Removes a store, or "all" whose store.json is sound; returns what was removed.
+
+    A process that reads from it keeps what it has opened; one that adds to it is waited for. Nothing but the files of a
+    store is removed: it is first called by another name, so that a run that starts finds all of it or nothing.
 
     Raises:
-        DataError: there is none of this name.
+        DataError: there is none of this name, or its folder holds something else.
     """
+    for left in root.glob(".*-cleared-*"):  # of a clearing that was killed
+        with contextlib.suppress(DataError):  # another user's
+            if CLEARED.fullmatch(left.name):
+                _remove(left)
     stores = list_stores(root)
-    wanted = [store for store in stores if name in ("all", store.name)]
+    wanted = [store for store in stores if name == store.name or (name == "all" and store.version)]
     if not wanted and name != "all":
         names = ", ".join(store.name for store in stores) or "none"
-        raise DataError(f"{root}: has no store {name}; there are: {names}")
+        raise DataError(f"{root}: has no store {printable(name)}; there are: {names}")
     for store in wanted:
-        with _locked(root / store.name):
-            shutil.rmtree(root / store.name)
+        folder, hidden = root / store.name, root / f".{store.name}-cleared-{secrets.token_hex(4)}"
+        with locked(folder):
+            if others := sorted(path.name for path in folder.iterdir() if not FILES.fullmatch(path.name)):
+                raise DataError(f"{folder}: holds {printable(others[0])}, which is no part of a store; move it out")
+            folder.rename(hidden)
+            _remove(hidden)
     return wanted
+
+
+def _remove(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # another process clears, too
+        check_folder(folder)
+        for path in folder.iterdir():
+            if FILES.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _part(folder: Path, number: int) -> Path:
@@ -384,11 +453,19 @@ def _index(folder: Path, number: int) -> Path:
 
 
 def _read_indices(folder: Path) -> Iterator[tuple[int, np.ndarray]]:
-    """The sound records of each part: those before the first that was not finished."""
-    numbers = sorted(int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.idx"))
-    for number in numbers:
+    """The sound records of each part: those before the first that was not finished.
+
+    Raises:
+        DataError: the folder, or a file in it, is another user's or a link.
+    """
+    try:
+        check_folder(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    found = (re.fullmatch(r"part-([0-9]{1,9})\.idx", path.name) for path in folder.glob("part-*.idx"))
+    for number in sorted(int(one[1]) for one in found if one):
         try:
-            body, size = _index(folder, number).read_bytes(), _part(folder, number).stat().st_size
+            body, size = read_own(_index(folder, number)), _part(folder, number).lstat().st_size
         except FileNotFoundError:  # cleared meanwhile
             continue
         records = np.frombuffer(body[: len(body) // RECORD.itemsize * RECORD.itemsize], RECORD)
@@ -404,41 +481,10 @@ def _checks(records: np.ndarray) -> np.ndarray:
 
 def _append(path: Path, bodies: Sequence[bytes]) -> None:
     """Writes at the end of a file, and waits until the disk has it."""
-    with path.open("ab") as file:
+    with os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
         file.writelines(bodies)
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def _locked(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """In the block this process alone adds to a store, or clears it."""
-    while True:
-        with _explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / LOCK).open("w")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"another process adds to {folder}: waiting until it is done")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.fstat(lock.fileno()).st_nlink:  # else it was cleared meanwhile
-                yield
-                return
-
-
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"{folder}: the disk is full; make room and start again, which goes on with what is stored, or give "
-                "--store DIR on another disk"
-            ) from None
-        raise DataError(f"{folder}: cannot be written ({error.strerror or error}); give another --store DIR") from None
 
 
 def _close(files: dict[int, int]) -> None:

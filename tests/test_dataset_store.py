@@ -1,12 +1,16 @@
 """The store of frames on disk: decoded once for all runs, whatever is killed, changed, full or cleared meanwhile."""
 
 import errno
+import fcntl
+import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,9 @@ from dataset.frames import MemoryBodies, make_frame
 from dataset.loading import FrameOptions, load
 from dataset.sources import DataError, open_source
 from dataset.store import StoredBodies, bodies_for, list_stores
+from dataset.store_files import locked
 from model import checkpoint
+from predictor.image_headers import ImageError
 from predictor.spec import PixelRule
 from tests.conftest import PROJECT
 from tests.folders import as_zip, image, make_folder
@@ -42,8 +48,8 @@ def decoded(monkeypatch):
     """The sizes of the frames that were made, one for each."""
     made = []
 
-    def noted(body, edge):
-        frame = make_frame(body, edge)
+    def noted(body, edge, colour):
+        frame = make_frame(body, edge, colour)
         made.append(frame.size)
         return frame
 
@@ -108,10 +114,11 @@ def test_a_changed_member_of_an_archive_is_decoded_anew(folder, root, tmp_path, 
     assert decoded == [(64, 20)]
 
 
-def test_frames_of_another_size_are_another_store(folder, root):
+def test_frames_of_another_size_or_colour_rule_are_another_store(folder, root):
     read(folder, root)
     read(folder, root, frames=FrameOptions(24, str(root)))
-    assert len(list_stores(root)) == 2
+    read(folder, root, rule=replace(PixelRule.square(16), colour="as-stored"))
+    assert len(list_stores(root)) == 3
 
 
 BUILD = """
@@ -122,13 +129,13 @@ from predictor.spec import PixelRule
 
 store.CHUNK_BYTES, made, make = 1, 0, loading.make_frame
 
-def slowly(body, edge):
+def slowly(body, edge, colour):
     global made
     made += 1
     if made > 5:
         print("five", flush=True)
         time.sleep(600)
-    return make(body, edge)
+    return make(body, edge, colour)
 
 loading.make_frame = slowly
 load(sys.argv[1], rule=PixelRule.square(16), frames=FrameOptions(20, sys.argv[2]), workers=1, say=lambda line: None)
@@ -142,7 +149,7 @@ def test_a_kill_while_a_store_is_built_costs_what_was_under_way(folder, root, de
             assert building.stdout.readline() == "five\n"
         finally:
             os.kill(building.pid, signal.SIGKILL)
-    assert list_stores(root)[0].images == 5
+    assert list_stores(root)[0].frames == 5
     got, _ = read(folder, root)
     assert len(decoded) == TRAIN - 5
     assert got == read(folder, "memory")[0]
@@ -197,7 +204,7 @@ def test_a_full_disk_is_one_line_and_leaves_a_usable_store(folder, root, decoded
         read(folder, root)
     assert "\n" not in str(error.value)
     monkeypatch.setattr(store, "_append", append)
-    kept = list_stores(root)[0].images
+    kept = list_stores(root)[0].frames
     assert kept > 0
     decoded.clear()
     assert read(folder, root)[0] == read(folder, "memory")[0]
@@ -210,7 +217,7 @@ def test_who_finds_a_store_under_construction_waits_and_says_so(folder, root, de
     release, held = threading.Event(), threading.Event()
 
     def hold():
-        with store._locked(only_store(root)):
+        with locked(only_store(root)):
             held.set()
             release.wait(60)
 
@@ -249,7 +256,10 @@ def place(folder, where, monkeypatch, memory, disk, processes=1):
     said = []
     source = open_source(str(folder))
     indices = range(len(source.entries))
-    return bodies_for(str(folder), source, indices, EDGE, where, processes=processes, say=said.append), said
+    bodies = bodies_for(
+        *(str(folder), source, indices, EDGE, where), colour="srgb", processes=processes, say=said.append
+    )
+    return bodies, said
 
 
 RAW = 3 * TRAIN * 3 * EDGE * round(EDGE * 4 / 3)  # bytes that are reckoned for all images of `folder`
@@ -297,18 +307,69 @@ def test_a_store_of_jpeg_files_is_found_again_with_more_room(folder, root, monke
 def test_a_data_set_without_files_stays_in_memory(root, monkeypatch):
     with pytest.raises(DataError, match=r"--store .*: is for folders and archives"):
         load("digits", rule=PixelRule.square(8), frames=FrameOptions(10, str(root)))
+    monkeypatch.setattr(store, "free_memory", lambda processes: 1000)
+    for where in ("auto", "memory"):
+        with pytest.raises(DataError, match=r"over half of the free memory .*; save the images as a folder") as error:
+            load("digits", rule=PixelRule.square(8), frames=FrameOptions(10, where))
+        assert "--store DIR" not in str(error.value)  # which says that it is for folders
     monkeypatch.setattr(store, "free_memory", lambda processes: 2 * 1200 * 3 * 10 * 13)
     data = load("digits", rule=PixelRule.square(8), frames=FrameOptions(10), say=lambda line: None)
     assert data.train.frames._bodies.encoding == "jpeg"
 
 
-def test_an_unreadable_image_is_left_out_each_time(folder, root, decoded):
+@pytest.fixture
+def locks(monkeypatch):
+    """The folders that were locked."""
+    taken, real = [], store.locked
+    monkeypatch.setattr(store, "locked", lambda folder, *rest: taken.append(folder) or real(folder, *rest))
+    return taken
+
+
+def test_an_unreadable_image_is_left_out_each_time_and_nobody_waits_for_it_again(folder, root, decoded, locks):
     (folder / "train" / "red" / "0.jpg").write_bytes(b"nothing")
-    for _ in range(2):
-        got, data = read(folder, root, skip_bad=True)
+    said = []
+    for _ in range(3):
+        got, data = read(folder, root, skip_bad=True, say=said.append)
         assert len(got) == TRAIN - 1
-        assert len(data.skipped) == 1
+        assert [line.partition(":")[0] for line in data.skipped] == ["train/red/0.jpg"]
+    with pytest.raises(DataError, match="1 of 54 images cannot be read"):
+        read(folder, root)
     assert len(decoded) == TRAIN - 1
+    assert len(locks) == 1
+    assert said[1] == said[2] == f"whole frames of {TRAIN - 1} training images lie in {only_store(root)}"
+    assert list_stores(root)[0].frames == TRAIN - 1
+
+
+def test_an_image_that_becomes_readable_is_added(folder, root, decoded, locks, monkeypatch):
+    """As a HEIC file does when pi-heif is installed: the file itself is as it was."""
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "make_frame", lambda *_: (_ for _ in ()).throw(ImageError("truncated", "cut")))
+        with pytest.raises(DataError, match="18 of 54 images cannot be read"):
+            read(folder, root)
+    for _ in range(2):
+        assert read(folder, root)[0] == read(folder, "memory")[0]
+    assert len(decoded) == 3 * TRAIN  # twice in memory
+    assert len(locks) == 2
+
+
+def test_the_lock_is_given_back_before_other_images_are_decoded_if_nothing_is_missing(folder, root, monkeypatch):
+    """Another process has filled the store while this one waited for the lock."""
+    expected, _ = read(folder, root)
+    kept, looks, real = store._read_indices, [], loading.decode_each
+
+    def late(place):
+        looks.append(place)
+        return kept(place) if len(looks) > 1 else iter(())  # as this process finds the store at first
+
+    def decode_each(*given, **options):
+        with (only_store(root) / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error, if it is held
+        return real(*given, **options)
+
+    monkeypatch.setattr(store, "_read_indices", late)
+    monkeypatch.setattr(loading, "decode_each", decode_each)
+    assert read(folder, root)[0] == expected
+    assert len(looks) > 2
 
 
 def test_stores_are_listed_and_cleared(folder, root, capsys):
@@ -317,8 +378,9 @@ def test_stores_are_listed_and_cleared(folder, root, capsys):
     names = [found.name for found in list_stores(root)]
     assert dataset_command(["store", "--store", str(root)]) == 0
     said = capsys.readouterr().out
-    assert all(f"{name}  {TRAIN} images  0.00 GB  last used 20" in said for name in names)
+    assert all(f"{name}  {TRAIN} frames  0.00 GB  last used 20" in said for name in names)
     assert str(folder) in said
+    assert "frames of images that have changed or were removed count too" in said
     assert dataset_command(["store", "--store", str(root), "--clear", "other"]) == 2
     assert f"has no store other; there are: {', '.join(names)}" in capsys.readouterr().err
     assert dataset_command(["store", "--store", str(root), "--clear", names[0]]) == 0
@@ -328,10 +390,178 @@ def test_stores_are_listed_and_cleared(folder, root, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"{root}: no stores"
 
 
+def test_clearing_removes_stores_and_nothing_else(folder, root, capsys):
+    """Neither other folders with a file store.json, nor what lies in a store and is no part of it."""
+    read(folder, root)
+    found = only_store(root)
+    others = {"project": '{"version": 2, "data": "sales"}', "pictures-20px-raw-0123abcd": '{"name": "a web shop"}'}
+    for name, about in others.items():
+        (root / name).mkdir(mode=0o700)
+        (root / name / "store.json").write_text(about)
+        (root / name / "precious").write_text("all")
+    (found / "notes.txt").write_text("mine")
+    assert dataset_command(["store", "--store", str(root), "--clear", "all"]) == 2
+    assert f"{found}: holds notes.txt, which is no part of a store; move it out" in capsys.readouterr().err
+    assert read(folder, root)[0] == read(folder, "memory")[0]
+    (found / "notes.txt").unlink()
+    assert dataset_command(["store", "--store", str(root), "--clear", "all"]) == 0
+    assert not found.exists()
+    assert dataset_command(["store", "--store", str(root), "--clear", "pictures-20px-raw-0123abcd"]) == 2
+    assert {path.parent.name for path in root.glob("*/precious")} == others.keys()
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{", b"\xff", b'{"version": "2", "data": 3}', b"[" * 60_000, b"null"])
+def test_a_damaged_store_is_listed_and_cleared_by_its_name(folder, root, capsys, body):
+    read(folder, root)
+    found = only_store(root)
+    (found / "store.json").write_bytes(body)
+    assert dataset_command(["store", "--store", str(root)]) == 0
+    assert f"{found.name}  {TRAIN} frames" in (out := capsys.readouterr().out)
+    assert "store.json is damaged: clear it by its name" in out
+    store.clear(root, "all")
+    assert found.exists()
+    store.clear(root, found.name)
+    assert list(root.iterdir()) == []
+
+
+def test_a_list_steers_no_terminal(folder, root, capsys):
+    read(folder, root)
+    (only_store(root) / "store.json").write_text(json.dumps({"version": 2, "data": "\x1b[2J\nimages"}))
+    (only_store(root) / "part-x.idx").write_text("")
+    assert dataset_command(["store", "--store", str(root)]) == 0
+    assert dataset_command(["store", "--store", str(root), "--clear", "\x1b[2J"]) == 2
+    said = "".join(capsys.readouterr())
+    assert r"\x1b[2J\nimages" in said
+    assert r"has no store \x1b[2J;" in said
+    assert "\x1b" not in said
+
+
+def test_a_store_of_an_older_version_is_said_to_be_one_and_cleared(folder, root, capsys):
+    read(folder, root)
+    (only_store(root) / "store.json").write_text('{"version": 1, "data": "images"}')
+    assert dataset_command(["store", "--store", str(root)]) == 0
+    assert "images (of another version of this program: not read)" in capsys.readouterr().out
+    store.clear(root, "all")
+    assert list_stores(root) == []
+
+
 def test_what_is_open_survives_a_clearing(folder, root):
     expected, data = read(folder, root)
     store.clear(root, "all")
     assert data.train.frames.frame(0).tobytes() in expected.values()
+
+
+def test_a_run_that_starts_while_a_store_is_cleared_decodes_anew(folder, root, decoded, monkeypatch):
+    """Between its look at what the store holds and the opening of the frames."""
+    expected, _ = read(folder, root)
+    kept = store._read_indices
+
+    def cleared(place):
+        found = list(kept(place))
+        monkeypatch.setattr(store, "_read_indices", kept)
+        store.clear(root, "all")
+        return iter(found)
+
+    monkeypatch.setattr(store, "_read_indices", cleared)
+    assert read(folder, root)[0] == expected
+    assert len(decoded) == 2 * TRAIN
+
+
+def test_a_clearing_that_was_killed_leaves_no_half_of_a_store(folder, root, decoded, monkeypatch):
+    expected, _ = read(folder, root)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.clear(root, "all")
+    assert list_stores(root) == []
+    assert read(folder, root)[0] == expected
+    assert len(decoded) == 2 * TRAIN
+    store.clear(root, "all")
+    assert list(root.iterdir()) == []
+
+
+def test_who_waits_for_a_store_that_is_cleared_makes_it_anew(folder, root):
+    read(folder, root)
+    place, got = only_store(root), []
+    waiting, done = threading.Event(), threading.Event()
+
+    def wait():
+        with locked(place, lambda line: waiting.set()):
+            got.append((place / "lock").exists())
+            done.wait(60)
+
+    waiter = threading.Thread(target=wait)
+    try:
+        with locked(place):
+            waiter.start()
+            assert waiting.wait(60)
+            place.rename(root / "elsewhere")  # as a clearing does first
+    finally:
+        done.set()
+        waiter.join()
+    assert got == [True]
+
+
+def test_frames_that_are_gone_after_all_are_an_error_and_not_black(folder, root, monkeypatch):
+    append = store._append
+    monkeypatch.setattr(store, "_append", lambda path, bodies: append(path, bodies if path.suffix == ".bin" else []))
+    with pytest.raises(DataError, match="the frames of 18 training images are gone from their store") as error:
+        read(folder, root)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lock", "part-0.bin", "part-0.idx"])
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_no_link_in_a_store_is_followed(folder, root, tmp_path, name, link):
+    """Another's file would be cut to nothing, or added to."""
+    read(folder, root)
+    image((200, 40, 40), 7).save(folder / "train" / "red" / "new.jpg")  # the store must be added to
+    victim = tmp_path / "victim"
+    victim.write_bytes(bytes(range(256)) * 1000)
+    (only_store(root) / name).unlink()
+    link(victim, only_store(root) / name)
+    with pytest.raises(DataError, match="is a link, or not this user's own file; remove it, or give another"):
+        read(folder, root)
+    assert victim.read_bytes() == bytes(range(256)) * 1000
+
+
+def test_a_pipe_in_a_store_holds_nobody(folder, root):
+    read(folder, root)
+    (only_store(root) / "part-0.idx").unlink()
+    os.mkfifo(only_store(root) / "part-0.idx")
+    with pytest.raises(DataError, match="is a link, or not this user's own file"):
+        read(folder, root)
+
+
+def test_a_store_that_others_can_change_is_refused(folder, root, tmp_path, monkeypatch):
+    read(folder, root)
+    found = only_store(root)
+    assert stat.S_IMODE(root.stat().st_mode) == stat.S_IMODE(found.stat().st_mode) == 0o700
+    assert {stat.S_IMODE((found / name).stat().st_mode) for name in ("lock", "part-0.bin", "part-0.idx")} == {0o600}
+    found.chmod(0o770)
+    with pytest.raises(DataError, match="can be written by other users, so images are not kept there; give another"):
+        read(folder, root)
+    found.chmod(0o700)
+    root.chmod(0o777)
+    with pytest.raises(DataError, match="can be replaced by all users, who can write"):
+        read(folder, root)
+    root.chmod(0o1777)  # as /tmp is
+    read(folder, root)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "geteuid", lambda: found.stat().st_uid + 1)
+        with pytest.raises(DataError, match="belongs to another user"):
+            read(folder, root)
+        assert list_stores(root) == []
+    found.rename(tmp_path / "elsewhere")
+    found.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="is no folder of its own"):
+        read(folder, root)
+    store.clear(root, "all")
+    assert (tmp_path / "elsewhere" / "part-0.bin").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(folder, tmp_path):
