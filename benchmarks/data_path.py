@@ -54,8 +54,9 @@ def epoch(learner: Learner, split: Split, plan: Plan, number: int) -> Iterator[i
 def ours(data: Path, store: str) -> Iterator[Iterable[int]]:
     """Two epochs, with the frames where --store says."""
     options = TrainOptions(data=str(data), out="", size=SIZE, batch_size=BATCH, crop_scale=SCALE, device="cpu")
-    frames = FrameOptions(edge_for(SIZE), store)
-    split = load(str(data), rule=PixelRule.square(SIZE), frames=frames, say=lambda line: None).train
+    rule = PixelRule.square(SIZE)
+    frames = FrameOptions(edge_for(SIZE, rule), store)
+    split = load(str(data), rule=rule, frames=frames, say=lambda line: None).train
     device = torch.device("cpu")
     plan = resolve(options, resolve_reading(options), images=len(split), flips=True, device=device)
     scale = torch.zeros(3), torch.ones(3)

@@ -27,7 +27,7 @@ from predictor.spec import PixelRule
 ENCODINGS = ("raw", "jpeg")
 JPEG_QUALITY = 95  # without chroma subsampling: beside it, the noise of the photographs' own JPEG is large
 REDUCING_GAP = 3.0  # a box far larger than its crop is first averaged to 3 times the crop; see Pillow's resize
-MARGIN = 1.15  # of a frame's short edge to the size that is trained at: room for crops of most of the image
+MARGIN = 1.15  # of a frame's short edge, at the least, to the size that is trained at: room for crops of most of it
 BATCHES_AHEAD = 2  # that are kept ready, or in the making
 CUT_TOGETHER = 8  # crops that a thread makes before it asks for more
 
@@ -195,9 +195,11 @@ def resized_box(frame: Image.Image, box: Sequence[float], size: int) -> np.ndarr
     return np.asarray(frame.resize((size, size), Image.Resampling.BILINEAR, box=pixels, reducing_gap=REDUCING_GAP))
 
 
-def edge_for(size: int) -> int:
-    """px: how long the short edge of frames need be for crops of `size` px."""
-    return math.ceil(MARGIN * size)
+def edge_for(size: int, rule: PixelRule) -> int:
+    """px: how long the short edge of frames need be for random crops of `size` px, and for the rule's own, which is
+    never enlarged then unless the image is small."""
+    sides = rule.height, rule.width
+    return max(math.ceil(MARGIN * size), -(-rule.resize * max(sides) // min(sides)))
 
 
 def make_frame(image: bytes | Image.Image, edge: int, colour: str = "srgb") -> Image.Image:

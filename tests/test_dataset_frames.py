@@ -1,6 +1,7 @@
 """Training images as whole frames: crops equal Pillow's, and a run with random crops repeats to the bit."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from benchmarks import resume as kills
 from dataset import frames as frames_module
 from dataset.frames import Frames, MemoryBodies, edge_for, encode, make_frame, resized_box, view
 from dataset.loading import FrameOptions, load
-from predictor.pillow_preprocessing import crop, decode
+from predictor.pillow_preprocessing import crop, crop_box, decode, pad_box
 from predictor.spec import PixelRule
 from tests.folders import COLOURS, image, make_folder
+from tests.kinds import gradient, save
 from tests.learning import Training, make_plan
+from tests.test_colour_profiles import P3
 from train import main
-from training import ahead
+from training import ahead, start
 from training.epoch import shuffled
 from training.options import TrainOptions
 from training.resolve import resolve_reading
@@ -100,6 +103,48 @@ def test_a_frames_short_edge_is_reduced_and_never_enlarged(size, edge, expected)
     assert make_frame(jpeg(photograph(size)), edge).size == expected
 
 
+RULES = [
+    *(PixelRule.square(192, 219), PixelRule.square(192), PixelRule.square(160)),
+    *(PixelRule(height=96, width=160, resize=resize) for resize in (96, 120)),
+    *(PixelRule(height=160, width=96, resize=96, fit=fit) for fit in ("pad", "squash")),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("size", [(400, 300), (300, 400), (400, 400), (2000, 300)], ids=str)
+def test_what_the_rule_makes_of_a_frame_is_never_enlarged(rule, size):
+    """Frames for random crops of 160 px; the images are larger."""
+    frame = make_frame(Image.new("RGB", size), edge_for(160, rule))
+    left, top, right, bottom = crop_box(*frame.size, rule)
+    inner = pad_box(*frame.size, rule)
+    assert right - left >= inner[2] - inner[0]
+    assert bottom - top >= inner[3] - inner[1]
+    assert min(frame.size) >= 184  # and crops of most of the image are not enlarged either
+
+
+def test_a_run_keeps_frames_for_the_larger_of_what_it_trains_at_and_what_it_serves_at(folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(start, "load", lambda *_, frames, **options: seen.append((frames.edge, options["rule"].resize)))
+    for sizes in ({"size": 48, "train_size": 32}, {"size": 48}):
+        options = TrainOptions(data=str(folder), out=str(tmp_path), arch="fastnet_small", crop_scale=0.5, **sizes)
+        start.read_data(options, resolve_reading(options))
+    assert seen == [(48, 48), (56, 48)]
+
+
+def test_the_colours_of_frames_are_those_of_the_rule(tmp_path):
+    """A photograph in Display P3 beside others."""
+    folder = make_folder(tmp_path, count=8)
+    for path in folder.rglob("*.jpg"):
+        path.write_bytes(save(gradient(40, 30), "JPEG", icc_profile=P3))
+    frames = {}
+    for colour in ("srgb", "as-stored"):
+        rule = replace(PixelRule.square(16), colour=colour)
+        data = load(str(folder), rule=rule, frames=FrameOptions(64))
+        frames[colour] = np.asarray(data.train.frames.frame(0))
+        np.testing.assert_array_equal(frames[colour], np.asarray(decode(path.read_bytes(), colour=colour)))
+    assert (frames["srgb"] != frames["as-stored"]).any()
+
+
 def test_a_small_image_is_its_own_frame():
     body = jpeg(photograph((50, 40)))
     np.testing.assert_array_equal(np.asarray(make_frame(body, 64)), np.asarray(decode(body)))
@@ -127,7 +172,7 @@ def test_frames_survive_as_bytes():
 def test_only_the_training_split_becomes_frames_and_val_and_test_keep_their_pixels(tmp_path):
     folder = make_folder(tmp_path, count=8)
     rule = PixelRule.square(16, 20)
-    squares, whole = load(str(folder), rule=rule), load(str(folder), rule=rule, frames=FrameOptions(edge_for(16)))
+    squares, whole = load(str(folder), rule=rule), load(str(folder), rule=rule, frames=FrameOptions(19))
     for split in ("val", "test"):
         expected, got = getattr(squares, split), getattr(whole, split)
         assert torch.equal(got.crops(slice(None)), expected.crops(slice(None)))
@@ -218,7 +263,8 @@ def test_a_run_with_random_crops_resumes_bit_for_bit(folder, tmp_path):
 
 
 def test_the_crops_may_be_smaller_than_what_is_evaluated(folder):
-    data = load(str(folder), rule=PixelRule.square(32), frames=FrameOptions(edge_for(24)))
+    rule = PixelRule.square(32)
+    data = load(str(folder), rule=rule, frames=FrameOptions(edge_for(24, rule)))
     seen = batches(data, arch="fastnet_small", train_size=24, mixup=0.2)
     assert seen.shape[1:] == (3, 24, 24)
 

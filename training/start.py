@@ -78,7 +78,7 @@ def read_data(
     """The images, decoded; see dataset.loading.load."""
     out = Path(options.out).absolute()
     alone = distributed.first_alone() if options.data in BUILT_IN else nullcontext()  # it may be downloaded
-    edge = edge_for(options.train_size or reading.rule.height)
+    edge = edge_for(options.train_size or reading.rule.height, reading.rule)
     frames = FrameOptions(edge, options.store) if options.crop_scale else None
     with alone, reading_bar() as bar:
         return load(
