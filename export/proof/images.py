@@ -94,7 +94,7 @@ def read(run: Path, split: str, data: str | None = None) -> Iterator[tuple[str, 
     try:
         yield from read_split(source, split, folder, run=run, **cuts, seed=seed, say=say)
     except ValueError as error:
-        raise ValueError(f"{error}; name where it lies now with --data") from None
+        raise ValueError(f"{error}; pass --data with where it lies now") from None
 
 
 def _decoded(item: tuple[str, bytes]) -> Named | None:
