@@ -65,8 +65,8 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[place]), self.targets[place]
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index]), self.targets[index]
 
 
 def classic(data: Data | None, seed: int, epochs: int, device: torch.device) -> tuple[float, float]:

@@ -118,11 +118,16 @@ class _Kept:
         self._squares = sorted(set(range(len(assigned))) - set(self._whole))
         self.rows = {index: row for indices in (self._whole, self._squares) for row, index in enumerate(indices)}
         self._is_whole = set(self._whole)
-        self._crops = allocate(*(len(self._squares), rule.height, rule.width, scratch), processes=processes, say=say)
+        count = len(self._squares)
+        self._crops = allocate(count, rule.height, rule.width, scratch, processes=processes, say=say)
         self.bodies: MemoryBodies | StoredBodies = MemoryBodies(0, "raw")
         if frames:
             self.bodies = bodies_for(
-                *(data, source, self._whole, frames.edge, frames.store),
+                data,
+                source,
+                self._whole,
+                frames.edge,
+                frames.store,
                 colour=rule.colour,
                 processes=processes,
                 say=say,
@@ -181,8 +186,8 @@ def _by_split(
     for split in splits.SPLITS:
         chosen = [index for index, own in enumerate(assigned) if own == split and index not in unreadable]
         targets = torch.tensor([index_of[source.entries[index].label] for index in chosen], dtype=torch.int64)
-        places = torch.tensor([rows[index] for index in chosen], dtype=torch.int64)
-        found[split] = Split(pixels[split], places, targets, [source.entries[index].key for index in chosen])
+        own_rows = torch.tensor([rows[index] for index in chosen], dtype=torch.int64)
+        found[split] = Split(pixels[split], own_rows, targets, [source.entries[index].key for index in chosen])
         if not chosen:
             raise DataError(f"{source.name}: no readable image is left in {split}; see the list of unreadable files")
     if empty := sorted(set(source.labels) - {source.labels[i] for i in found["train"].targets.tolist()}):

@@ -27,8 +27,8 @@ class Model:
     def classify(self, crops):
         """A dict of the best five labels for each crop."""
         (probabilities,) = self.session.run(None, {"images": np.stack(crops)})
-        places = np.argsort(-probabilities, axis=1)[:, :5]
+        indices = np.argsort(-probabilities, axis=1)[:, :5]
         return [
             {self.spec["labels"][i]: float(row[i]) for i in best}
-            for row, best in zip(probabilities, places, strict=True)
+            for row, best in zip(probabilities, indices, strict=True)
         ]

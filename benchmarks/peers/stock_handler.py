@@ -22,8 +22,8 @@ class StockHandler(BaseHandler):
             return self.model.classify_crops(crops.to(self.device))
 
     def postprocess(self, probabilities):
-        values, places = probabilities.topk(min(5, len(self.spec["labels"])), dim=1)
+        values, indices = probabilities.topk(min(5, len(self.spec["labels"])), dim=1)
         return [
             {self.spec["labels"][i]: value for i, value in zip(*pair, strict=True)}
-            for pair in zip(places.tolist(), values.tolist(), strict=True)
+            for pair in zip(indices.tolist(), values.tolist(), strict=True)
         ]
