@@ -162,7 +162,7 @@ class _Kept:
         """By split."""
         found: dict[str, Tensor | FilePixels | FrameSquares] = dict.fromkeys(splits.SPLITS, self._crops)
         if self._frames:
-            found["train"] = FrameSquares(Frames(self.bodies, workers), self._rule)
+            found["train"] = FrameSquares(Frames(self.bodies, workers, self._rule.interpolation), self._rule)
         return found
 
 

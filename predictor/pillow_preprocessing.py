@@ -68,7 +68,7 @@ _TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_FILTERS = {
+FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
@@ -224,7 +224,7 @@ def _resized(image: Image.Image, size: tuple[int, int], rule: PixelRule) -> Imag
     """Across, then down, with whole grey levels between: left to itself, Pillow 13 orders the passes by the shape."""
     for step in ((size[0], image.height), size):
         if image.size != step:
-            image = image.resize(step, _FILTERS[rule.interpolation])
+            image = image.resize(step, FILTERS[rule.interpolation])
     return image
 
 
