@@ -1,9 +1,11 @@
 import json
 
 import pytest
+from PIL import Image
 
 import train
 from predictor.spec import ModelSpec
+from tests.folders import make_folder
 from tests.learning import make_plan
 from training.options import make_options, recipes
 from training.schedule import lr_factor
@@ -39,6 +41,18 @@ def test_the_quick_recipe_learns_and_can_be_resumed(tmp_path, capsys):
     assert ModelSpec.load(out / "spec.json").arch == "fastnet_small"
     assert train.main(["--resume", str(out), "--epochs", "5"]) == 0
     assert "going on after epoch 4" in capsys.readouterr().out
+
+
+def test_the_recipe_for_photographs_cuts_random_crops_out_of_whole_images(tmp_path, capsys):
+    """Oblong ones, larger than the network's size."""
+    data, out = make_folder(tmp_path / "data", count=8), tmp_path / "run"
+    for path in data.rglob("*.jpg"):
+        Image.open(path).resize((150, 100)).save(path)
+    arguments = ["--data", str(data), "--out", str(out), "--recipe", "photos", "--epochs", "1", "--batch-size", "8"]
+    assert train.main(arguments) == 0
+    assert "random crops of 0.35 to 1 of the area at 64 px" in capsys.readouterr().out
+    spec = ModelSpec.load(out / "spec.json")
+    assert (spec.arch, spec.height, spec.width) == ("fastnet_small", 64, 64)
 
 
 def test_the_linear_schedule_ends_at_zero():
