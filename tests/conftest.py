@@ -53,8 +53,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that the tests start
 
-# A shell's background job (`make test &`) ignores Ctrl-C, and so would the programs that the tests interrupt.
+# A shell's background job (`make test &`) ignores Ctrl-C, one of `nohup` a closed terminal, and so would the programs that
+# the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # The files that take longest come first, so that no process of `make test` ends long after the others; two of the first
