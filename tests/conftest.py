@@ -53,7 +53,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that the tests start
 
-# A shell's background job (`make test &`) ignores Ctrl-C, one of `nohup` a closed terminal, and so would the programs that
+# A shell's background job (`make test &`) ignores Ctrl-C, one of `nohup` a closed terminal. So would the programs that
 # the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
