@@ -101,7 +101,7 @@ class Frames:
     """
 
     def __init__(self, bodies: Bodies, workers: int | None = None, interpolation: str = "bilinear") -> None:
-        self._bodies, self._filter = bodies, FILTERS[interpolation]
+        self._bodies, self._resample = bodies, FILTERS[interpolation]
         self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="crops")
         self._coming = deque[_Crops]()
         self._pinned = False
@@ -171,7 +171,7 @@ class Frames:
 
     def _cut(self, wanted: Sequence[tuple[np.ndarray, int, Sequence[float]]]) -> None:
         for image, row, box in wanted:
-            image[:] = resized_box(self.frame(row), box, len(image), self._filter)
+            image[:] = resized_box(self.frame(row), box, len(image), self._resample)
 
 
 class FrameSquares:
@@ -185,7 +185,7 @@ class FrameSquares:
         return self.frames.squares(rows, self._rule)
 
 
-def resized_box(frame: Image.Image, box: Sequence[float], size: int, filter: Image.Resampling) -> np.ndarray:
+def resized_box(frame: Image.Image, box: Sequence[float], size: int, resample: Image.Resampling) -> np.ndarray:
     """uint8 (size, size, 3): a box of a frame, resized.
 
     Args:
@@ -193,7 +193,7 @@ def resized_box(frame: Image.Image, box: Sequence[float], size: int, filter: Ima
     """
     width, height = frame.size
     pixels = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
-    return np.asarray(frame.resize((size, size), filter, box=pixels, reducing_gap=REDUCING_GAP))
+    return np.asarray(frame.resize((size, size), resample, box=pixels, reducing_gap=REDUCING_GAP))
 
 
 def edge_for(size: int, rule: PixelRule) -> int:

@@ -85,15 +85,15 @@ def test_what_was_prepared_and_not_wanted_is_dropped(frames):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 def test_crops_are_as_sharp_as_what_the_rule_makes(folder, interpolation):
-    """Random crops with the filter of the served images; of the whole of a square they are the rule's own crop."""
+    """Of the whole of a square, a random crop is the rule's own; of every image, made with the rule's filter."""
     rule = replace(PixelRule.square(16), interpolation=interpolation)
-    pixels = load(str(folder), rule=rule, frames=FrameOptions(edge_for(16, rule))).train.pixels
     bodies = MemoryBodies(1, "raw")
     bodies[0] = photograph((20, 20))
-    frames = Frames(bodies, 1, interpolation)
-    whole = frames.crops(torch.tensor([0]), torch.tensor([[0.0, 0, 1, 1]]), 16)
-    assert torch.equal(whole, frames.squares(torch.tensor([0]), rule))
-    assert pixels.frames._filter == frames._filter
+    frames, row, whole = Frames(bodies, 1, interpolation), torch.tensor([0]), torch.tensor([[0.0, 0, 1, 1]])
+    assert torch.equal(frames.crops(row, whole, 16), frames.squares(row, rule))
+    loaded = load(str(folder), rule=rule, frames=FrameOptions(edge_for(16, rule))).train.frames
+    expected = resized_box(loaded.frame(0), (0, 0, 1, 1), 16, Image.Resampling[interpolation.upper()])
+    np.testing.assert_array_equal(loaded.crops(row, whole, 16)[0].numpy(), expected)
 
 
 def test_a_mistake_in_a_thread_is_not_lost(frames):
