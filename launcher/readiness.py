@@ -17,6 +17,8 @@ from launcher.server import RunningServer
 
 WARM_UP, WARM_UP_SECONDS = 30, 2  # requests, and when to leave it at fewer: a large model, or a patient batch
 IMAGE = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"  # of one pixel
+DIED = "Backend worker process died"
+TRACEBACK_SECONDS = 10  # TorchServe logs a traceback line by line: how long it is waited for
 NO_REASONS = (  # how lines of the console begin that may come after the reason
     "Error: Could not create the Java Virtual Machine.",
     "Error: A fatal exception has occurred. Program will exit.",
@@ -33,7 +35,8 @@ def wait_until_ready(server: RunningServer, models: list[str], seconds: float) -
             continue
         if server.process.poll() is not None:
             raise ServerError(f"TorchServe ended: {last_words(server)}")
-        if "Backend worker process died" in _logged(server, "model_log.log"):
+        if DIED in _logged(server, "model_log.log"):
+            _wait_for_the_whole_traceback(server)
             raise ServerError(f"the worker of {waiting[0]} died while loading: {last_words(server)}")
         if time.monotonic() > deadline:
             raise ServerError(f"{waiting[0]} was not ready after {seconds:g} s: {last_words(server)}")
@@ -48,6 +51,17 @@ def warm_up(server: RunningServer, model: str) -> None:
             session.post(f"{server.url}/predictions/{model}", data=IMAGE, timeout=WARM_UP_SECONDS)
             if time.monotonic() > deadline:
                 return
+
+
+def _wait_for_the_whole_traceback(server: RunningServer) -> None:
+    """Until the log rests on the line of an exception, which comes last and is the only one that is not indented."""
+    deadline, before = time.monotonic() + TRACEBACK_SECONDS, ""
+    while time.monotonic() < deadline:
+        logged = _logged(server, "model_log.log")
+        if logged == before and re.search(r"MODEL_LOG - \S*(Error|Exception)\b.*$", logged.split(DIED)[-1].strip()):
+            return
+        before = logged
+        time.sleep(0.5)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import psutil
 import pytest
 
 import serve
-from launcher import Ports, ServerError, archives_of, serving
+from launcher import Ports, ServerError, archives_of, readiness, serving
 from launcher.environment import environment, java
 from launcher.properties import read_properties
 from launcher.readiness import loopback_session
+from launcher.server import RunningServer
 from launcher.work_folder import make_temporary_folder
 from tests.conftest import PROJECT, first_of_five, replace_in_archive
 
@@ -105,6 +107,34 @@ def test_a_worker_that_cannot_load_its_model_is_said_at_once_with_its_own_words(
         serving([store / "digits.mar"], tmp_path / "server", ports=Ports.free()),
     ):
         pass
+
+
+def test_a_traceback_that_is_still_being_logged_is_waited_for(tmp_path):
+    log = tmp_path / "logs" / "model_log.log"
+    log.parent.mkdir()
+    said = [
+        "Backend worker process died.",
+        "Traceback (most recent call last):",
+        "    self.load_model(msg)",
+        "     ^^^^^",
+    ]
+    log.write_text("".join(f"[INFO ] stdout MODEL_LOG - {line}\n" for line in said))
+
+    def log_the_rest():
+        with log.open("a") as file:
+            file.write("[INFO ] stdout MODEL_LOG - ValueError: 'topk' is 'none'\n")
+
+    nobody = {"management_address": f"http://127.0.0.1:{Ports.free().management}"}
+    (tmp_path / "key_file.json").write_text('{"management": {"key": "k"}}')
+    rest = threading.Timer(1, log_the_rest)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            rest.start()
+            with pytest.raises(ServerError, match="'topk' is 'none'"):
+                readiness.wait_until_ready(RunningServer(process, tmp_path, Ports.free(), nobody), ["digits"], 60)
+        finally:
+            process.kill()
+            rest.join()
 
 
 def test_what_a_rollout_keeps_to_go_back_to_is_not_started(exported, tmp_path):
