@@ -51,16 +51,24 @@ def epoch(learner: Learner, split: Split, plan: Plan, number: int) -> Iterator[i
         yield len(batch.targets) - 1
 
 
-def ours(data: Path, store: str) -> Iterator[Iterable[int]]:
-    """Two epochs, with the frames where --store says."""
-    options = TrainOptions(data=str(data), out="", size=SIZE, batch_size=BATCH, crop_scale=SCALE, device="cpu")
+def prepared(data: Path, store: str, arch: str = "simplecnn") -> tuple[Learner, Split, Plan]:
+    """A network of random weights, the training images, with their frames where --store says, and the plan."""
+    given: dict[str, Any] = {"size": SIZE, "batch_size": BATCH, "crop_scale": SCALE, "device": "cpu"}
+    given |= {"amp": "auto", "channels_last": True}  # as for photographs
+    options = TrainOptions(data=str(data), out="", arch=arch, **given)
     rule = PixelRule.square(SIZE)
     frames = FrameOptions(edge_for(SIZE, rule), store)
     split = load(str(data), rule=rule, frames=frames, say=lambda line: None).train
     device = torch.device("cpu")
     plan = resolve(options, resolve_reading(options), images=len(split), flips=True, device=device)
     scale = torch.zeros(3), torch.ones(3)
-    learner = make_learner(registry.build(options.arch, 2, SIZE), scale, plan, split.targets)
+    network = registry.build(arch, int(split.targets.max()) + 1, SIZE)
+    return make_learner(network, scale, plan, split.targets), split, plan
+
+
+def ours(data: Path, store: str) -> Iterator[Iterable[int]]:
+    """Two epochs, with the frames where --store says."""
+    learner, split, plan = prepared(data, store)
     for number in range(2):
         yield epoch(learner, split, plan, number)
 

@@ -38,6 +38,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no label smoothing": ("--label-smoothing", "0"),
     "EMA of 0.99": ("--ema", "0.99"),
     "TrivialAugment": ("--trivial",),
+    "half the learning rate": ("--lr", "0.0003"),
 }
 
 
