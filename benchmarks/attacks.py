@@ -71,17 +71,24 @@ class Stream:
 def attacks(image: bytes) -> dict[str, Send]:
     """By name. `image` is a good one, which some of them need."""
     from tests.hostile_images import IMAGES
+    from tests.icc import P3
+    from tests.kinds import LARGE_HEIC, gradient, save
 
     numbers = b'{"instances": [' + b"0," * (LARGE // 2) + b"0]}"
     texts = {"name": "x", "datatype": "BYTES", "shape": [LARGE // 3], "data": [""] * (LARGE // 3)}
     pixels = {"name": "x", "datatype": "UINT8", "shape": [1, LARGE // 6, 1, 3], "data": [0] * (LARGE // 2)}
-    body = base64.b64encode(image).decode()
-    explained = {"instances": [{"b64": body}] * 8}
+    explained = {"instances": [{"b64": base64.b64encode(image).decode()}] * 8}
+    giants = {"instances": [{"b64": base64.b64encode(IMAGES["png of 16 megapixels"]).decode()}] * 150}
     found: dict[str, Send] = {
         "5 million numbers as instances": Body(numbers, "application/json"),
         "3.3 million texts (v2)": Body(_dense({"inputs": [texts]}), "application/json"),
         "5 million pixels as JSON (v2)": Body(_dense({"inputs": [pixels]}), "application/json"),
         "explanations of 8 images": Body(_dense(explained), "application/json", f"/explanations/{SMALL}"),
+        "150 PNG files of 16 megapixels as instances": Body(_dense(giants), "application/json"),
+        "heic of 24 megapixels": Body(LARGE_HEIC),
+        "jpeg of 48 megapixels in Display P3": Body(
+            save(gradient(800, 600).resize((8_000, 6_000)), "JPEG", icc_profile=P3)
+        ),
         "gRPC StreamPredictions": Stream(image),
         "gRPC StreamPredictions2": Stream(image, both_ways=True),
     }

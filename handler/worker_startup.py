@@ -1,8 +1,8 @@
 """What this project changes in TorchServe's worker, so that it spends its time on images.
 
-All are about its inner loop (ts/protocol/otf_message_handler.py of 0.12, the last release), and none changes what goes
-over the wire. Of another release nothing is changed, and the log says so; nor with `patch_worker: false` in
-model-config.yaml.
+The patches are about its inner loop (ts/protocol/otf_message_handler.py of 0.12, the last release), and none changes
+what goes over the wire. Another release is not patched, and the log says so; nor is this one with `patch_worker: false`
+in model-config.yaml. One setting of TorchServe's own is made in any case: JSON is left to the handler.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def tune(is_wanted: bool = True) -> None:
     Args:
         is_wanted: the setting `patch_worker`.
     """
+    leave_json()
     if not is_wanted:
         return
     import ts
@@ -36,7 +37,6 @@ def tune(is_wanted: bool = True) -> None:
         )
         return
     read_ahead()
-    leave_json()
     log_less()
 
 
@@ -64,7 +64,8 @@ def read_ahead() -> None:
 
 
 def leave_json() -> None:
-    """JSON arrives as bytes: upstream makes objects of it, however many, and a traceback in the log if it cannot."""
+    """JSON arrives as bytes: otherwise TorchServe makes objects of it, however many, and a traceback in the log if it
+    cannot. This is a setting of its own, and no patch."""
     os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
 
 

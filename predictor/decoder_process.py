@@ -37,10 +37,10 @@ from predictor.image_headers import is_heif, is_photograph
 from predictor.pillow_preprocessing import MAX_PIXELS, NO_MEMORY, ImageError, read
 from predictor.spec import PixelRule
 
-# A photograph takes long for a reason, its pixels: in Display P3 0.9 s for 48 megapixels, as HEIC 1.5 s for 36.
-# What the images of a batch may wait for the child; photographs use up the time of all of them together.
-BATCH_SECONDS = {"photograph": 2.5, "other": 1.5}
-SECONDS = {"photograph": 2.0, "other": 1.0}  # of the processor, for one image
+BATCH_SECONDS = 1.5  # that all images of a batch may wait for the child: who waits for two batches waits 3 s
+# Of the processor, for one image. A photograph takes long for a reason, its pixels: in Display P3 0.9 s for 48
+# megapixels, as HEIC 1.3 s for 24 where others are at work.
+SECONDS = {"photograph": 1.5, "other": 1.0}
 MOST_BATCH_SECONDS = 12.0  # whatever the operator allows: TorchServe replaces a worker that takes longer than 30
 MEMORY = 64 << 20  # bytes that one image may take: 16 megapixels in Pillow
 ALONE_MEMORY = 256 << 20  # and where that is too little, one image at a time of all workers: 50 megapixels, and copies
@@ -70,7 +70,7 @@ class DecoderProcess:
             max_pixels: of an image, or None; where they are more than by default, so are the limits.
         """
         self._lock, self._max_pixels = threading.Lock(), max_pixels
-        self._left = dict.fromkeys(BATCH_SECONDS, 0.0)
+        self._left = 0.0
         self._start()
 
     def wait(self) -> None:
@@ -86,8 +86,7 @@ class DecoderProcess:
             raise RuntimeError("the process that decodes images does not start; is there memory for it?") from None
 
     def begin_batch(self) -> None:
-        scale = _scale(self._max_pixels)
-        self._left = {kind: min(seconds * scale, MOST_BATCH_SECONDS) for kind, seconds in BATCH_SECONDS.items()}
+        self._left = min(BATCH_SECONDS * _scale(self._max_pixels), MOST_BATCH_SECONDS)
 
     def read(self, body: bytes, rule: PixelRule) -> np.ndarray:
         """`pillow_preprocessing.read` in the child.
@@ -96,16 +95,14 @@ class DecoderProcess:
             ImageError: as `pillow_preprocessing.read`; `too_slow`: it takes the processor more than SECONDS;
                 `no_time`: there is none left in this batch: the machine is busy, or a neighbour was expensive.
         """
-        kind = _kind(body)
         with self._lock:
             started = time.monotonic()
             try:
-                if (left := min(self._left[kind], self._left["photograph"])) <= 0:
+                if self._left <= 0:
                     raise _no_time()
-                return self._ask(body, rule, started + left)
+                return self._ask(body, rule, started + self._left)
             finally:
-                for spent in {kind, "photograph"}:
-                    self._left[spent] -= time.monotonic() - started
+                self._left -= time.monotonic() - started
 
     def close(self) -> None:
         """Kills the child."""
@@ -129,7 +126,7 @@ class DecoderProcess:
             raise _no_time() from None
         except OSError:
             pass
-        raise self._death(SECONDS[_kind(body)] * _scale(self._max_pixels))
+        raise self._death(_seconds(body, self._max_pixels))
 
     def _death(self, seconds: float) -> ImageError:
         """Why the child is gone, or answers what it never should; there is a new one.
@@ -210,9 +207,9 @@ def _end(connection: socket.socket, child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def _kind(body: bytes) -> str:
-    """Of BATCH_SECONDS and SECONDS."""
-    return "photograph" if is_photograph(body) else "other"
+def _seconds(body: bytes, max_pixels: int | None) -> float:
+    """Of the processor, for this image."""
+    return SECONDS["photograph" if is_photograph(body) else "other"] * _scale(max_pixels)
 
 
 def _scale(max_pixels: int | None) -> float:
@@ -275,7 +272,7 @@ def _outcome(body: bytes, rule: PixelRule, max_pixels: int | None) -> tuple[int,
     """Kind and content of the reply."""
     scale = _scale(max_pixels)
     crop: np.ndarray | ImageError | None = None
-    signal.setitimer(signal.ITIMER_PROF, SECONDS[_kind(body)] * scale)
+    signal.setitimer(signal.ITIMER_PROF, _seconds(body, max_pixels))
     try:
         if not is_heif(body):  # its decoder would find out that memory is short when most of the work is done
             crop = _attempt(body, rule, max_pixels, MEMORY)

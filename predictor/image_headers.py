@@ -33,12 +33,14 @@ PLAIN_PIXELS = 16 << 20
 HELD_OFTEN = 4  # a decoder that holds an image up to this many times over gets as many times fewer pixels
 PLAIN_PARTS = 128  # segments of a JPEG file before its pixels, chunks of PNG and WebP other than pixels
 PLAIN_SCANS = 64
-PLAIN_METADATA = 1 << 20  # bytes of such chunks; a JPEG's segment has at most 64 KiB
+PLAIN_METADATA = 1 << 18  # bytes of such segments and chunks: Pillow parses some, at up to 10 s a megabyte
+PLAIN_PACKED = 4  # compressed texts and profiles in a PNG file, which Pillow unpacks to a megabyte each
 PLAIN_IDAT = 4_096  # chunks; encoders write at least 8 KiB into each
 
 # A JPEG file may hold a scan after the other, of a hundred bytes each, and each goes over all pixels: 25 ms for 50
 # megapixels. An encoder writes about ten.
 MAX_SCANNED = 1_000_000_000  # pixels times scans: ten scans of 100 megapixels, and half a second
+MAX_MARKERS = 100_000  # of a JPEG file, that are looked at to count these: 50 ms
 MAX_EXIF = 1_000  # segments of a JPEG file, which Pillow joins in quadratic time: 64 MB of XMP
 MAX_STRIPS = 100_000  # of a TIFF file, each a Python object in Pillow
 _SCAN, _EXIF = b"\xff\xda", b"\xff\xe1"
@@ -210,13 +212,15 @@ def _check_tiff(body: bytes, max_pixels: int | None) -> None:
 
 def counts(body: bytes) -> tuple[int, int]:
     """Scans of a JPEG file, and EXIF segments before the first; what lies in other segments or behind its end, such as
-    a film, does not count."""
+    a film, does not count. Of a file with MAX_MARKERS, that many of each."""
     scans, exif, offset = 0, 0, 2
-    while (marker := _MARKER.search(body, offset)) and (kind := marker[1]) != b"\xd9":  # the end
+    for _ in range(MAX_MARKERS):
+        if not (marker := _MARKER.search(body, offset)) or (kind := marker[1]) == b"\xd9":  # the end
+            return scans, exif
         scans += kind == b"\xda"
         exif += kind == b"\xe1" and not scans
         offset = marker.end() + int.from_bytes(body[marker.end() : marker.end() + 2], "big")
-    return scans, exif
+    return MAX_MARKERS, MAX_MARKERS
 
 
 def _plain_pixels(body: bytes) -> int:
@@ -239,7 +243,7 @@ def _plain_jpeg(body: bytes) -> int:
     Raises:
         struct.error: the body ends within a header.
     """
-    offset, frames = 2, []
+    offset, frames, metadata, exif = 2, [], 0, 0
     for _ in range(PLAIN_PARTS):
         start, kind, length = struct.unpack_from(">BBH", body, offset)
         if start != 0xFF or length < 2:
@@ -248,12 +252,15 @@ def _plain_jpeg(body: bytes) -> int:
             break
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xCC):  # a frame; those are tables
             frames.append((kind, *struct.unpack_from(">BHHB", body, offset + 4)))
-        elif not (kind in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= kind <= 0xEF):
+        elif kind == 0xFE or 0xE0 <= kind <= 0xEF:
+            metadata += length
+            exif += kind == 0xE1 and body.startswith(b"Exif\0\0", offset + 4)
+        elif kind not in (0xC4, 0xDB, 0xDD):
             return 0
         offset += 2 + length
     else:
         return 0
-    if len(frames) != 1:
+    if len(frames) != 1 or metadata > PLAIN_METADATA or exif > 1:  # Pillow would join several EXIF segments
         return 0
     ((kind, bits, height, width, colours),) = frames
     (scanned,) = struct.unpack_from(">B", body, offset + 4)  # colours in the first scan
@@ -261,7 +268,7 @@ def _plain_jpeg(body: bytes) -> int:
         return 0
     if kind != 0xC2 and scanned == colours:  # the decoder stops after this scan
         return width * height
-    if body.count(_SCAN) > PLAIN_SCANS and counts(body)[0] > PLAIN_SCANS:
+    if body.count(_SCAN) > PLAIN_SCANS:
         return 0
     return HELD_OFTEN * width * height
 
@@ -270,8 +277,10 @@ def _plain_png(body: bytes) -> int:
     if body[12:16] != b"IHDR":
         return 0
     width, height, bits, _, _, _, interlaced = struct.unpack_from(">IIBBBBB", body, 16)
-    offset, pixel_chunks, others, metadata = 8, 0, 0, 0
-    while pixel_chunks <= PLAIN_IDAT and others <= PLAIN_PARTS and metadata <= PLAIN_METADATA:
+    offset, pixel_chunks, others, metadata, packed = 8, 0, 0, 0, 0
+    while (
+        pixel_chunks <= PLAIN_IDAT and others <= PLAIN_PARTS and metadata <= PLAIN_METADATA and packed <= PLAIN_PACKED
+    ):
         length, kind = struct.unpack_from(">I4s", body, offset)
         offset += 12 + length
         if kind == b"IDAT":
@@ -282,6 +291,7 @@ def _plain_png(body: bytes) -> int:
         if kind == b"acTL":  # an animation
             return 0
         others, metadata = others + 1, metadata + length
+        packed += kind in (b"zTXt", b"iTXt", b"iCCP")
     return 0
 
 

@@ -229,4 +229,4 @@ def _decoder_may_take_its_time() -> None:
     from predictor import decoder_process
 
     decoder_process.MOST_BATCH_SECONDS = 60.0  # this machine may stall for seconds
-    decoder_process.BATCH_SECONDS = dict.fromkeys(decoder_process.BATCH_SECONDS, 60.0)
+    decoder_process.BATCH_SECONDS = 60.0

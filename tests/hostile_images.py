@@ -79,6 +79,29 @@ def jpeg_of_exif(count: int = 450_000) -> bytes:
     return body[:2] + segment(0xE1, b"Exif\0\0II*\0\x08\0\0\0") * count + body[2:]
 
 
+def jpeg_of_rationals(count: int = 950_000) -> bytes:
+    """7.6 MB of EXIF in 116 segments: a resolution of that many numbers, which Pillow reads as it opens the file."""
+    values_at = 8 + 2 + 12 * 2 + 4
+    block = b"II*\0\x08\0\0\0" + struct.pack("<HHHIIHHII", 2, 0x11A, RATIONAL, count, values_at, 0x128, SHORT, 1, 2)
+    block += bytes(4) + struct.pack("<II", 1, 3) * count
+    parts = (block[start : start + 65_527] for start in range(0, len(block), 65_527))
+    body = jpeg()
+    without_jfif = body[2 + 18 :]
+    return body[:2] + b"".join(segment(0xE1, b"Exif\0\0" + part) for part in parts) + without_jfif
+
+
+def jpeg_of_comments(count: int = 1_900_000) -> bytes:
+    """7.6 MB of empty comments between scans, which have to be told from what only looks like scans."""
+    body = jpeg(progressive=True)
+    return body[:-2] + segment(0xFE, b"") * count + segment(0xDA, b"") * 70 + JPEG_END
+
+
+def png_of_texts(count: int = 60) -> bytes:
+    """63 kB that unpack to a megabyte for each text."""
+    text = b"Comment\0\0" + zlib.compress(bytes(1_000_000), 9)
+    return png(png_header(16, 12), *[(b"zTXt", text)] * count, png_pixels(16, 12), (b"IEND", b""))
+
+
 def jpeg_of_scans(side: int = 7_000, count: int = 2_000) -> bytes:
     """Each scan of a few bytes goes over all pixels."""
     buffer = io.BytesIO()
@@ -151,11 +174,14 @@ def webp(side: int) -> bytes:
 IMAGES: dict[str, bytes] = {
     "jpeg of markers": jpeg_of_markers(),
     "jpeg of exif": jpeg_of_exif(),
+    "jpeg of rationals": jpeg_of_rationals(),
+    "jpeg of comments": jpeg_of_comments(),
     "jpeg of scans": jpeg_of_scans(),
     "png truncated at 50 megapixels": png(png_header(7_071, 7_071), png_pixels(7_071, 7_071, share=0.5)),
     "png of 16 megapixels": png(png_header(4_000, 4_000), png_pixels(4_000, 4_000), (b"IEND", b"")),
     "png interlaced at 16 megapixels": png(png_header(4_000, 4_000, 2, 1), png_pixels(4_000, 4_000), (b"IEND", b"")),
     "png with nested rationals": png_of_rationals(),
+    "png of texts": png_of_texts(),
     "png of one row": png(png_header(50_000_000, 1, 0), png_pixels(50_000_000, 1, 1), (b"IEND", b"")),
     "png of one column": png(
         png_header(1, 50_000_000, 0), (b"IDAT", zlib.compress(bytes(100_000_000))), (b"IEND", b"")

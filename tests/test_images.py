@@ -14,7 +14,19 @@ from predictor import image_headers, pillow_preprocessing
 from predictor.image_headers import is_photograph
 from predictor.pillow_preprocessing import MAX_PIXELS, ImageError, crop, decode, is_plain, read
 from predictor.spec import PixelRule
-from tests.hostile_images import IMAGES, exif_of_rationals, jpeg_of_markers, png, png_header, png_pixels, tiff
+from tests.hostile_images import (
+    IMAGES,
+    JPEG_END,
+    exif_of_rationals,
+    jpeg,
+    jpeg_of_markers,
+    png,
+    png_header,
+    png_of_texts,
+    png_pixels,
+    segment,
+    tiff,
+)
 from tests.kinds import BAD, GOOD, HEIC, gradient, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged files: no error outside tests either
@@ -205,6 +217,34 @@ def test_the_search_for_scans_looks_at_each_byte_once():
     assert image_headers._MARKER.search(b"\xff" * 4_000_000 + b"\0") is None
 
 
+def test_a_look_at_a_file_goes_through_no_more_than_its_headers(monkeypatch):
+    """What lies between the scans of a progressive file is its pixels, or two million comments."""
+    monkeypatch.setattr(image_headers, "counts", None)
+    assert not is_plain(IMAGES["jpeg of comments"])
+    assert not is_photograph(IMAGES["jpeg of comments"])
+
+
+def test_markers_are_counted_up_to_a_limit():
+    start, comment = b"\xff\xd8", segment(0xFE, b"")
+    assert image_headers.counts(start + comment * 90_000 + b"\xff\xda\0\2" + JPEG_END) == (1, 0)
+    assert image_headers.counts(start + comment * 2_000_000) == (image_headers.MAX_MARKERS,) * 2
+
+
+def test_exif_of_one_segment_and_a_quarter_of_a_megabyte_of_metadata_are_plain():
+    body = jpeg()
+
+    def with_segments(*segments):
+        return body[:2] + b"".join(segment(*one) for one in segments) + body[2:]
+
+    exif, xmp = (
+        (0xE1, b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0" + bytes(60_000)),
+    )
+    assert is_plain(with_segments(exif, *[xmp] * 4))
+    assert not is_plain(with_segments(exif, *[xmp] * 5))
+    assert not is_plain(with_segments(exif, exif))
+
+
 def test_plain_are_the_files_of_cameras_and_encoders_and_nothing_odd():
     assert {name for name in GOOD if is_plain(GOOD[name][0])} == {
         *("jpeg", "jpeg progressive", "jpeg grey", *(f"jpeg turned {o}" for o in range(1, 9))),
@@ -250,6 +290,8 @@ def test_an_animation_a_huge_profile_and_what_is_cut_are_not_plain():
     assert is_plain(png(png_header(16, 12), *[(b"tEXt", b"a\0b")] * 100, pixels, end))
     assert not is_plain(png(png_header(16, 12), *[(b"tEXt", b"a\0b")] * 200, pixels, end))
     assert not is_plain(png(png_header(16, 12), (b"iCCP", bytes(2_000_000)), pixels, end))
+    assert is_plain(png_of_texts(4))
+    assert not is_plain(png_of_texts(5))
     assert not is_plain(png(png_header(16, 12), *[(b"IDAT", b"")] * 5_000, pixels, end))
     for kind in ("JPEG", "PNG", "WEBP"):
         body = save(gradient(), kind)
@@ -325,7 +367,7 @@ def test_a_side_that_is_too_long_is_refused_before_it_is_decoded(name, monkeypat
     [
         ("tiff of a large tile", "too_many_pixels", "46336×46336 px"),
         ("tiff of a million strips", "unsupported_kind", "1,200,000 strips"),
-        ("jpeg of exif", "unsupported_kind", "450000 EXIF segments"),
+        ("jpeg of exif", "unsupported_kind", "100000 EXIF segments"),
     ],
 )
 def test_what_a_header_promises_is_looked_at_before_pillow_opens_it(name, cause, reason, monkeypatch):

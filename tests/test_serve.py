@@ -34,6 +34,7 @@ def test_config_properties_is_narrow():
     assert properties["allowed_urls"] == "none"
     assert properties["metrics_mode"] == "prometheus"
     assert "default_workers_per_model" not in properties
+    assert "-Xmx512m" in properties["vmargs"].split()  # TorchServe holds bodies before it looks at their key
     for name in ("max_request_size", "max_response_size", "job_queue_size", "default_response_timeout"):
         assert int(properties[name]) > 0
 
