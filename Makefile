@@ -1,6 +1,7 @@
 # make demo            everything once, on bundled digits
-# make test            lint, types and the whole test suite, the real TorchServe included, three files at a time,
-#                      as the tests of servers wait a third of their time (JOBS=1: one at a time, with its name)
+# make test            lint, types and the tests, the real TorchServe included, three files at a time, as the tests of
+#                      servers wait a third of their time (JOBS=1: one at a time, with its name)
+# make test-all        the tests besides that need large programs of their own: Ray, a browser, Node, a C++ compiler
 # make test-portable   the numerical tests again, as other processors round: 17 minutes on two cores
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
@@ -21,9 +22,10 @@ BIN     = .venv/bin
 PORTABLE  = "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE" ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=SSE41
 NUMERICAL = architectures augmentation backends calibration distributed evaluation explanations export fastnet features \
 	golden handler head_fit metrics preprocessing recipes reduced runtimes train training_step
+TOOLCHAINS = client_batch client_cpp client_node client_web
 PARALLEL  = $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: demo test test-portable check lint serve bench bench-serving bench-reliability setup lock clean
+.PHONY: demo test test-all test-portable check lint serve bench bench-serving bench-reliability setup lock clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -31,7 +33,11 @@ demo: .venv/ready
 
 # mypy, half a minute on a fresh clone, runs beside the tests, which leave a core idle now and then.
 test: .venv/ready lint
-	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest $(PARALLEL); tests=$$?; wait $$types && exit $$tests
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest $(PARALLEL) $(TOOLCHAINS:%=--ignore=tests/test_%.py); tests=$$?; \
+		wait $$types && exit $$tests
+
+test-all: .venv/ready
+	$(BIN)/python -m pytest $(PARALLEL) $(TOOLCHAINS:%=tests/test_%.py)
 
 # The variables do not reach ONNX Runtime: its integer kernels run on a processor without VNNI, which QEMU emulates.
 test-portable: .venv/ready

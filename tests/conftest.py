@@ -62,8 +62,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The files that take longest come first, so that no process of `make test` ends long after the others; two of the first
 # three do not wait for the trained run, which the other one makes meanwhile.
 FIRST = (
-    *("export", "resume", "fastnet", "client_web", "rollout", "deploy", "readme", "client_python", "serve_folder"),
-    *("serve", "handler", "integrity", "client_batch", "faults", "reduced", "client_cpp", "distributed"),
+    *("export", "resume", "fastnet", "client_web", "rollout", "deploy", "readme", "client_batch", "client_cpp"),
+    *("distributed", "client_python", "serve_folder", "serve", "handler", "integrity", "faults", "reduced", "runtimes"),
+    *("features", "timm", "pixel_rules"),
 )
 
 
