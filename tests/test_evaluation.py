@@ -7,6 +7,7 @@ from model import ModelSpec
 from tests.conftest import label_of, reports
 from tests.folders import make_folder
 from train import main
+from training import console
 from training.report import write_report
 
 
@@ -39,6 +40,13 @@ def test_a_run_scores_its_own_test_images_as_training_did(run, capsys, tmp_path)
     assert line.startswith(f"digits, test: {metrics['test']['accuracy']:.2%} of 360 images")
     assert json.loads((tmp_path / "scores.json").read_text()) == summary
     assert evaluate(capsys, run, "--split", "val")[1]["accuracy"] == metrics["val"]["accuracy"]
+
+
+def test_scoring_says_how_far_it_is(run, capsys, monkeypatch):
+    monkeypatch.setattr(console, "SECONDS_A_LINE", 0)
+    assert main(["--evaluate", str(run)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("scoring: ")]
+    assert lines[-1].startswith("scoring: 360 of 360 images, ")
 
 
 def test_the_temperature_changes_the_confidence_and_not_the_answers(run, tmp_path, capsys):

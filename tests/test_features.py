@@ -1,6 +1,7 @@
 """A frozen backbone: what its head sees is computed once, and the backbone can learn later."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from predictor.spec import PixelRule
 from tests.folders import make_folder
 from tests.learning import Training, first
 from train import main
-from training import freezing, run_folder
+from training import console, freezing, run_folder
 from training.freezing import compute_features, headless
 from training.learner import Features
 from training.optimizers import BACKBONE_RATE
@@ -175,6 +176,23 @@ def test_a_run_that_ends_before_or_after_the_thaw_goes_on_with_the_same_bits(
         main([*thawing, "--out", str(tmp_path / "killed")])
     assert main(["--resume", str(tmp_path / "killed")]) == 0
     assert kills.differences(thawed, tmp_path / "killed") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "total"), [(["--freeze", "--flip"], 2 * 1293 + 144), (["--head-first"], 1293 + 144)], ids=str
+)
+def test_the_features_say_how_far_they_are(tmp_path, capsys, monkeypatch, options, total):
+    """They may take minutes, before the first epoch says anything."""
+    monkeypatch.setattr(console, "SECONDS_A_LINE", 0)
+    weights = ["--arch", "fastnet_small", "--weights", random_weights(tmp_path / "model.pt")]
+    assert main(["--data", "digits", *weights, *options, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said[: said.index("\nepoch ")].splitlines() if line.startswith("features: ")]
+    form = rf"features: ([\d,]+) of {total:,} images, [\d,.]+ images/s, \d\d:\d\d left"
+    seen = [int(re.fullmatch(form, line)[1].replace(",", "")) for line in lines]
+    assert len(seen) > 3
+    assert seen == sorted(set(seen))
+    assert seen[-1] == total
 
 
 def test_transfer_from_a_run_of_other_classes(tmp_path, capsys):

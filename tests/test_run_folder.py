@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -290,6 +291,14 @@ def test_on_a_terminal_a_bar_has_the_speed_and_the_time_left(tmp_path, capsys, m
     assert " images/s" in said.err
     assert "run 00:00 left" in said.err
     assert "left of the epoch" not in said.out
+    assert re.search(r"\rreading: .*/1797 \[.* images/s\]", said.err)
+
+
+def test_elsewhere_the_reading_too_says_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "SECONDS_A_LINE", 0)
+    assert main([*DIGITS, "--out", str(tmp_path / "run")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reading: ")]
+    assert re.fullmatch(r"reading: 1,797 of 1,797 images, [\d,]+\.\d images/s, 00:00 left", lines[-1])
 
 
 @pytest.mark.parametrize(

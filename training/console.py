@@ -26,7 +26,7 @@ from training.options import TrainOptions
 from training.resolve import Plan
 from training.schedule import Schedule
 
-SECONDS_A_LINE = 30  # of progress inside an epoch, where there is no terminal
+SECONDS_A_LINE = 30  # of progress, where there is no terminal
 
 log = logging.getLogger(__name__)
 
@@ -53,22 +53,56 @@ def on_terminal() -> Iterator[None]:
             logger.setLevel(level)
 
 
+class _Pace:
+    """How fast something goes, and when a line about it is due."""
+
+    def __init__(self, before: int) -> None:
+        self.before, self._started = before, time.perf_counter()
+        self._said = self._started
+
+    def is_due(self) -> bool:
+        now = time.perf_counter()
+        if now - self._said < SECONDS_A_LINE:
+            return False
+        self._said = now
+        return True
+
+    def rate(self, done: int) -> float:
+        """Images per second."""
+        return (done - self.before) / (time.perf_counter() - self._started)
+
+
 @contextmanager
-def reading_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar of the images that are read in the block, from the first on; it is told how many are done, of how many."""
-    bar: tqdm[Any] | None = None
+def image_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function of how many images are done, of how many: from its first call on it moves a bar on a terminal,
+    and says a line now and then elsewhere. Not before: what is printed until then would break the bar."""
+    if sys.stderr.isatty() and distributed.rank() == 0:
+        bar: tqdm[Any] | None = None
 
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:  # not before: what is printed until then would break it
-            bar = tqdm(total=total, desc="reading", unit="images", disable=not sys.stderr.isatty(), leave=False)
-        bar.update(done - bar.n)
+        def move(done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = tqdm(total=total, desc=name, unit=" images", leave=False)
+            bar.update(done - bar.n)
 
-    try:
-        yield show
-    finally:
-        if bar is not None:
-            bar.close()
+        try:
+            yield move
+        finally:
+            if bar is not None:
+                bar.close()
+        return
+    pace: _Pace | None = None
+
+    def tell(done: int, total: int) -> None:
+        nonlocal pace
+        if pace is None or done <= pace.before:  # it may begin anew, in smaller batches
+            pace = _Pace(done)
+        elif pace.is_due():
+            rate = pace.rate(done)
+            left = tqdm.format_interval((total - done) / rate)
+            log.info(f"{name}: {done:,} of {total:,} images, {rate:,.1f} images/s, {left} left")
+
+    yield tell
 
 
 @contextmanager
@@ -92,14 +126,12 @@ def epoch_progress(
 
             yield move
         return
-    started = said = time.perf_counter()
+    pace = _Pace(before)
 
     def tell(loss: float, seen: int) -> None:
-        nonlocal said
-        now = time.perf_counter()
-        if now - said < SECONDS_A_LINE:
+        if not pace.is_due():
             return
-        said, rate = now, (seen - before) / (now - started)
+        rate = pace.rate(seen)
         left, run = (tqdm.format_interval(seconds) for seconds in ((images - seen) / rate, schedule.left))
         log.info(
             f"{name}: {seen:,} of {images:,} images, loss {loss:.3f}, {rate:,.1f} images/s, "

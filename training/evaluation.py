@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dataset import splits
 from dataset.decoding import decode_all, name_unreadable
@@ -20,7 +18,7 @@ from model import load_run
 from model.tensor_preprocessing import normalise
 from predictor.spec import PixelRule
 from training import distributed
-from training.console import reading_bar
+from training.console import image_progress
 from training.metrics import calibrated_score
 from training.options import TrainOptions, flag, read_config
 
@@ -49,7 +47,7 @@ def evaluate(
     std: Tensor,
     *,
     mirrored: bool = False,
-    shown: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
     batch: int | None = None,
     amp: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -57,7 +55,7 @@ def evaluate(
 
     Args:
         mirrored: look at the mirror images.
-        shown: name of a progress bar; none without it.
+        progress: told how many images are done, of how many; of several processes, as if all were as far as this one.
         batch: images at a time; by default as many as suit the device.
         amp: the type that autocast computes in; float32 for none.
     """
@@ -65,22 +63,22 @@ def evaluate(
     if batch is None:
         batch = min(BATCH, max(1, CPU_PIXELS // split.pixels.shape[1] ** 2)) if mean.device.type == "cpu" else BATCH
     share = distributed.share(len(split))
-    hidden = not shown or distributed.rank() > 0 or not sys.stderr.isatty()
-    starts = tqdm(range(share.start, share.stop, batch), desc=shown, unit="batches", leave=False, disable=hidden)
     logits = []
     try:
         with torch.inference_mode(), torch.autocast(mean.device.type, amp, enabled=amp is not torch.float32):
-            for start in starts:
-                crops = split.crops(slice(start, min(start + batch, share.stop))).to(mean.device)
+            for start in range(share.start, share.stop, batch):
+                stop = min(start + batch, share.stop)
+                crops = split.crops(slice(start, stop)).to(mean.device)
                 images = normalise(crops.flip(2) if mirrored else crops, mean, std)
                 logits.append(network(images).float().cpu())
+                progress((stop - share.start) * len(split) // (share.stop - share.start), len(split))
     except torch.OutOfMemoryError:
         if batch == 1:
             raise
         logits = []
     else:
         return torch.cat([part for parts in distributed.gather(logits) for part in parts])
-    return evaluate(network, split, mean, std, mirrored=mirrored, shown=shown, batch=batch // 2, amp=amp)
+    return evaluate(network, split, mean, std, mirrored=mirrored, progress=progress, batch=batch // 2, amp=amp)
 
 
 def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -110,7 +108,8 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
     left_out = _say_what_is_scored(run, source, known, wanted, split or "unseen")
     images = read_images(source, spec.labels, spec.rule, wanted, config)
     mean, std = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
-    logits = evaluate(network.to(device), images, mean, std)
+    with image_progress("scoring") as progress:
+        logits = evaluate(network.to(device), images, mean, std, progress=progress)
     result = calibrated_score(logits, images.targets, spec.labels, spec.temperature)
     name = split if split not in (None, "unseen") else _name(source.entries, wanted, known or {})
     return {"run": str(run), "data": config.data, "split": name, "left_out": left_out, **result}
@@ -152,7 +151,7 @@ def read_images(
     rows = {index: row for row, index in enumerate(wanted)}
     processes = distributed.local_world()
     pixels = allocate(len(wanted), rule.height, rule.width, None, processes=processes, say=log.info)
-    with reading_bar() as progress:
+    with image_progress("reading") as progress:
         bad = decode_all(source, rows, pixels, rule, workers=config.workers, progress=progress)
     for line in name_unreadable(source.entries, bad):
         if not config.skip_bad:

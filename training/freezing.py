@@ -17,6 +17,7 @@ from model.registry import head_name
 from model.tensor_preprocessing import normalise
 from training import distributed
 from training.batchnorm import slow_norms
+from training.console import image_progress
 from training.evaluation import evaluate
 from training.learner import Features, Learner, head_of
 from training.optimizers import BACKBONE_RATE
@@ -77,12 +78,17 @@ def compute_features(
     """
     if reason := _obstacle(network, data, scale, views=1 + flip):
         return reason
-    with headless(network):
-        views = [
-            evaluate(network, data.train, *scale, mirrored=mirrored, shown="features", amp=amp)
-            for mirrored in (False, True)[: 1 + flip]
-        ]
-        return Features(torch.stack(views), evaluate(network, data.val, *scale, amp=amp))
+    wanted = [(data.train, mirrored) for mirrored in (False, True)[: 1 + flip]] + [(data.val, False)]
+    found, total, before = [], sum(len(split) for split, _ in wanted), 0
+    with headless(network), image_progress("features") as show:
+        for split, mirrored in wanted:
+
+            def progress(done: int, _: int, before: int = before) -> None:
+                show(before + done, total)
+
+            found.append(evaluate(network, split, *scale, mirrored=mirrored, progress=progress, amp=amp))
+            before += len(split)
+    return Features(torch.stack(found[:-1]), found[-1])
 
 
 @contextmanager

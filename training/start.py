@@ -18,7 +18,7 @@ from model.fastnet import FastNet
 from model.registry import Pretrained
 from model.tensor_preprocessing import normalise
 from training import distributed
-from training.console import reading_bar
+from training.console import image_progress
 from training.memory import keep_freed
 from training.options import LARGE_SIZE, TrainOptions
 from training.resolve import Plan, Reading
@@ -80,7 +80,7 @@ def read_data(
     alone = distributed.first_alone() if options.data in BUILT_IN else nullcontext()  # it may be downloaded
     edge = edge_for(options.train_size or reading.rule.height, reading.rule)
     frames = FrameOptions(edge, options.store) if options.crop_scale else None
-    with alone, reading_bar() as bar:
+    with alone, image_progress("reading") as progress:
         return load(
             options.data,
             source=source,
@@ -96,7 +96,7 @@ def read_data(
             processes=distributed.local_world(),
             known=known,
             say=log.info,
-            progress=bar,
+            progress=progress,
         )
 
 
