@@ -58,9 +58,9 @@ def prepared(data: Path, store: str, arch: str = "simplecnn") -> tuple[Learner, 
     options = TrainOptions(data=str(data), out="", arch=arch, **given)
     rule = PixelRule.square(SIZE)
     frames = FrameOptions(edge_for(SIZE, rule), store)
-    split = load(str(data), rule=rule, frames=frames, say=lambda line: None).train
-    device = torch.device("cpu")
-    plan = resolve(options, resolve_reading(options), images=len(split), flips=True, device=device)
+    reading = resolve_reading(options)
+    split = load(str(data), rule=rule, frames=frames, workers=reading.workers, say=lambda line: None).train
+    plan = resolve(options, reading, images=len(split), flips=True, device=torch.device("cpu"))
     scale = torch.zeros(3), torch.ones(3)
     network = registry.build(arch, int(split.targets.max()) + 1, SIZE)
     return make_learner(network, scale, plan, split.targets), split, plan

@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = options.only.split(",") if options.only else [*runs] if options.ablate else ["classic", *RUNS]
     if unknown := sorted(set(wanted) - {"classic", *runs}):
         parser.error(f"--only: nothing is called {unknown[0]!r}; there are {', '.join(('classic', *runs))}")
-    data = load(options.data, rule=PixelRule.square(32)) if "classic" in wanted else None
+    data = load(options.data, rule=PixelRule.square(32), workers=os.cpu_count() or 1) if "classic" in wanted else None
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in wanted}
     machine = describe("torch", "torchvision", "pillow")
     for seed in range(options.rounds):

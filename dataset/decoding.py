@@ -6,7 +6,6 @@ A corrupt image stops a run, with all such files named, or is left out where the
 from __future__ import annotations
 
 import io
-import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,14 +30,14 @@ def decode_all(
     crops: Tensor | FilePixels,
     rule: PixelRule,
     *,
-    workers: int | None = None,
+    workers: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, str]:
     """Decodes some images of a source into rows of `crops`.
 
     Args:
         rows: of each image that is wanted its row, by its index in `source.entries`.
-        workers: threads; by default one for each core.
+        workers: threads.
         progress: told how many images are done, of how many.
 
     Returns:
@@ -61,7 +60,7 @@ def decode_each(
     wanted: Collection[int],
     decode: Callable[[int, bytes | Image.Image], None],
     *,
-    workers: int | None = None,
+    workers: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, str]:
     """Has each of some images of a source decoded by one of the threads.
@@ -87,7 +86,7 @@ def decode_each(
                 unreadable[index] = _reason(error)
 
     done = 0
-    for count in _in_threads(decode_some, _batches(source.read(wanted)), workers or os.cpu_count() or 1):
+    for count in _in_threads(decode_some, _batches(source.read(wanted)), workers):
         done += count
         progress(done, len(wanted))
     return unreadable

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -96,13 +95,13 @@ class Frames:
     """N frames, and the crops that are cut out of them by a pool of threads.
 
     Args:
-        workers: threads; by default one for each core.
+        workers: threads.
         interpolation: of the crops, as the pixel rule has it, so that training sees images as sharp as serving does.
     """
 
-    def __init__(self, bodies: Bodies, workers: int | None = None, interpolation: str = "bilinear") -> None:
+    def __init__(self, bodies: Bodies, workers: int, interpolation: str = "bilinear") -> None:
         self._bodies, self._resample = bodies, FILTERS[interpolation]
-        self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="crops")
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="crops")
         self._coming = deque[_Crops]()
         self._pinned = False
 

@@ -47,7 +47,7 @@ def load(
     download_dir: str = "data",
     source: Source | None = None,
     scratch: Path | None = None,
-    workers: int | None = None,
+    workers: int = 1,
     processes: int = 1,
     say: Callable[[str], None] = logger.warning,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -61,7 +61,7 @@ def load(
         skip_bad: leave images out that cannot be read.
         source: of `data`, where it is open already.
         scratch: folder for a temporary file, used where the images would fill the memory.
-        workers: threads that decode; by default one for each core.
+        workers: threads that decode, and that cut crops out of frames.
         processes: how many on this machine hold the images at once.
         say: is told what the user should know, a line at a time: classes without a val or test image, images that
             stream from a file.
@@ -158,7 +158,7 @@ class _Kept:
                 "been removed meanwhile; start again, or give another --store DIR"
             )
 
-    def pixels(self, workers: int | None) -> dict[str, Tensor | FilePixels | FrameSquares]:
+    def pixels(self, workers: int) -> dict[str, Tensor | FilePixels | FrameSquares]:
         """By split."""
         found: dict[str, Tensor | FilePixels | FrameSquares] = dict.fromkeys(splits.SPLITS, self._crops)
         if self._frames:

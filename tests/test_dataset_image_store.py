@@ -79,7 +79,7 @@ def test_training_tells_how_many_processes_share_the_memory(tmp_path, monkeypatc
     told = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(image_store, "free_memory", lambda processes: told.append(processes) or 1 << 40)
-    reading = Reading(rule=PixelRule.square(16), crop_padding=0, workers=1)
+    reading = Reading(rule=PixelRule.square(16), train_size=16, crop_padding=0, workers=1)
     read_data(TrainOptions(data="digits", out=str(tmp_path)), reading)
     assert told == [3]
 

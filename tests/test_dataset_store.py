@@ -59,7 +59,8 @@ def decoded(monkeypatch):
 
 def read(data, where, say=lambda line: None, **options):
     """All frames of the training split as bytes, by name, and the data."""
-    options = {"rule": PixelRule.square(16), "frames": FrameOptions(EDGE, str(where)), "say": say} | options
+    frames = FrameOptions(EDGE, str(where))
+    options = {"rule": PixelRule.square(16), "frames": frames, "workers": 2, "say": say} | options
     got = load(str(data), **options)
     rows = zip(got.train.names, got.train.rows.tolist(), strict=True)
     return {name: got.train.frames.frame(row).tobytes() for name, row in rows}, got

@@ -1,4 +1,5 @@
 import math
+import re
 from typing import get_args, get_type_hints
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 import yaml
 
 from predictor.files import sha256
+from tests.conftest import PROJECT
 from tests.learning import make_plan
 from train import main
 from training.options import flag, make_options, option_names, read_config, shown_on_card
@@ -98,6 +100,21 @@ def test_nothing_in_a_plan_is_optional_and_every_option_is_decided_or_used_befor
         *("store", "pretrained", "weights", "minutes", "checkpoint_minutes"),
         *("size", "resize", "fit", "interpolation"),  # rule
     }
+
+
+def test_what_an_option_left_open_is_decided_in_one_place():
+    default = re.compile(r"(?<!not \()\b(?:options|config)\.\w+ or |cpu_count")
+    files = [PROJECT / "train.py", *(PROJECT / "training").glob("*.py"), *(PROJECT / "dataset").rglob("*.py")]
+    assert [file.name for file in files if default.search(file.read_text())] == ["resolve.py"]
+
+
+def test_scoring_reads_with_as_many_threads_as_training(run, monkeypatch):
+    told = []
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr("training.evaluation.decode_all", lambda *_, workers, **__: told.append(workers) or {})
+    for given in ([], ["--workers", "5"]):
+        assert main(["--evaluate", str(run), *given]) == 0
+    assert told == [3, 5]
 
 
 def test_a_plan_is_what_the_options_left_open():

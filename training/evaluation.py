@@ -21,6 +21,7 @@ from training import distributed
 from training.console import image_progress
 from training.metrics import calibrated_score
 from training.options import TrainOptions, flag, read_config
+from training.resolve import workers_of
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def read_images(
     processes = distributed.local_world()
     pixels = allocate(len(wanted), rule.height, rule.width, None, processes=processes, say=log.info)
     with image_progress("reading") as progress:
-        bad = decode_all(source, rows, pixels, rule, workers=config.workers, progress=progress)
+        bad = decode_all(source, rows, pixels, rule, workers=workers_of(config), progress=progress)
     for line in name_unreadable(source.entries, bad):
         if not config.skip_bad:
             raise DataError(f"{line} ({len(bad)} such images); mend them or pass --skip-bad")

@@ -32,9 +32,13 @@ from training.options import (
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read: by `rule`, as the spec has it, and by `workers` threads; `crop_padding` in px."""
+    """How images are read: by `rule`, as the spec has it, and by `workers` threads.
+
+    train_size: side of what is trained on, px; crop_padding: px.
+    """
 
     rule: PixelRule
+    train_size: int
     crop_padding: int
     workers: int
 
@@ -110,7 +114,7 @@ def resolve_reading(options: TrainOptions, weights: Pretrained | None = None) ->
     """
     registry.check_name(options.arch)
     own = registry.preset(options.arch)
-    size = options.size or own.size
+    size = size_of(options)
     resize = options.resize or round(size * own.resize / own.size)
     if resize < size:
         raise ValueError(f"--resize {resize}: must be at least --size {size}")
@@ -139,7 +143,17 @@ def resolve_reading(options: TrainOptions, weights: Pretrained | None = None) ->
         interpolation=options.interpolation or (weights.interpolation if weights else "bilinear"),
         fit=fit,
     )
-    return Reading(rule, padding, options.workers or os.cpu_count() or 1)
+    return Reading(rule=rule, train_size=seen, crop_padding=padding, workers=workers_of(options))
+
+
+def size_of(options: TrainOptions) -> int:
+    """Side of the square that the network sees, px."""
+    return options.size or registry.preset(options.arch).size
+
+
+def workers_of(options: TrainOptions) -> int:
+    """Threads that decode the images."""
+    return options.workers or os.cpu_count() or 1
 
 
 def resolve(options: TrainOptions, reading: Reading, *, images: int, flips: bool, device: torch.device) -> Plan:
@@ -157,7 +171,7 @@ def resolve(options: TrainOptions, reading: Reading, *, images: int, flips: bool
     decided = {
         "rule": reading.rule,
         "crop_padding": reading.crop_padding,
-        "train_size": options.train_size or reading.rule.height,
+        "train_size": reading.train_size,
         "flip": flips if options.flip is None else options.flip,
         "batch_size": options.batch_size or (LARGER_BATCH if many_and_small else DEFAULT_BATCH),
         "lr": options.lr or default_lr(options),

@@ -21,7 +21,7 @@ from training import distributed
 from training.console import image_progress
 from training.memory import keep_freed
 from training.options import LARGE_SIZE, TrainOptions
-from training.resolve import Plan, Reading
+from training.resolve import Plan, Reading, size_of
 
 WHITENED_BY = 5000  # images of up to 32 px; fewer of larger ones
 
@@ -38,7 +38,7 @@ def read_weights(options: TrainOptions) -> Pretrained | None:
     if not (options.pretrained or file):
         return None
     registry.check_name(arch)
-    network = registry.build(arch, 2, options.size or registry.preset(arch).size)
+    network = registry.build(arch, 2, size_of(options))
     with nullcontext() if file else distributed.first_alone():  # they may be downloaded
         pretrained = registry.read_pretrained(arch, Path(file) if file else None)
     registry.load_pretrained(network, arch, pretrained)
@@ -78,7 +78,7 @@ def read_data(
     """The images, decoded; see dataset.loading.load."""
     out = Path(options.out).absolute()
     alone = distributed.first_alone() if options.data in BUILT_IN else nullcontext()  # it may be downloaded
-    edge = edge_for(options.train_size or reading.rule.height, reading.rule)
+    edge = edge_for(reading.train_size, reading.rule)
     frames = FrameOptions(edge, options.store) if options.crop_scale else None
     with alone, image_progress("reading") as progress:
         return load(
