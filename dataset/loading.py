@@ -74,24 +74,16 @@ def load(
     assigned = splits.cut_splits(source.entries, val_fraction, test_fraction, split_seed, known)
     for warning in splits.check_splits(source.name, source.entries, assigned):
         say(warning)
-    sampled = choose_samples(source.entries, assigned)
     kept = _Kept(data, source, assigned, rule, frames, scratch=scratch, processes=processes, say=say)
-    files: dict[int, bytes] = {}
-
-    def decode(index: int, image: bytes | Image.Image) -> None:
-        kept.keep(index, image)
-        if index in sampled:
-            files[index] = as_file(image)
-
     with kept.bodies.filling(say):
-        unreadable = decode_each(source, kept.missing(), decode, workers=workers, progress=progress)
+        unreadable = decode_each(source, kept.missing(), kept.keep, workers=workers, progress=progress)
         kept.leave_out(unreadable)
     kept.check(unreadable)
     skipped = name_unreadable(source.entries, unreadable)
     if skipped and not skip_bad:
         raise unreadable_images(data, skipped, len(assigned))
     by_split = _by_split(source, assigned, kept.pixels(workers), kept.rows, unreadable)
-    samples = name_samples(source.entries, files)
+    samples = name_samples(source.entries, kept.files)
     return Data(source.name, source.labels, source.flips, **by_split, samples=samples, skipped=skipped)
 
 
@@ -99,6 +91,7 @@ class _Kept:
     """The decoded images: squares by the rule; with `frames` the training images as whole frames.
 
     rows: of each image its row among those of its kind, by its index.
+    files: of the samples, by their index.
     """
 
     def __init__(
@@ -118,6 +111,8 @@ class _Kept:
         self._squares = sorted(set(range(len(assigned))) - set(self._whole))
         self.rows = {index: row for indices in (self._whole, self._squares) for row, index in enumerate(indices)}
         self._is_whole = set(self._whole)
+        self._sampled = choose_samples(source.entries, assigned)
+        self.files: dict[int, bytes] = {}
         count = len(self._squares)
         self._crops = allocate(count, rule.height, rule.width, scratch, processes=processes, say=say)
         self.bodies: MemoryBodies | StoredBodies = MemoryBodies(0, "raw")
@@ -142,6 +137,8 @@ class _Kept:
             self.bodies[self.rows[index]] = make_frame(image, self._frames.edge, self._rule.colour)
         else:
             self._crops[self.rows[index]] = square(image, self._rule)
+        if index in self._sampled:
+            self.files[index] = as_file(image)
 
     def leave_out(self, unreadable: Collection[int]) -> None:
         """Says which of the images cannot be read, while frames are added."""
