@@ -1,5 +1,6 @@
 import math
 import re
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -10,7 +11,8 @@ from predictor.files import sha256
 from tests.conftest import PROJECT
 from tests.learning import make_plan
 from train import main
-from training.options import flag, make_options, option_names, read_config, shown_on_card
+from training.evaluation import evaluate_run
+from training.options import flag, make_options, option_names, read_config, scoring, shown_on_card
 from training.resolve import Plan
 
 
@@ -106,6 +108,14 @@ def test_what_an_option_left_open_is_decided_in_one_place():
     default = re.compile(r"(?<!not \()\b(?:options|config)\.\w+ or |cpu_count")
     files = [PROJECT / "train.py", *(PROJECT / "training").glob("*.py"), *(PROJECT / "dataset").rglob("*.py")]
     assert [file.name for file in files if default.search(file.read_text())] == ["resolve.py"]
+
+
+def test_scoring_takes_the_options_that_say_which_images_and_where_and_no_others():
+    images = {"data", "download_dir", "val_fraction", "test_fraction", "split_seed", "skip_bad"}
+    assert set(scoring()) == images | {"out", "workers", "device"}
+    for name in set(option_names()) - set(scoring()):
+        with pytest.raises(ValueError, match=f"trains nothing; leave {flag(name)} out"):
+            evaluate_run(Path("runs/none"), None, {name: None}, torch.device("cpu"))
 
 
 def test_scoring_reads_with_as_many_threads_as_training(run, monkeypatch):

@@ -20,23 +20,12 @@ from predictor.spec import PixelRule
 from training import distributed
 from training.console import image_progress
 from training.metrics import calibrated_score
-from training.options import TrainOptions, flag, read_config
+from training.options import TrainOptions, flag, read_config, scoring
 from training.resolve import workers_of
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("unseen", *splits.SPLITS, "all")
-OPTIONS = (
-    "data",
-    "out",
-    "download_dir",
-    "val_fraction",
-    "test_fraction",
-    "split_seed",
-    "skip_bad",
-    "workers",
-    "device",
-)
 BATCH = 256  # images; fewer where the GPU has no room for them
 CPU_PIXELS = 1 << 20  # of a batch on the CPU, where larger ones take memory and gain nothing
 
@@ -87,7 +76,7 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
 
     Args:
         split: one of SPLITS, as `choose` takes it; "unseen" without it.
-        options: those of the command line; `data` and the others of OPTIONS stand for the run's own.
+        options: those of the command line, of which `scoring` has the names; they stand for the run's own.
 
     Returns:
         As `score`, with "run", "data", "split", and "left_out": how many of the run's train and val images are in the
@@ -96,7 +85,7 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
     Raises:
         ValueError: the run, the data or an option cannot be used; the message says why.
     """
-    if fixed := sorted(set(options) - set(OPTIONS)):
+    if fixed := sorted(set(options) - {*scoring()}):
         raise ValueError(f"--evaluate {run}: trains nothing; leave {flag(fixed[0])} out")
     spec, network = load_run(run)
     file = run / "config.yaml"

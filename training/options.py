@@ -41,6 +41,7 @@ def _option(
     high: float | None = None,
     choices: tuple[str, ...] | None = None,
     resumable: bool = False,
+    scoring: bool = False,
     card: str = "",
     announced: bool = False,
 ) -> Any:
@@ -49,11 +50,12 @@ def _option(
     Args:
         low, high: the range, both ends included; `low=0` without `high`: any finite number above 0.
         resumable: whether a run that goes on may have another value.
+        scoring: whether --evaluate takes it, in the place of the run's own.
         card: whether the model card shows it: ALWAYS, IF_CHANGED (from the default), WITH_STEP (schedule), or never.
         announced: whether it is said at the beginning of a run that it is not at its default.
     """
     metadata = {"group": group, "help": help, "low": low, "high": high, "choices": choices}
-    uses = {"resumable": resumable, "card": card, "announced": announced}
+    uses = {"resumable": resumable, "scoring": scoring, "card": card, "announced": announced}
     return field(default=default, metadata=metadata | uses)
 
 
@@ -72,15 +74,22 @@ class TrainOptions:
         "of images as CLASS/* or {train,val,test}/CLASS/*; or a .csv or .parquet with the columns path and label; "
         "or a folder that Hugging Face's save_to_disk has written",
         resumable=True,
+        scoring=True,
     )
-    out: str = _option(MISSING, "data", "run folder to write, e.g. runs/NAME")
-    download_dir: str = _option("data", "data", "where torchvision's data sets are kept", resumable=True)
+    out: str = _option(MISSING, "data", "run folder to write, e.g. runs/NAME", scoring=True)
+    download_dir: str = _option("data", "data", "where torchvision's data sets are kept", resumable=True, scoring=True)
     val_fraction: float = _option(
-        0.1, "data", "share of train cut for validation where there is no val split", low=0.001, high=0.9
+        0.1, "data", "share of train cut for validation where there is no val split", low=0.001, high=0.9, scoring=True
     )
-    test_fraction: float = _option(0.1, "data", "share cut for test where there is no test split", low=0.001, high=0.9)
-    split_seed: int = _option(0, "data", "seed of these cuts; keep it, so that runs share their test split")
-    skip_bad: bool = _option(False, "data", "leave unreadable images out (and list them) instead of stopping")
+    test_fraction: float = _option(
+        0.1, "data", "share cut for test where there is no test split", low=0.001, high=0.9, scoring=True
+    )
+    split_seed: int = _option(
+        0, "data", "seed of these cuts; keep it, so that runs share their test split", scoring=True
+    )
+    skip_bad: bool = _option(
+        False, "data", "leave unreadable images out (and list them) instead of stopping", scoring=True
+    )
     store: str = _option(
         "auto",
         "data",
@@ -89,7 +98,13 @@ class TrainOptions:
         resumable=True,
     )
     workers: int | None = _option(
-        None, "data", "threads that decode the images (default: one for each core)", low=1, high=1024, resumable=True
+        None,
+        "data",
+        "threads that decode the images (default: one for each core)",
+        low=1,
+        high=1024,
+        resumable=True,
+        scoring=True,
     )
 
     arch: str = _option(
@@ -379,7 +394,7 @@ class TrainOptions:
         high=1_000_000,
         resumable=True,
     )
-    device: str = _option("auto", "machine", "auto, cpu, cuda, cuda:N or mps", resumable=True)
+    device: str = _option("auto", "machine", "auto, cpu, cuda, cuda:N or mps", resumable=True, scoring=True)
     amp: str = _option(
         "off",
         "machine",
@@ -458,6 +473,11 @@ def option_names() -> tuple[str, ...]:
 def resumable() -> tuple[str, ...]:
     """The options that a run that goes on may be given anew."""
     return tuple(option.name for option in fields(TrainOptions) if option.metadata["resumable"])
+
+
+def scoring() -> tuple[str, ...]:
+    """The options that --evaluate may be given."""
+    return tuple(option.name for option in fields(TrainOptions) if option.metadata["scoring"])
 
 
 def shown_on_card(values: Mapping[str, Any]) -> dict[str, Any]:
