@@ -64,18 +64,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def demo(options: argparse.Namespace, folder: Path) -> int:
     # Here and not above: torchvision makes a folder in the temporary one as soon as it is imported.
     from dataset.loading import read_split
+    from dataset.terminal import printed
     from export.pipeline import export_run, name_of
     from train import train
-    from training.console import on_terminal
     from training.options import TrainOptions
 
     started = time.perf_counter()
     config = TrainOptions(data=options.data, arch=options.arch, epochs=options.epochs, out=str(options.out))
     print("── 1 of 4: train", flush=True)
-    with on_terminal():
+    with printed("dataset", "training"):
         metrics = train(config, overwrite=True)
     print("\n── 2 of 4: export, prove parity, archive", flush=True)
-    if not all(row.passed for row in export_run(options.out)):
+    with printed("export"):
+        rows = export_run(options.out)
+    if not all(row.passed for row in rows):
         return 1
     print("\n── 3 of 4: serve", flush=True)
     name = name_of(options.out)

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataset.terminal import printed
 from export import output_folder
 from export.package import checksums, golden_images
 from export.pipeline import Options, export_run
@@ -31,10 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faulthandler.enable()  # a runtime that crashes takes this process along; at least its name is said
     try:
         if options.check:
-            return checksums.run_check(options.check, options.public_key)
+            return check(options.check, options.public_key)
         if not options.run:
             raise ValueError("name a run folder, e.g. runs/digits, or --check DIR")
-        rows = export_run(options.run, _asked(options))
+        with printed("export"):
+            rows = export_run(options.run, _asked(options))
     except KeyboardInterrupt:
         print(f"export: stopped; {options.run / output_folder.EXPORT} is as it was", file=sys.stderr)
         return 130
@@ -45,6 +47,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"export: {error}", file=sys.stderr)
         return 2
     return 1 if any(row.failed for row in rows) else 0
+
+
+def check(folder: Path, public_key: Path | None) -> int:
+    """Prints what is wrong with an export. Returns 0 if that is nothing, else 1."""
+    if findings := checksums.check_export(folder, public_key):
+        print(*findings, sep="\n")
+        return 1
+    count = len(checksums.files_of(folder))
+    if public_key:
+        print(f"{count} files, all as exported: signature, sums, contents and answers")
+    else:
+        print(
+            f"{count} files: the sums agree. Nothing was run, and anyone can write files and sums anew: only a "
+            "signature says whose they are (--public-key FILE)"
+        )
+    if others := output_folder.foreign(folder):
+        print(f"no export wrote, though the sums cover: {', '.join(others)}")
+    return 0
 
 
 def _asked(options: argparse.Namespace) -> Options:

@@ -1,19 +1,20 @@
-"""What an export says while it works: a line for each step that is done."""
+"""What an export says while it works, through `logging`: a line for each step that is done."""
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
+log = logging.getLogger(__name__)
+
 
 def say(line: str) -> None:
-    """A line on stdout, at once, above a bar where there is one."""
-    tqdm.write(line)
-    sys.stdout.flush()
+    """A line, which `python -m export` prints."""
+    log.info(line)
 
 
 def one_line(error: Exception) -> str:
@@ -25,7 +26,6 @@ def one_line(error: Exception) -> str:
 def step(what: str) -> Iterator[None]:
     """Says that `what` is done and how long it took; on a terminal also that it is being done."""
     started = time.perf_counter()
-    if sys.stderr.isatty():
-        print(f"{what} …", end="\r", file=sys.stderr, flush=True)
-    yield
+    with tqdm(desc=f"{what} …", bar_format="{desc}", leave=False, disable=None):  # on a terminal only
+        yield
     say(f"{what}: {time.perf_counter() - started:.1f} s")

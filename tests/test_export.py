@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset.terminal import printed
+from export import progress
 from export.__main__ import main
 from export.graphs import exported_program, torchscript
 from export.graphs import onnx as onnx_files
@@ -264,6 +266,25 @@ def test_each_step_is_told_as_it_is_done(copy, capsys, monkeypatch):
 
 
 @pytest.mark.anywhere
+def test_a_step_is_logged_and_the_command_prints_it(capsys):
+    with progress.step("ONNX"):
+        pass
+    assert capsys.readouterr() == ("", "")
+    with printed("export"), progress.step("ONNX"):
+        pass
+    assert re.fullmatch(r"ONNX: \d\.\d s\n", capsys.readouterr().out)
+
+
+@pytest.mark.anywhere
+def test_on_a_terminal_a_step_is_named_while_it_is_being_done(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    with progress.step("ONNX"):
+        assert "ONNX …" in capsys.readouterr().err
+    assert capsys.readouterr().err.isspace()  # it is wiped off
+
+
+@pytest.mark.anywhere
 def test_a_run_that_was_renamed_is_exported_under_its_new_name_alone(copy, monkeypatch, capsys):
     """And its new name is none that TorchServe takes."""
     monkeypatch.setattr(runtimes, "INSTALLED", ("ONNX Runtime",))  # which is quicker
@@ -330,7 +351,7 @@ def test_ties_are_counted_and_not_held_against_a_runtime():
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small"])
-def test_other_architectures_export_and_agree(tmp_path, arch, capsys):
+def test_other_architectures_export_and_agree(tmp_path, arch):
     torch.manual_seed(0)
     size = 64
     network = registry.build(arch, 3, size).eval()
@@ -345,7 +366,7 @@ def test_other_architectures_export_and_agree(tmp_path, arch, capsys):
         temperature=1.7, weights_sha256=weights,
     )  # fmt: skip
     spec.save(out / "spec.json")
-    assert all(row.passed for row in export_run(out)), capsys.readouterr().out
+    assert not [row for row in export_run(out) if not row.passed]
     assert (out / "export" / "net.mar").exists()
 
 

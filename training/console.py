@@ -12,13 +12,14 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from dataset.image_store import Data
+from dataset.terminal import printed
 from training import distributed
 from training.balance import say_uneven
 from training.metrics import one_label_for_all
@@ -31,26 +32,9 @@ SECONDS_A_LINE = 30  # of progress, where there is no terminal
 log = logging.getLogger(__name__)
 
 
-class _Lines(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        sys.stdout.write(record.getMessage() + "\n")  # as it is now: it may have been redirected
-        sys.stdout.flush()
-
-
-@contextmanager
-def on_terminal() -> Iterator[None]:
+def on_terminal() -> AbstractContextManager[None]:
     """In the block, what `dataset` and `training` have to say is printed."""
-    handler, loggers = _Lines(), [logging.getLogger(name) for name in ("dataset", "training")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.removeHandler(handler)
-            logger.setLevel(level)
+    return printed("dataset", "training")
 
 
 class _Pace:

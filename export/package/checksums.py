@@ -14,7 +14,6 @@ import json
 import math
 import re
 import struct
-import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from export import output_folder
 from export.graphs import onnx
 from export.graphs.exported_program import GRAPHS
 from export.output_folder import MANIFEST, STAGED, SUMS
@@ -46,32 +44,6 @@ MOST_TEXT = 64_000_000  # bytes of a text inside an archive: a zip file can prom
 ANEW = "export again or restore the file"
 
 
-def run_check(folder: Path, public_key: Path | None = None) -> int:
-    """Prints what `check` and `signature.verify` find. Returns 0 if that is nothing, 1 if something, 2 for a mistake.
-
-    Where the signature does not hold, no file is parsed: whoever changed one may have meant to harm a parser.
-    """
-    try:
-        findings = _check(folder, public_key)
-    except (ValueError, OSError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 2
-    if findings:
-        print(*findings, sep="\n")
-        return 1
-    count = len(_files(folder))
-    if public_key:
-        print(f"{count} files, all as exported: signature, sums, contents and answers")
-    else:
-        print(
-            f"{count} files: the sums agree. Nothing was run, and anyone can write files and sums anew: only a "
-            "signature says whose they are (--public-key FILE)"
-        )
-    if others := output_folder.foreign(folder):
-        print(f"no export wrote, though the sums cover: {', '.join(others)}")
-    return 0
-
-
 def write_manifest(folder: Path, name: str, version: str, seen: Mapping[str, float] | None = None) -> None:
     """Writes folder/manifest.json: which files this export wrote, and what its archive holds.
 
@@ -82,7 +54,7 @@ def write_manifest(folder: Path, name: str, version: str, seen: Mapping[str, flo
     content = {
         "name": name,
         "version": version,
-        "files": sorted({*_files(folder), MANIFEST, SUMS}),
+        "files": sorted({*files_of(folder), MANIFEST, SUMS}),
         "archive": archive.hashes(packed) if packed.is_file() else {},
         "golden_difference": dict(seen or {}),
     }
@@ -96,13 +68,32 @@ def write_sums(folder: Path) -> None:
         ValueError: a name needs escapes, or the folder holds something else than files and folders.
     """
     lines = []
-    for name in _files(folder):
+    for name in files_of(folder):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: is neither a file nor a folder; remove it")
         if not name.isprintable() or "\\" in name:
             raise ValueError(f"{folder}: the name {name!r} must be printable and without a backslash; rename the file")
         lines.append(f"{sha256(folder / name)}  {name}\n")
     write_text(folder / SUMS, "".join(lines))
+
+
+def check_export(folder: Path, public_key: Path | None = None) -> list[str]:
+    """What `signature.verify`, where there is a key, and `check` find wrong with an export.
+
+    Where the signature does not hold, no file is parsed: whoever changed one may have meant to harm a parser.
+
+    Raises:
+        ValueError: the folder is no export, or the key cannot be used.
+    """
+    if not ((folder / SUMS).exists() or (folder / "parity.json").exists()):
+        within = folder / "export"
+        way_out = f"pass {within}" if within.is_dir() else "make one with `python -m export RUN`"
+        raise ValueError(f"{folder}: is no export, for it has neither {SUMS} nor parity.json; {way_out}")
+    findings = signature.verify(folder, public_key) if public_key else []
+    if not findings:
+        return check(folder, trusted=public_key is not None)
+    _check_sums(folder, findings)
+    return findings
 
 
 def check(folder: Path, *, trusted: bool = False) -> list[str]:
@@ -119,26 +110,14 @@ def check(folder: Path, *, trusted: bool = False) -> list[str]:
     return findings
 
 
-def _check(folder: Path, public_key: Path | None) -> list[str]:
-    if not ((folder / SUMS).exists() or (folder / "parity.json").exists()):
-        within = folder / "export"
-        way_out = f"pass {within}" if within.is_dir() else "make one with `python -m export RUN`"
-        raise ValueError(f"{folder}: is no export, for it has neither {SUMS} nor parity.json; {way_out}")
-    findings = signature.verify(folder, public_key) if public_key else []
-    if not findings:
-        return check(folder, trusted=public_key is not None)
-    _check_sums(folder, findings)
-    return findings
-
-
-# SHA256SUMS
-
-
-def _files(folder: Path) -> list[str]:
+def files_of(folder: Path) -> list[str]:
     """Everything below `folder` that SHA256SUMS must list, by its path in it."""
     entries = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = (path.relative_to(folder).as_posix() for path in entries)
     return sorted(name for name in names if name != SUMS and not name.endswith(".sig"))
+
+
+# SHA256SUMS
 
 
 def _check_sums(folder: Path, findings: list[str]) -> dict[str, str]:
@@ -146,7 +125,7 @@ def _check_sums(folder: Path, findings: list[str]) -> dict[str, str]:
     listed = _read_sums(folder, findings)
     if listed is None:
         return {}
-    there = _files(folder)
+    there = files_of(folder)
     findings += [f"{name}: is not in {SUMS}; remove the file or export again" for name in there if name not in listed]
     whole = {}
     for name, digest in listed.items():
