@@ -1,4 +1,4 @@
-"""The report of a run: a page with the confusion matrix and the mistakes, and PNG files that it shows.
+"""The report of a run: a page (report.html.j2) with the confusion matrix and the mistakes, and PNG files that it shows.
 
 Labels and file names stand in the page alone, which has the reader's fonts: those of the plots know no Chinese.
 """
@@ -6,11 +6,11 @@ Labels and file names stand in the page alone, which has the reader's fonts: tho
 from __future__ import annotations
 
 import csv
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 from PIL import Image
@@ -20,6 +20,7 @@ from dataset.image_store import Data, Split
 from predictor.files import atomic_write, write_text
 from predictor.spec import ModelSpec
 
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 MOST_NAMED_CLASSES = 40  # more rows and columns than this are shown without labels
 MISTAKES = 24
 COLUMNS = 8  # of batch.png and mistakes.png
@@ -52,15 +53,17 @@ def write_report(
     for name, images in tiles.items():
         with atomic_write(folder / name) as file:
             _draw_tiles(images).save(file, "PNG")
-    page = _PAGE.format(
-        title=html.escape(f"{spec.arch} on {spec.trained_on}"),
+    page = _template().render(
+        title=f"{spec.arch} on {spec.trained_on}",
         tile=TILE,
-        facts=_table((), _facts(spec, metrics)),
-        batch=_captioned("batch.png", [html.escape(caption) for caption in batch[1]]),
+        columns=COLUMNS,
+        facts=_facts(spec, metrics),
+        captions=batch[1],
+        labels=spec.labels,
         matrix=_matrix(confusion, spec.labels),
         confused=_confused(confusion, spec.labels),
         mistakes=_mistakes(mistakes, data.test, probabilities, spec.labels),
-        per_class=_per_class(metrics, data),
+        classes=_classes(metrics, data),
     )
     write_text(folder / "index.html", page)
 
@@ -153,116 +156,53 @@ def _facts(spec: ModelSpec, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _matrix(confusion: np.ndarray, labels: tuple[str, ...]) -> str:
-    """A table with the labels; of very many classes the image without them."""
+def _matrix(confusion: np.ndarray, labels: tuple[str, ...]) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Each label with the counts of its row and their shares of it; nothing of very many classes, whose labels would
+    leave no room for them."""
     if len(labels) > MOST_NAMED_CLASSES:
-        return '<img src="confusion.png" alt="confusion matrix of the test images">'
-    head = "".join(f"<th><span>{html.escape(label)}</span></th>" for label in labels)
-    rows = []
-    for label, counts, shares in zip(labels, confusion, _shares(confusion), strict=True):
-        cells = "".join(
-            f'<td style="--share: {share:.2f}">{count or ""}</td>' for count, share in zip(counts, shares, strict=True)
-        )
-        rows.append(f"<tr><th>{html.escape(label)}</th>{cells}</tr>")
-    return (
-        '<div class="matrix"><table><caption>rows: truth; columns: prediction; shades: share of the row</caption>'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+        return []
+    rows = zip(confusion.tolist(), _shares(confusion).tolist(), strict=True)
+    cells = [list(zip(counts, shares, strict=True)) for counts, shares in rows]
+    return list(zip(labels, cells, strict=True))
 
 
-def _confused(confusion: np.ndarray, labels: tuple[str, ...]) -> str:
+def _confused(confusion: np.ndarray, labels: tuple[str, ...]) -> list[tuple[str, str, int]]:
+    """Truth, prediction and number of images, of the pairs that are most often confused."""
     off = confusion - np.diag(np.diag(confusion))
     pairs = [divmod(int(i), len(labels)) for i in off.flatten().argsort()[::-1][:CONFUSIONS]]
-    rows = [(labels[t], labels[a], int(off[t, a])) for t, a in pairs if off[t, a]]
-    return _table(("truth", "prediction", "images"), rows) if rows else "<p>None.</p>"
+    return [(labels[t], labels[a], int(off[t, a])) for t, a in pairs if off[t, a]]
 
 
-def _mistakes(mistakes: list[int], test: Split, probabilities: Tensor, labels: tuple[str, ...]) -> str:
-    """Each image of mistakes.png with its prediction, its truth and its file's name."""
-    if not mistakes:
-        return "<p>None.</p>"
-    captions = []
-    for index in mistakes:
-        predicted, truth = labels[int(probabilities[index].argmax())], labels[int(test.targets[index])]
-        name = test.names[index].encode(errors="replace").decode()  # it may be no UTF-8
-        captions.append(
-            f"{html.escape(predicted)} {float(probabilities[index].max()):.0%}<br>truth: {html.escape(truth)}<br>"
-            f"<small>{html.escape(name)}</small>"
-        )
-    return _captioned("mistakes.png", captions)
+def _mistakes(mistakes: list[int], test: Split, probabilities: Tensor, labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    """What stands below each image of mistakes.png."""
+    return [
+        {
+            "prediction": labels[int(probabilities[index].argmax())],
+            "probability": float(probabilities[index].max()),
+            "truth": labels[int(test.targets[index])],
+            "name": test.names[index].encode(errors="replace").decode(),  # it may be no UTF-8
+        }
+        for index in mistakes
+    ]
 
 
-def _captioned(file: str, captions: Sequence[str]) -> str:
-    """Each image of a file that `_draw_tiles` drew, with its caption in HTML."""
-    figures = []
-    for i, caption in enumerate(captions):
-        left, top = i % COLUMNS * TILE, i // COLUMNS * TILE
-        figures.append(
-            f'<figure><img src="{file}" alt="" style="object-position: -{left}px -{top}px">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    return f'<div class="tiles">{"".join(figures)}</div>'
-
-
-def _per_class(metrics: dict[str, Any], data: Data) -> str:
+def _classes(metrics: dict[str, Any], data: Data) -> list[tuple[Any, ...]]:
+    """Label, precision, recall, F1, and the number of train, val and test images."""
     train, val = (torch.bincount(s.targets, minlength=len(data.labels)).tolist() for s in (data.train, data.val))
-    rows = [
-        (
-            label,
-            f"{row['precision']:.3f}",
-            f"{row['recall']:.3f}",
-            f"{row['f1']:.3f}",
-            train[i],
-            val[i],
-            row["images"],
-        )
+    return [
+        (label, *(f"{row[score]:.3f}" for score in ("precision", "recall", "f1")), train[i], val[i], row["images"])
         for i, (label, row) in enumerate(metrics["test"]["per_class"].items())
     ]
-    return _table(("class", "precision", "recall", "F1", "train images", "val", "test"), rows)
 
 
-def _table(head: tuple[str, ...], rows: Any) -> str:
-    def line(cells: Any, tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    top = f"<thead>{line(head, 'th')}</thead>" if head else ""
-    return f"<table>{top}<tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-  :root {{ color-scheme: light dark; }}
-  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }}
-  h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2.5rem; }}
-  table {{ border-collapse: collapse; }}
-  td, th {{ text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8884; overflow-wrap: anywhere; }}
-  img {{ max-width: 100%; height: auto; background: white; border-radius: 6px; }}
-  .matrix {{ overflow-x: auto; }}
-  .matrix caption {{ text-align: left; }}
-  .matrix td {{ text-align: right; padding: .2rem .5rem; background: rgb(31 119 180 / calc(var(--share) * 80%)); }}
-  .matrix thead span {{ writing-mode: vertical-rl; }}
-  .tiles {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
-  figure {{ margin: 0; width: {tile}px; overflow-wrap: anywhere; line-height: 1.3; }}
-  figure img {{ width: {tile}px; height: {tile}px; object-fit: none; image-rendering: pixelated; }}
-</style>
-<h1>{title}</h1>
-{facts}
-<h2>Curves</h2>
-<img src="curves.png" alt="loss, accuracy and learning rate over the epochs">
-<h2>What training sees</h2>
-<p>Images of the first training batch, after augmentation: check that a person could still label them.</p>
-{batch}
-<h2>Confusion matrix</h2>
-{matrix}
-<h2>Most often confused</h2>
-{confused}
-<h2>Most confident mistakes</h2>
-{mistakes}
-<h2>Each class, on the test images</h2>
-{per_class}
-</html>
-"""
+def _template() -> jinja2.Template:
+    """index.html; labels and names of files are escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=True,
+    )
+    return environment.get_template(TEMPLATE.name)
