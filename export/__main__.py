@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with printed("export"):
             rows = export_run(options.run, _asked(options))
     except KeyboardInterrupt:
-        print(f"export: stopped; {options.run / output_folder.EXPORT} is as it was", file=sys.stderr)
+        kept = "nothing was changed" if options.check else f"{options.run / output_folder.EXPORT} is as it was"
+        print(f"export: stopped; {kept}", file=sys.stderr)
         return 130
     except parity.ParityError as error:
         print(f"export: {error}", file=sys.stderr)

@@ -239,6 +239,16 @@ def test_whatever_stops_an_export_the_earlier_one_stays_whole(copy, monkeypatch,
 
 
 @pytest.mark.anywhere
+def test_ctrl_c_ends_a_check_in_one_line(exported, monkeypatch, capsys):
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checksums, "sha256", stops)
+    assert main(["--check", str(exported)]) == 130
+    assert capsys.readouterr().err == "export: stopped; nothing was changed\n"
+
+
+@pytest.mark.anywhere
 def test_a_disk_that_takes_no_more_leaves_the_earlier_export(copied, capsys):
     """A real refusal by the system: of every write beyond 100 kB of a file."""
     resource = pytest.importorskip("resource")
