@@ -3,8 +3,11 @@
     python demo.py
     python demo.py --data DIR --arch resnet18 --epochs 10 --out runs/NAME
 
+Replaces the run in --out only if that has the same data, network and number of epochs, as an earlier demo's has.
+
 Ends with 0 only if all of it worked, the accuracy over HTTP is that of metrics.json to within 0.1 point, and at least
---at-least of the images are right.
+--at-least of the images are right; with 1 if a figure is not as it must be, 2 if a step cannot be done, and 130 after
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,9 +20,13 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clients.python.classify import Client
-from launcher import Ports, ServerError, serving
+from launcher import Ports, serving
+
+if TYPE_CHECKING:
+    from training.options import TrainOptions
 
 SHOWN = 20  # rows of the table; all images are classified
 
@@ -44,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default="digits", help="as train.py's (digits)")
     parser.add_argument("--arch", default="simplecnn", help="as train.py's (simplecnn)")
     parser.add_argument("--epochs", type=int, default=10, help="as train.py's (10)")
-    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="run folder (runs/digits)")
+    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="run folder to write (runs/digits)")
     parser.add_argument("--at-least", type=float, default=0.0, help="share of the images that must be right, 0..1")
     options = parser.parse_args(arguments)
     before = os.environ.copy()
@@ -52,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["TMPDIR"] = tempfile.tempdir = folder  # torch and others leave files there, which end with it
         try:
             return demo(options, Path(folder) / "serve")
-        except (ValueError, ServerError) as error:
+        except KeyboardInterrupt:
+            print("demo.py: interrupted", file=sys.stderr)
+            return 130
+        except (ValueError, OSError, RuntimeError) as error:  # the last: a loss of NaN, no parity, no server
             print(f"demo.py: {error}", file=sys.stderr)
             return 2
         finally:
@@ -71,6 +81,7 @@ def demo(options: argparse.Namespace, folder: Path) -> int:
 
     started = time.perf_counter()
     config = TrainOptions(data=options.data, arch=options.arch, epochs=options.epochs, out=str(options.out))
+    check_free(options.out, config)
     print("── 1 of 4: train", flush=True)
     with printed("dataset", "training"):
         metrics = train(config, overwrite=True)
@@ -88,6 +99,23 @@ def demo(options: argparse.Namespace, folder: Path) -> int:
         results = classify_all(Client(server.url, name, server.key()), read_split(options.data, "test"))
     print_table(results)
     return verdict(results, metrics["test"]["accuracy"], options, time.perf_counter() - started)
+
+
+def check_free(out: Path, config: TrainOptions) -> None:
+    """
+    Raises:
+        ValueError: the folder holds a run that is not a demo's with these options.
+    """
+    from training.options import read_config  # as in `demo`
+    from training.run_folder import results_in
+
+    if found := results_in(out):
+        try:
+            made = read_config(out / "config.yaml")
+        except ValueError:
+            made = {}
+        if any(made.get(name) != getattr(config, name) for name in ("data", "arch", "epochs")):
+            raise ValueError(f"--out {out}: holds a run that is not this demo's ({found[0]}); pass another --out")
 
 
 def classify_all(client: Client, images: Iterable[tuple[str, str, bytes]]) -> list[Result]:

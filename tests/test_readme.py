@@ -1,5 +1,6 @@
 """The commands of the README and of docs/, run as they are printed, from a fresh copy of the project."""
 
+import errno
 import os
 import re
 import shlex
@@ -8,15 +9,19 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import demo
 import train
-from launcher import archives_of
+from export.proof.parity import ParityError
+from launcher import ServerError, archives_of
 from tests.conftest import PROJECT, label_of
 from tests.folders import COLOURS, image
 from tests.test_serve import running_in
 from training import resolve
+from training.failures import Diverged
 
 README = (PROJECT / "README.md").read_text()
 DOCS = PROJECT / "docs"
@@ -168,7 +173,8 @@ def test_the_demo_works_and_leaves_nothing_behind(checkout, tmp_path):
     (checkout / ".venv" / "ready").touch()
     command = shell("make --dry-run demo", checkout).stdout.strip()
     assert command == ".venv/bin/python demo.py --at-least 0.95"
-    done = shell(". .venv/bin/activate; python demo.py --at-least 0.5", checkout, TMPDIR=str(temporary))
+    script = ". .venv/bin/activate; python demo.py --at-least 0.5 --out runs/demo"  # runs/digits is that of the pages
+    done = shell(script, checkout, TMPDIR=str(temporary))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "image" in done.stdout
     assert "probability" in done.stdout
@@ -177,9 +183,55 @@ def test_the_demo_works_and_leaves_nothing_behind(checkout, tmp_path):
     assert not running_in(checkout)
 
 
-def test_the_demo_fails_where_it_should(tmp_path, capsys):
-    import demo
+@pytest.fixture
+def demo_trains(monkeypatch):
+    """Calls demo.py for a folder and an epoch; what follows the training is left out, and gives 1."""
+    monkeypatch.setattr("export.pipeline.export_run", lambda run: [SimpleNamespace(passed=False)])
+    return lambda out, *more: demo.main(["--epochs", "1", "--out", str(out), *more])
 
+
+def test_the_demo_replaces_its_own_run_and_no_other(tmp_path, capsys, demo_trains):
+    out = tmp_path / "a run"
+    assert demo_trains(out) == 1
+    before = (out / "model.pt").stat().st_mtime_ns
+    assert demo_trains(out) == 1
+    trained = (out / "model.pt").stat().st_mtime_ns
+    assert trained != before
+    capsys.readouterr()
+    refusal = f"demo.py: --out {out}: holds a run that is not this demo's (model.pt); pass another --out\n"
+    for others in (["--epochs", "2"], ["--arch", "fastnet_small"], ["--data", "mnist"]):
+        assert demo_trains(out, *others) == 2
+        assert capsys.readouterr().err == refusal
+    for text in ("epochs: [", ""):
+        (out / "config.yaml").write_text(text)
+        assert demo_trains(out) == 2
+        assert capsys.readouterr().err == refusal
+    (out / "config.yaml").unlink()
+    assert demo_trains(out) == 2
+    assert capsys.readouterr().err == refusal
+    assert (out / "model.pt").stat().st_mtime_ns == trained
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.EACCES, "Permission denied"), 2, "[Errno 13] Permission denied"),
+        (Diverged("the loss is nan"), 2, "the loss is nan"),
+        (ParityError("no images"), 2, "no images"),
+        (ServerError("no Java"), 2, "no Java"),
+    ],
+)
+def test_whatever_ends_the_demo_is_one_line(tmp_path, monkeypatch, capsys, error, code, words):
+    def ends(*_, **__):
+        raise error
+
+    monkeypatch.setattr("train.train", ends)
+    assert demo.main(["--out", str(tmp_path / "run")]) == code
+    assert capsys.readouterr().err == f"demo.py: {words}\n"
+
+
+def test_the_demo_fails_where_it_should(tmp_path, capsys):
     results = [demo.Result("1.png", "a", "a", 0.9, 1.0)] * 9 + [demo.Result("2.png", "a", "b", 0.8, 1.0)]
     options = type("TrainOptions", (), {"out": tmp_path, "at_least": 0.95})
     demo.print_table(results)

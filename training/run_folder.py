@@ -74,6 +74,11 @@ def claimed(out: Path, data: str, *, resume: bool = False, overwrite: bool = Fal
                 folder.rmdir()
 
 
+def results_in(out: Path) -> list[str]:
+    """The files of a run that the folder holds, by which it is one: weights, or a state to go on from, among them."""
+    return [name for name in (*RESULTS, CHECKPOINT) if (out / name).exists()]
+
+
 def begin(out: Path, *, resume: bool) -> None:
     """Removes the results of an earlier run, unless it goes on: one that ends early would leave another's weights."""
     for name in () if resume else (*RESULTS, CHECKPOINT, splits.FILE):
@@ -146,7 +151,7 @@ def _check_apart(out: Path, data: str, flag: str) -> None:
 
 
 def _check_free(out: Path, flag: str) -> None:
-    if found := [name for name in (*RESULTS, CHECKPOINT) if (out / name).exists()]:
+    if found := results_in(out):
         raise ValueError(
             f"{flag}: holds a run already ({found[0]}); go on with it (--resume {shlex.quote(str(out))}), "
             "choose another folder, or pass --overwrite"
