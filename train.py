@@ -33,11 +33,10 @@ from dataset import splits
 from dataset.image_store import Data
 from dataset.sources import Source
 from model import checkpoint, registry
-from predictor.files import write_text
 from training import console, distributed, resume_state, run_folder
 from training.command_line import parse
 from training.epoch import PartialEpoch, evaluate_val, make_row, train_epoch
-from training.evaluation import evaluate_run
+from training.evaluation import show_evaluation
 from training.failures import Diverged, Interrupted, OutOfMemory, explained, way_back
 from training.freezing import prepare_backbone
 from training.head_fit import fit_head
@@ -89,7 +88,7 @@ def run(command: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
     if command.evaluate:
         if other := [name for name in ("resume", "config", "recipe", "overwrite") if getattr(command, name)]:
             raise ValueError(f"--evaluate {command.evaluate}: trains nothing; leave --{other[0]} out")
-        return show_evaluation(command, given)
+        return show_evaluation(command.evaluate, command.split, given)
     if command.split:
         raise ValueError("--split: belongs to --evaluate RUN; --val-fraction and --test-fraction cut the data")
     if command.resume:
@@ -102,15 +101,6 @@ def run(command: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
     is_open = not (command.resume or command.config or command.recipe)
     metrics = train(options, bool(command.resume), command.overwrite, given if is_open else None)
     return {"run": options.out, **metrics}
-
-
-def show_evaluation(command: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
-    """Scores a run, says so in a line, and writes the JSON that --out names."""
-    scores = evaluate_run(command.evaluate, command.split, given, pick_device(given.get("device", "auto")))
-    if "out" in given and distributed.rank() == 0:
-        write_text(given["out"], json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
-    console.say_evaluation(scores)
-    return scores
 
 
 def train(

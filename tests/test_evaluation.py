@@ -109,6 +109,40 @@ def test_a_mistake_is_one_line(colours, capsys, arguments, words):
     assert error.count("\n") == 1
 
 
+def test_the_scores_replace_only_earlier_scores(run, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "new" / "scores.json"
+    for split in ("test", "val"):
+        evaluate(capsys, run, "--split", split, "--out", file)
+        assert json.loads(file.read_text())["split"] == split
+    mine = tmp_path / "mine"
+    monkeypatch.setattr("training.evaluation.read_images", lambda *_: pytest.fail("the images were read first"))
+    for content in (b"mine", b"\xff\xfe", b"[1]", (run / "metrics.json").read_bytes()):
+        mine.write_bytes(content)
+        refuse(capsys, run, mine, "holds something other than an evaluation's scores; name another file")
+        assert mine.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        (".", "is a folder; name a file, e.g. scores.json"),
+        ("file/scores.json", "cannot be written (Not a directory); name another file"),
+        ("/proc/scores.json", "cannot be written (No such file or directory); name another file"),
+        ("/dev/null", "is a device; name a file, e.g. scores.json"),
+    ],
+)
+def test_scores_that_cannot_be_kept_are_said_before_an_image_is_read(run, tmp_path, capsys, monkeypatch, out, words):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("training.evaluation.read_images", lambda *_: pytest.fail("the images were read first"))
+    refuse(capsys, run, tmp_path / out, words)
+
+
+def refuse(capsys, run, out, words):
+    capsys.readouterr()
+    assert main(["--evaluate", str(run), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"train.py: --out {out}: {words}\n"
+
+
 def test_a_run_that_is_none_and_a_split_without_evaluate(tmp_path, capsys):
     assert main(["--evaluate", str(tmp_path / "none"), "--data", "digits"]) == 2
     assert "none: no such file" in capsys.readouterr().err

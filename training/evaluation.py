@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,13 @@ from dataset.image_store import Split, allocate
 from dataset.sources import DataError, Entry, Source, open_source
 from model import load_run
 from model.tensor_preprocessing import normalise
+from predictor.files import write_text
 from predictor.spec import PixelRule
 from training import distributed
-from training.console import image_progress
+from training.console import image_progress, say_evaluation
 from training.metrics import calibrated_score
 from training.options import TrainOptions, flag, read_config, scoring
-from training.resolve import workers_of
+from training.resolve import pick_device, workers_of
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,22 @@ def evaluate(
     else:
         return torch.cat([part for parts in distributed.gather(logits) for part in parts])
     return evaluate(network, split, mean, std, mirrored=mirrored, progress=progress, batch=batch // 2, amp=amp)
+
+
+def show_evaluation(run: Path, split: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """`evaluate_run`, said in a line, and written as JSON where `options` name a file (`out`).
+
+    Raises:
+        ValueError: as `evaluate_run`; or, before an image is read, the file cannot be written, or holds something else.
+    """
+    file = Path(options["out"]) if "out" in options else None
+    if file:
+        _check_scores_file(file)
+    scores = evaluate_run(run, split, options, pick_device(options.get("device", "auto")))
+    if file and distributed.rank() == 0:
+        write_text(file, json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    say_evaluation(scores)
+    return scores
 
 
 def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -153,6 +173,27 @@ def read_images(
     targets = torch.tensor([labels.index(source.entries[index].label) for index in kept])
     names = [source.entries[index].key for index in kept]
     return Split(pixels, torch.tensor([rows[index] for index in kept]), targets, names)
+
+
+def _check_scores_file(file: Path) -> None:
+    """
+    Raises:
+        ValueError: it cannot be written, or holds something other than an earlier evaluation's scores.
+    """
+    flag = f"--out {file}"
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{flag}: is {'a folder' if file.is_dir() else 'a device'}; name a file, e.g. scores.json")
+    try:
+        tempfile.TemporaryFile(dir=next(folder for folder in file.absolute().parents if folder.exists())).close()
+        if not file.exists():
+            return
+        scores = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{flag}: cannot be written ({error.strerror}); name another file") from None
+    except ValueError:  # neither text nor JSON
+        scores = None
+    if not isinstance(scores, dict) or not {"run", "split"} <= scores.keys():
+        raise ValueError(f"{flag}: holds something other than an evaluation's scores; name another file")
 
 
 def _say_what_is_scored(
