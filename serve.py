@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     archives = archives_of(options.run / "export")
     if not archives:
-        print(f"serve.py: {options.run}: nothing exported; run `python -m export {options.run}`", file=sys.stderr)
+        command = f"python -m export {shlex.quote(str(options.run))}"
+        print(f"serve.py: {options.run}: nothing exported; run `{command}`", file=sys.stderr)
         return 2
     exit_on_signals()
     folder, console = options.run / "serve", sys.stdout.fileno() if options.console else None

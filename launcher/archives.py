@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -26,10 +27,11 @@ def archives_of(folder: Path) -> list[Path]:
 
 def check_freshness(archive: Path, run: Path) -> None:
     """Raises ServerError unless the archive was made from the run as it is now."""
+    command = f"python -m export {shlex.quote(str(run))}"
     try:
         with zipfile.ZipFile(archive) as files:
             fresh = json.loads(files.read("spec.json")) == json.loads((run / "spec.json").read_text())
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ServerError(f"{archive}: cannot be checked ({error}); run `python -m export {run}`") from None
+        raise ServerError(f"{archive}: cannot be checked ({error}); run `{command}`") from None
     if not fresh:
-        raise ServerError(f"{archive}: is of an earlier training; run `python -m export {run}`")
+        raise ServerError(f"{archive}: is of an earlier training; run `{command}`")

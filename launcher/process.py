@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -159,7 +160,8 @@ def _resolve(config: Path, ports: Ports | None, settings: dict[str, str]) -> tup
 def _check(archives: Sequence[Path], properties: dict[str, str], config: Path) -> None:
     for archive in archives:
         if not archive.is_file():
-            raise ServerError(f"{archive}: no such archive; make it with `python -m export {archive.parent.parent}`")
+            command = f"python -m export {shlex.quote(str(archive.parent.parent))}"
+            raise ServerError(f"{archive}: no such archive; make it with `{command}`")
     for name in sorted(FILES.intersection(properties)):
         if not Path(properties[name]).is_file():
             raise ServerError(f"{config}: {name} is {properties[name]}, and there is no such file")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -153,7 +154,8 @@ class ModelSpec:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise SpecError(f"{path}: no such file; make a run with `python train.py --out {path.parent}`") from None
+            command = f"python train.py --data DIR --out {shlex.quote(str(path.parent))}"
+            raise SpecError(f"{path}: no such file; make a run with `{command}`") from None
         except (OSError, UnicodeDecodeError) as error:
             raise SpecError(f"{path}: cannot be read ({error})") from None
         return cls.from_json(text, source=str(path))

@@ -61,12 +61,12 @@ def test_a_taken_port_is_named(exported, tmp_path):
 
 def test_a_missing_archive_is_named_with_the_command_that_makes_it(tmp_path, capsys):
     with (
-        pytest.raises(ServerError, match=r"no such archive.*python -m export"),
-        serving([tmp_path / "x" / "export" / "x.mar"], tmp_path, ports=Ports.free()),
+        pytest.raises(ServerError, match=f"no such archive.*`python -m export '{tmp_path / 'my run'}'`"),
+        serving([tmp_path / "my run" / "export" / "x.mar"], tmp_path, ports=Ports.free()),
     ):
         pass
-    assert serve.main([str(tmp_path)]) == 2
-    assert "nothing exported; run `python -m export" in capsys.readouterr().err
+    assert serve.main([str(tmp_path / "my run")]) == 2
+    assert f"nothing exported; run `python -m export '{tmp_path / 'my run'}'`" in capsys.readouterr().err
 
 
 def test_the_users_java_wins_and_a_wrong_one_is_named(monkeypatch, tmp_path):
@@ -234,11 +234,12 @@ def running_in(folder):
 
 
 def test_an_archive_of_an_earlier_training_is_not_served(run, exported, tmp_path, capsys):
-    shutil.copytree(run, tmp_path / "digits", ignore=shutil.ignore_patterns("last.ckpt", "serve"))
-    spec = tmp_path / "digits" / "spec.json"
+    mine = tmp_path / "my run"
+    shutil.copytree(run, mine, ignore=shutil.ignore_patterns("last.ckpt", "serve"))
+    spec = mine / "spec.json"
     spec.write_text(spec.read_text().replace('"7"', '"seven"'))
-    assert serve.main([str(tmp_path / "digits")]) == 2
-    assert "is of an earlier training; run `python -m export" in capsys.readouterr().err
-    (tmp_path / "digits" / "export" / "digits.mar").write_bytes(b"half an arch")
-    assert serve.main([str(tmp_path / "digits")]) == 2
-    assert "cannot be checked (File is not a zip file)" in capsys.readouterr().err
+    assert serve.main([str(mine)]) == 2
+    assert f"is of an earlier training; run `python -m export '{mine}'`" in capsys.readouterr().err
+    (mine / "export" / "digits.mar").write_bytes(b"half an arch")
+    assert serve.main([str(mine)]) == 2
+    assert f"cannot be checked (File is not a zip file); run `python -m export '{mine}'`" in capsys.readouterr().err

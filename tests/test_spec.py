@@ -112,8 +112,8 @@ def test_what_is_no_object_is_refused(text):
 
 
 def test_a_missing_file_is_named_with_the_command_that_makes_it(tmp_path):
-    with pytest.raises(SpecError, match=r"no such file.*train\.py"):
-        ModelSpec.load(tmp_path / "spec.json")
+    with pytest.raises(SpecError, match=f"no such file.*`python train.py --data DIR --out '{tmp_path / 'my run'}'`"):
+        ModelSpec.load(tmp_path / "my run" / "spec.json")
 
 
 VERSION_1 = {key: value for key, value in GOOD.items() if key not in PixelRule.__dataclass_fields__}
