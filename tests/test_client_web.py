@@ -505,7 +505,7 @@ def test_several_images_are_taken_by_one_drop_together_with_their_model(browser,
     visit.context.close()
 
 
-def with_spec(path: Path, target: Path, **changes: str) -> Path:
+def with_spec(path: Path, target: Path, **changes: Any) -> Path:
     """The ONNX file with another spec in its metadata."""
     import onnx
 
@@ -520,14 +520,17 @@ def test_only_a_model_of_digits_has_a_pad(visit, exported, tmp_path):
     assert visit.page.is_visible("#pad")
     visit.draw(DIGITS["7"])
     visit.wait_for("#page-answer .headline", "In this page: ")
-    clothes = with_spec(
-        exported / "digits.pixels.onnx", tmp_path / "clothes.pixels.onnx", trained_on="clothes, 10 labels"
-    )
-    visit.page.set_input_files("#model-file", clothes)
-    visit.wait_for("#model-status", "clothes.pixels.onnx is ready")
-    assert not visit.page.is_visible("#drawing")
-    assert not visit.page.is_visible("#seen")
-    visit.wait_for("#page-answer .headline", "Nothing classified yet.")
+    letters = list("ABCDEFGHIJ")
+    for name, changes in (
+        ("clothes", {"trained_on": "clothes, 10 labels"}),
+        ("letters", {"trained_on": "digits, 100 images", "labels": letters}),  # of a folder called digits
+    ):
+        other = with_spec(exported / "digits.pixels.onnx", tmp_path / f"{name}.pixels.onnx", **changes)
+        visit.page.set_input_files("#model-file", other)
+        visit.wait_for("#model-status", f"{name}.pixels.onnx is ready")
+        assert not visit.page.is_visible("#drawing")
+        assert not visit.page.is_visible("#seen")
+        visit.wait_for("#page-answer .headline", "Nothing classified yet.")
     visit.page.set_input_files("#model-file", exported / "digits.pixels.onnx")
     visit.wait_for("#model-status", "digits.pixels.onnx is ready")
     assert visit.page.is_visible("#pad")

@@ -53,13 +53,18 @@ async function loadModel(name, file) {
     find("card-entries").replaceChildren(...card(spec));
     find("card").hidden = false;
     model = name.replace(/(\.pixels)?\.onnx$/, "");
-    showPad(Boolean(spec.trained_on?.startsWith("digits,"))); // drawings are prepared for models of that data only
+    showPad(isOfDigits(spec));
     showServer();
     setStatus(`${name} is ready (onnxruntime-web ${version}).`);
     await classify();
   } catch (error) {
     setStatus(`${name}: ${error.message}`, true);
   }
+}
+
+// Drawings are prepared as the images of the data set "digits" were: not for any folder of that name.
+function isOfDigits({ trained_on, labels }) {
+  return Boolean(trained_on?.startsWith("digits,")) && labels.join() === "0,1,2,3,4,5,6,7,8,9";
 }
 
 async function fetchModel(address) {
