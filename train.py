@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 import logging
-import math
 import signal
 import sys
 import time
@@ -34,16 +33,16 @@ from dataset.image_store import Data
 from dataset.sources import Source
 from model import checkpoint, registry
 from training import console, distributed, resume_state, run_folder
-from training.command_line import parse
+from training.command_line import check_flags, parse, training_options
 from training.epoch import PartialEpoch, evaluate_val, make_row, train_epoch
 from training.evaluation import show_evaluation
-from training.failures import Diverged, Interrupted, OutOfMemory, explained, way_back
+from training.failures import Diverged, Interrupted, OutOfMemory, check_loss, explained, has_finite_weights
 from training.freezing import prepare_backbone
 from training.head_fit import fit_head
 from training.interruption import interruptible
 from training.learner import Learner, make_learner
 from training.metrics import score
-from training.options import RECIPES, TrainOptions, flag, make_options, resumed_options
+from training.options import RECIPES, TrainOptions
 from training.preview import first_batch
 from training.report import write_report
 from training.resolve import Plan, pick_device, recorded, resolve, resolve_reading
@@ -52,7 +51,7 @@ from training.resume_state import Progress
 from training.run_folder import EpochFiles
 from training.schedule import Schedule
 from training.selection import MEASURES, is_better, is_out_of_patience, snapshot
-from training.start import make_network, near, read_data, read_weights
+from training.start import check_weights, make_network, near, read_data, read_weights
 from training.suggestion import choose
 
 log = logging.getLogger("training.command")
@@ -85,19 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(command: argparse.Namespace, given: dict[str, Any]) -> dict[str, Any]:
     """Does what the command line says; returns what --json prints."""
+    check_flags(command)
     if command.evaluate:
-        if other := [name for name in ("resume", "config", "recipe", "overwrite") if getattr(command, name)]:
-            raise ValueError(f"--evaluate {command.evaluate}: trains nothing; leave --{other[0]} out")
         return show_evaluation(command.evaluate, command.split, given)
-    if command.split:
-        raise ValueError("--split: belongs to --evaluate RUN; --val-fraction and --test-fraction cut the data")
-    if command.resume:
-        if command.overwrite:
-            raise ValueError(f"--resume {command.resume}: goes on with the run that is there; leave --overwrite out")
-        source = "config" if command.config else "recipe" if command.recipe else None
-        options = resumed_options(command.resume, source, given)
-    else:
-        options = make_options(command.config, given, command.recipe)
+    options = training_options(command, given)
     is_open = not (command.resume or command.config or command.recipe)
     metrics = train(options, bool(command.resume), command.overwrite, given if is_open else None)
     return {"run": options.out, **metrics}
@@ -129,19 +119,6 @@ def train(
         return train_into(out, options, resume, source)
 
 
-def check_weights(options: TrainOptions) -> None:
-    """
-    Raises:
-        ValueError: an option is about trained weights, and there are none.
-    """
-    for name in ("freeze", "freeze_first", "head_first", "hold_norms"):
-        if getattr(options, name) and not (options.pretrained or options.weights):
-            raise ValueError(
-                f"{flag(name)}: without trained weights the head would learn from random features; "
-                f"pass --pretrained or --weights FILE, or leave {flag(name)} out"
-            )
-
-
 def train_into(out: Path, options: TrainOptions, resume: bool, source: Source | None) -> dict[str, Any]:
     """As `train`, in a run folder that is ready for it."""
     # TrainOptions and data: a plan
@@ -160,7 +137,7 @@ def train_into(out: Path, options: TrainOptions, resume: bool, source: Source | 
 
     # Loop
     progress = Progress()
-    with interruptible(lambda number: say_what_is_kept(number, progress)) as interrupted:
+    with interruptible(lambda number: console.say_what_is_kept(number, bool(progress.history))) as interrupted:
         learner = make_learner(network, scale, plan, data.train.targets)
         schedule = Schedule(learner.optimizer, plan, interrupted)
         if resume and (out / resume_state.FILE).exists():
@@ -200,7 +177,7 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
     files = EpochFiles(out, history) if distributed.rank() == 0 else None
 
     def save(begun: PartialEpoch) -> None:
-        if files and has_finite_weights(learner):  # else the next step's loss says so
+        if files and has_finite_weights(learner.network):  # else the next step's loss says so
             files.save(resume_state.collect(learner, schedule, progress, data, begun))
         schedule.saved()
 
@@ -225,7 +202,7 @@ def learn(learner: Learner, data: Data, plan: Plan, schedule: Schedule, progress
         # Evaluate
         val = score(evaluate_val(learner, data, plan), data.val.targets, data.labels)
         row = make_row(history, trained, val, schedule)
-        check_finite(val, row, last, epoch)
+        check_loss(val["loss"], row["epoch"], last, epoch)
         progress.add(row, trained.images, trained.seconds)
         stuck = console.say_epoch(row, val, stuck)
 
@@ -263,26 +240,6 @@ def is_finished(progress: Progress, plan: Plan, schedule: Schedule) -> bool:
     if stuck := is_out_of_patience(progress.history, plan, schedule.progress):
         log.info(f"no better {MEASURES[plan.select]} for {plan.patience} epochs: stopping early")
     return stuck
-
-
-def check_finite(val: dict[str, Any], row: dict[str, float], last: Path, epoch: int) -> None:
-    """
-    Raises:
-        Diverged: by the last step's update, which no checkpoint may hold.
-    """
-    if not math.isfinite(val["loss"]):
-        raise Diverged(f"the loss on val is {val['loss']} after epoch {row['epoch']}; {way_back(last, epoch)}")
-
-
-def has_finite_weights(learner: Learner) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in learner.network.parameters())
-
-
-def say_what_is_kept(number: int, progress: Progress) -> None:
-    """At the first signal; before there is something to keep, the end says so."""
-    if progress.history and distributed.local_rank() == 0:
-        again, state = ("SIGTERM", ", and the state for --resume") if number == signal.SIGTERM else ("Ctrl-C", "")
-        print(f"interrupted: the best weights so far are kept{state}; {again} again stops at once", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from training.evaluation import SPLITS
-from training.options import add_options, flag, option_names, resumable
+from training.options import (
+    TrainOptions,
+    add_options,
+    flag,
+    make_options,
+    option_names,
+    resumable,
+    resumed_options,
+)
 
 
 def parse(arguments: Sequence[str] | None, description: str | None) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -42,3 +50,29 @@ def parse(arguments: Sequence[str] | None, description: str | None) -> tuple[arg
     parsed = vars(parser.parse_args(arguments))
     given = {name: parsed.pop(name) for name in option_names() if name in parsed}
     return argparse.Namespace(**parsed), given
+
+
+def check_flags(command: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: flags that do not go together.
+    """
+    if command.evaluate:
+        if other := [name for name in ("resume", "config", "recipe", "overwrite") if getattr(command, name)]:
+            raise ValueError(f"--evaluate {command.evaluate}: trains nothing; leave --{other[0]} out")
+    elif command.split:
+        raise ValueError("--split: belongs to --evaluate RUN; --val-fraction and --test-fraction cut the data")
+    elif command.resume and command.overwrite:
+        raise ValueError(f"--resume {command.resume}: goes on with the run that is there; leave --overwrite out")
+
+
+def training_options(command: argparse.Namespace, given: dict[str, Any]) -> TrainOptions:
+    """The options of the training that is asked for: of a run that goes on, or of a new one.
+
+    Raises:
+        ValueError: as `resumed_options` and `make_options`.
+    """
+    if command.resume:
+        source = "config" if command.config else "recipe" if command.recipe else None
+        return resumed_options(command.resume, source, given)
+    return make_options(command.config, given, command.recipe)

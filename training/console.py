@@ -9,6 +9,7 @@ import logging
 import math
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -148,6 +149,13 @@ def announce(options: TrainOptions, plan: Plan, data: Data, seconds: float) -> N
         extras.append(f"{distributed.world()} processes")
     if extras:
         log.info("with " + ", ".join(extras))
+
+
+def say_what_is_kept(number: int, has_weights: bool) -> None:
+    """At the first signal, `number`; where there are no weights to keep yet, the end says so."""
+    if has_weights and distributed.local_rank() == 0:
+        again, state = ("SIGTERM", ", and the state for --resume") if number == signal.SIGTERM else ("Ctrl-C", "")
+        print(f"interrupted: the best weights so far are kept{state}; {again} again stops at once", file=sys.stderr)
 
 
 def say_epoch(row: dict[str, float], val: dict[str, Any], stuck: str) -> str:

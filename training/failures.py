@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from training import distributed
 from training.resolve import Plan
@@ -53,6 +55,22 @@ def explained(last: Path, plan: Plan, epoch: int, images: int) -> Iterator[None]
         raise ValueError(f"--compile: torch.compile cannot do it ({reason}); leave --compile out") from None
     except torch.OutOfMemoryError:
         raise OutOfMemory(what_to_halve(plan, images)) from None
+
+
+def check_loss(loss: float, epochs: float, last: Path, epoch: int) -> None:
+    """
+    Args:
+        loss: on val, after so many `epochs`; last, epoch: as `explained` has them.
+
+    Raises:
+        Diverged: by the last step's update, which no checkpoint may hold.
+    """
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss on val is {loss} after epoch {epochs}; {way_back(last, epoch)}")
+
+
+def has_finite_weights(network: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in network.parameters())
 
 
 def way_back(last: Path, epoch: int) -> str:

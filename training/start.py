@@ -20,12 +20,25 @@ from model.tensor_preprocessing import normalise
 from training import distributed
 from training.console import image_progress
 from training.memory import keep_freed
-from training.options import LARGE_SIZE, TrainOptions
+from training.options import LARGE_SIZE, TrainOptions, flag
 from training.resolve import Plan, Reading, size_of
 
 WHITENED_BY = 5000  # images of up to 32 px; fewer of larger ones
 
 log = logging.getLogger(__name__)
+
+
+def check_weights(options: TrainOptions) -> None:
+    """
+    Raises:
+        ValueError: an option is about trained weights, and there are none.
+    """
+    for name in ("freeze", "freeze_first", "head_first", "hold_norms"):
+        if getattr(options, name) and not (options.pretrained or options.weights):
+            raise ValueError(
+                f"{flag(name)}: without trained weights the head would learn from random features; "
+                f"pass --pretrained or --weights FILE, or leave {flag(name)} out"
+            )
 
 
 def read_weights(options: TrainOptions) -> Pretrained | None:
