@@ -116,8 +116,8 @@ class Crowd(threading.Thread):
             for row in classify_files(self._client, self._names(), threads=THREADS):
                 name = Path(row.image).name
                 self._predictions[name] += 1
-                if not self._images.is_correct(int(name), row.answer):
-                    self._wrong.append(f"{name}: {row.error or row.answer}")
+                if not self._images.is_correct(int(name), row.predictions):
+                    self._wrong.append(f"{name}: {row.error or row.predictions}")
         except (ClassifierError, Unavailable) as error:
             self._gave_up = str(error)
 

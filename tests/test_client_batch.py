@@ -1,4 +1,4 @@
-"""clients/batch with a real Ray and real kills: one row for each image, and the answers of the endpoint."""
+"""clients/batch with a real Ray and real kills: one row for each image, and the predictions of the endpoint."""
 
 import importlib.util
 import json
@@ -84,7 +84,7 @@ def workers(job: subprocess.Popen) -> list[psutil.Process]:
 
 
 def test_whatever_is_killed_each_image_has_exactly_one_row(archive, many, tmp_path):
-    out, before = tmp_path / "answers", set(Path("/tmp").glob("ray-*"))
+    out, before = tmp_path / "predictions", set(Path("/tmp").glob("ray-*"))
     job = start(archive, many, out)
     try:
         # 1. workers, of a job that goes on by itself
@@ -119,8 +119,8 @@ def test_whatever_is_killed_each_image_has_exactly_one_row(archive, many, tmp_pa
 
 @pytest.fixture(scope="module")
 def begun(archive, run, tmp_path_factory) -> Path:
-    """The answers to the run's samples, in three parts."""
-    out = tmp_path_factory.mktemp("begun") / "answers"
+    """The predictions for the run's samples, in three parts."""
+    out = tmp_path_factory.mktemp("begun") / "predictions"
     job = start(archive, run / "samples", out, 30)
     assert end(job)[:2] == (0, f"{out}: 64 images, 0 with errors\n")
     return out
@@ -149,8 +149,9 @@ print(sys.modules["predictor"].__file__)
 
 
 @pytest.mark.server
-def test_answers_are_the_endpoints(begun, server):
+def test_predictions_are_the_endpoints(begun, server):
     found = rows(begun)
+    assert list(found[0]) == ["path", "label", "probability", "predictions", "error", "message"]
     assert len(found) == 64
     for row in found[::8]:
         reply = requests.post(
@@ -159,8 +160,8 @@ def test_answers_are_the_endpoints(begun, server):
             headers={"Authorization": f"Bearer {server.key()}"},
             timeout=30,
         )
-        assert json.loads(row["answer"]) == pytest.approx(reply.json(), abs=1e-5)
-        assert (row["label"], row["probability"]) == next(iter(json.loads(row["answer"]).items()))
+        assert json.loads(row["predictions"]) == pytest.approx(reply.json(), abs=1e-5)
+        assert (row["label"], row["probability"]) == next(iter(json.loads(row["predictions"]).items()))
 
 
 def test_a_job_that_is_done_is_not_done_again(archive, run, begun, capsys):
@@ -182,14 +183,24 @@ def test_mistakes_are_one_line_and_change_nothing(archive, run, begun, tmp_path,
         ([str(tmp_path / "absent.mar"), samples, "--out", str(tmp_path / "b")], "No such file"),
         ([str(tmp_path / "none.mar"), samples, "--out", str(tmp_path / "c")], "no whole archive"),
         ([str(archive), samples, "--out", str(full)], "holds something else"),
-        ([str(archive), samples, "--out", str(begun), "--part-size", "31"], "another part size"),
-        ([str(archive), f"{samples}/0-0.png", "--out", str(begun), "--part-size", "30"], "another images"),
+        ([str(archive), samples, "--out", str(begun), "--part-size", "31"], "differs in part size"),
+        ([str(archive), f"{samples}/0-0.png", "--out", str(begun), "--part-size", "30"], "differs in images"),
     ]:
         assert main(arguments) == 2, said
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
     assert sorted(path.name for path in begun.iterdir()) == before
+
+
+def test_a_job_of_an_earlier_version_of_the_program_is_not_continued(archive, run, begun, tmp_path, capsys):
+    """Its parts have another column of predictions, and one reader takes all parts as one table."""
+    out = tmp_path / "earlier"
+    shutil.copytree(begun, out)
+    started = json.loads((out / "_job" / "started.json").read_text())
+    (out / "_job" / "started.json").write_text(json.dumps({k: v for k, v in started.items() if k != "columns"}))
+    assert main([str(archive), str(run / "samples"), "--out", str(out), "--part-size", "30"]) == 2
+    assert "differs in columns; name the same, or another --out" in capsys.readouterr().err
 
 
 def test_an_archive_that_answers_its_golden_images_wrongly_is_not_used(archive, run, tmp_path):
@@ -201,9 +212,9 @@ def test_an_archive_that_answers_its_golden_images_wrongly_is_not_used(archive, 
                 golden["probabilities"] = golden["probabilities"][::-1]
                 content = json.dumps(golden).encode()
             new.writestr(name, content)
-    status, _, error = end(start(tmp_path / "digits.mar", run / "samples", tmp_path / "answers"))
+    status, _, error = end(start(tmp_path / "digits.mar", run / "samples", tmp_path / "predictions"))
     assert (status, "golden" in error) == (2, True), error
-    assert rows(tmp_path / "answers") == []
+    assert rows(tmp_path / "predictions") == []
 
 
 @pytest.mark.parametrize(

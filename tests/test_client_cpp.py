@@ -135,7 +135,7 @@ def answers(classify, tmp_path_factory):
     code, lines = classify(*paths)
     assert [line["image"] for line in lines] == [str(path) for path in paths]
     assert code == 0, [line for line in lines if "error" in line]
-    return dict(zip(KINDS, (line["answer"] for line in lines), strict=True))
+    return dict(zip(KINDS, (line["predictions"] for line in lines), strict=True))
 
 
 def write(files: dict[str, bytes], folder: Path) -> list[Path]:
@@ -148,7 +148,7 @@ def write(files: dict[str, bytes], folder: Path) -> list[Path]:
 def test_the_readmes_commands_build_it_without_a_warning_and_classify(built, run):
     _, printed = built
     assert "warning" not in printed.lower()
-    answers = [json.loads(line)["answer"] for line in printed.splitlines() if line.startswith("{")]
+    answers = [json.loads(line)["predictions"] for line in printed.splitlines() if line.startswith("{")]
     samples = ((run / "samples" / f"{digit}-0.png").read_bytes() for digit in (7, 3))
     assert [next(iter(answer)) for answer in answers] == [label_of(run, body) for body in samples]
 
@@ -180,7 +180,7 @@ def test_a_bad_image_is_an_error_of_its_own_line(classify, tmp_path, sample, lab
     code, lines = classify(*bad, tmp_path / "none.png", tmp_path, good)
     assert code == 1
     errors = {name: line["error"] for name, line in zip([*BAD, "none", "folder"], lines[:-1], strict=True)}
-    assert next(iter(lines[-1]["answer"])) == label
+    assert next(iter(lines[-1]["predictions"])) == label
     assert "20000×20000 px is too large: at most 50,000,000" in errors["bomb beyond pillow's limit"]
     assert "neither JPEG nor PNG" in errors["heic cut in its header"]
     assert "empty" in errors["empty"]
@@ -212,7 +212,7 @@ def test_labels_and_paths_of_any_text_are_printed_as_json(classify, module, tmp_
     assert (code, line["image"]) == (0, str(path).replace("\udcff", "\ufffd"))
     with torch.inference_mode():
         best = module(torch.from_numpy(np.asarray(decode(sample)).copy())[None])[0].topk(5).indices
-    assert list(line["answer"]) == [labels[place] for place in best]
+    assert list(line["predictions"]) == [labels[place] for place in best]
 
 
 def test_a_wrong_call_or_model_is_one_line_and_exit_code_2(built, module, run, tmp_path):

@@ -171,7 +171,7 @@ def test_no_cell_of_a_table_is_run_by_a_spreadsheet_and_resume_still_knows_the_n
         for row in rows:
             assert not [cell for cell in row.values() if cell[:1] in tuple("=+-@\t\r")]
             name = row["image"].removeprefix("'")
-            assert json.loads(row["answer"] or "{}") == ({} if name == "@1.png" else {name: 0.5, "=2": 0.25})
+            assert json.loads(row["predictions"] or "{}") == ({} if name == "@1.png" else {name: 0.5, "=2": 0.25})
         assert [row["image"].removeprefix("'") for row in rows] == sorted(FORMULAS)
         assert [row["label"].removeprefix("'") for row in rows if row["label"]] == [
             name.replace("\t", "\\t") for name in sorted(FORMULAS) if name != "@1.png"
@@ -270,7 +270,7 @@ def test_the_python_client_verifies_tls_by_a_certificate_that_is_named(tmp_path,
         assert Client(server.url, "m", cacert=tmp_path / "localhost.pem").classify(b"image") == ANSWER
         common = [str(image), "--url", server.url, "--model", "m"]
         assert main([*common, "--cacert", str(tmp_path / "localhost.pem")]) == 0
-        assert json.loads(capsys.readouterr().out)["answer"] == ANSWER
+        assert json.loads(capsys.readouterr().out)["predictions"] == ANSWER
         asked = len(server.bodies)
         for options in ([], ["--cacert", str(tmp_path / "stranger.pem")]):
             assert main([*common, *options, "--retry", "1000"]) == 2  # and at once: no other try would help

@@ -88,7 +88,7 @@ def readme_command(folder: Path, run: Path, place: Path) -> list[str]:
 def test_the_readmes_command_works_as_it_is_printed(run, exported, tmp_path):
     done = subprocess.run(readme_command(NODE, run, tmp_path), cwd=tmp_path, capture_output=True, text=True, check=True)
     samples = ((run / "samples" / f"{digit}-0.png").read_bytes() for digit in (7, 3))
-    answers = [json.loads(line)["answer"] for line in done.stdout.splitlines()]
+    answers = [json.loads(line)["predictions"] for line in done.stdout.splitlines()]
     assert [next(iter(answer)) for answer in answers] == [label_of(run, body) for body in samples]
 
 
@@ -101,10 +101,10 @@ def test_samples_have_the_answers_that_they_have_in_python(exported, run):
     labels = json.loads((run / "spec.json").read_text())["labels"]
     for line, path in zip(lines, images, strict=True):
         expected = reference(exported / "digits.pixels.onnx", np.asarray(decode(path.read_bytes()))[None])[0]
-        assert len(line["answer"]) == 5
-        assert list(line["answer"].values()) == sorted(line["answer"].values(), reverse=True)
-        assert [expected[labels.index(label)] for label in line["answer"]] == pytest.approx(
-            list(line["answer"].values()), abs=1e-5
+        assert len(line["predictions"]) == 5
+        assert list(line["predictions"].values()) == sorted(line["predictions"].values(), reverse=True)
+        assert [expected[labels.index(label)] for label in line["predictions"]] == pytest.approx(
+            list(line["predictions"].values()), abs=1e-5
         )
 
 
@@ -142,14 +142,16 @@ def test_every_bad_image_is_one_line_with_an_error_beside_the_others(exported, s
     done = node("classify.mjs", exported / "digits.pixels.onnx", *paths)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 1
-    assert next(iter(lines[0]["answer"])) == label
+    assert next(iter(lines[0]["predictions"])) == label
     assert len(lines) == len(bodies) + 1
     assert all(line["error"] and "\n" not in line["error"] for line in lines[1:])
 
 
 def test_labels_of_any_text_come_out_of_the_file(exported, sample, tmp_path):
     (tmp_path / "seven.png").write_bytes(sample)
-    plain = json.loads(node("classify.mjs", exported / "digits.pixels.onnx", tmp_path / "seven.png").stdout)["answer"]
+    plain = json.loads(node("classify.mjs", exported / "digits.pixels.onnx", tmp_path / "seven.png").stdout)[
+        "predictions"
+    ]
     model = onnx.load(exported / "digits.pixels.onnx")
     spec = json.loads(model.metadata_props[0].value)
     odd = ['"quoted"', "ζήτα", "back\\slash"]
@@ -158,7 +160,7 @@ def test_labels_of_any_text_come_out_of_the_file(exported, sample, tmp_path):
     onnx.helper.set_model_props(model, {"of": "others", "spec": json.dumps(spec), "empty": ""})
     model.metadata_props.add(key="big", value="x" * 70_000)  # a length of three bytes
     onnx.save(model, tmp_path / "named.onnx")
-    named = json.loads(node("classify.mjs", tmp_path / "named.onnx", tmp_path / "seven.png").stdout)["answer"]
+    named = json.loads(node("classify.mjs", tmp_path / "named.onnx", tmp_path / "seven.png").stdout)["predictions"]
     assert list(named.items()) == [(spec["labels"][int(label)], value) for label, value in plain.items()]
     assert list(named)[:3] == odd
 

@@ -245,7 +245,7 @@ def test_an_outage_is_told_once_and_not_by_each_thread(caplog, monkeypatch, tmp_
 
     with scripted(fail_together) as server:
         rows = list(classify_files(Client(server.url, "m"), find_images([folder_of(tmp_path, 4)]), threads=4))
-    assert [row.answer for row in rows] == [ANSWER] * 4
+    assert [row.predictions for row in rows] == [ANSWER] * 4
     assert len(server.bodies) == 12
     (message,) = caplog.messages
     assert message == f"{server.url}: 503 http: Service Unavailable; asking again for up to 60 s"
@@ -345,7 +345,7 @@ def test_rows_keep_their_order_whatever_order_the_answers_come_in(quick, tmp_pat
     assert [row.image for row in rows] == [str(path) for path in images]
     for path, row in zip(images, rows, strict=True):
         status, values = by_name(path.read_bytes())
-        assert row.answer == (values if status == 200 else {})
+        assert row.predictions == (values if status == 200 else {})
         assert bool(row.error) == (status != 200)
 
 
@@ -403,18 +403,18 @@ def read_rows(path: Path) -> list[Row]:
     """As another program would read the file."""
     if ".jsonl" in path.suffixes:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return [Row(line["image"], line.get("answer", {}), line.get("error", "")) for line in lines]
+        return [Row(line["image"], line.get("predictions", {}), line.get("error", "")) for line in lines]
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        answer = json.loads(row["answer"] or "{}")
+        answer = json.loads(row["predictions"] or "{}")
         assert (row["label"], row["probability"]) == next(((n, str(v)) for n, v in answer.items()), ("", ""))
-    return [Row(row["image"], json.loads(row["answer"] or "{}"), row["error"]) for row in rows]
+    return [Row(row["image"], json.loads(row["predictions"] or "{}"), row["error"]) for row in rows]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_the_command_writes_a_row_for_each_image(tmp_path, capsys, kind):
-    folder, out = folder_of(tmp_path / "images", 30), tmp_path / f"answers.{kind}"
+    folder, out = folder_of(tmp_path / "images", 30), tmp_path / f"predictions.{kind}"
     with scripted(by_name) as server:
         assert main([str(folder), "--url", server.url, "--model", "m", "--out", str(out)]) == 1
         assert capsys.readouterr().out == ""
@@ -424,9 +424,9 @@ def test_the_command_writes_a_row_for_each_image(tmp_path, capsys, kind):
     assert [row.image for row in rows] == [str(path) for path in sorted(folder.rglob("*.png"))]
     assert sum(bool(row.error) for row in rows) == 4
     assert [line["image"] for line in printed] == [row.image for row in rows]
-    assert [line.get("answer", {}) for line in printed] == [row.answer for row in rows]
+    assert [line.get("predictions", {}) for line in printed] == [row.predictions for row in rows]
     assert [line.get("error", "") for line in printed] == [row.error for row in rows]
-    assert {line["model"] for line in printed if "answer" in line} == {"m"}
+    assert {line["model"] for line in printed if "predictions" in line} == {"m"}
     assert list(tmp_path.glob("*.part")) == []
 
 
@@ -437,13 +437,13 @@ def test_a_run_that_was_stopped_at_any_byte_is_continued_without_loss(tmp_path, 
     for name in names:
         (tmp_path / "images" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "images" / name).write_bytes(b"%04d" % len(name))
-    out, images = tmp_path / f"answers.{kind}", list(find_images([tmp_path / "images"]))
+    out, images = tmp_path / f"predictions.{kind}", list(find_images([tmp_path / "images"]))
     command = [str(tmp_path / "images"), "--model", "m", "--out", str(out), "--resume"]
     with scripted(by_name) as server:
         assert main([*command, "--url", server.url]) == 1  # --resume with nothing to resume
         whole = out.read_bytes()
         assert [row.image for row in read_rows(out)] == [str(path) for path in images]
-        part = tmp_path / f"answers.{kind}.part"
+        part = tmp_path / f"predictions.{kind}.part"
         ends = set()
         for size in range(len(whole) + 1):
             part.write_bytes(whole[:size])
@@ -570,7 +570,7 @@ def test_a_wrong_command_is_told_in_one_line(tmp_path, capsys, monkeypatch):
     empty.mkdir()
     for arguments, said in [
         ([str(folder), "--resume"], "--resume goes on with a file; name it with --out"),
-        ([str(folder), "--out", "answers.txt"], "must end in .csv or .jsonl"),
+        ([str(folder), "--out", "predictions.txt"], "must end in .csv or .jsonl"),
         ([str(folder), "--threads", "0"], "--threads is 0; it must be at least 1"),
         ([str(tmp_path / "none")], "no such image or folder"),
         ([str(empty), "--out", str(tmp_path / "out.csv")], "holds no images"),
@@ -664,15 +664,20 @@ def test_one_file_holds_the_answers_of_one_model(tmp_path, capsys, kind):
 
 
 def test_a_file_of_an_earlier_version_of_the_program_is_not_continued_and_not_cut(tmp_path, capsys):
-    folder, part = folder_of(tmp_path / "p", 3), tmp_path / "out.csv.part"
+    folder = folder_of(tmp_path / "p", 3)
     first, *_ = find_images([folder])
-    before = f'image,label,probability,error,answer\r\n{first},cat,0.5,,"{{""cat"": 0.5}}"\r\n'
-    part.write_text(before, newline="")
-    with scripted(by_name) as server:
-        command = [str(folder), "--url", server.url, "--model", "m", "--out", str(tmp_path / "out.csv"), "--resume"]
-        assert main(command) == 2
-    assert "another version of classify.py" in capsys.readouterr().err
-    assert part.read_bytes() == before.encode()
+    row = f'{first},cat,0.5,,"{{""cat"": 0.5}}"'
+    for kind, before in (
+        ("csv", f"image,label,probability,error,answer\r\n{row}\r\n"),
+        ("csv", f"image,label,probability,error,answer,model\r\n{row},m\r\n"),
+        ("jsonl", json.dumps({"image": str(first), "answer": {"cat": 0.5}, "model": "m"}) + "\n"),
+    ):
+        part, out = tmp_path / f"out.{kind}.part", tmp_path / f"out.{kind}"
+        part.write_text(before, newline="")
+        with scripted(by_name) as server:
+            assert main([str(folder), "--url", server.url, "--model", "m", "--out", str(out), "--resume"]) == 2
+        assert "another version of classify.py" in capsys.readouterr().err
+        assert part.read_bytes() == before.encode()
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch):
@@ -753,7 +758,7 @@ def test_a_torchserve_that_is_killed_and_started_anew_costs_no_image(exported, r
             assert main([str(tmp_path / "poison"), *map(str, common[1:]), "--out", str(tmp_path / "poison.csv")]) == 1
             bad, *good = read_rows(tmp_path / "poison.csv")
             assert re.search(r"worker_died: the server failed 2 times at this image", bad.error)
-            assert [(row.error, len(row.answer)) for row in good] == [("", 5)] * 2
+            assert [(row.error, len(row.predictions)) for row in good] == [("", 5)] * 2
             undisturbed = tmp_path / "undisturbed.csv"
             assert main([*map(str, common), "--out", str(undisturbed)]) == 1
             (tmp_path / "seven.png").write_bytes(samples[0])
@@ -766,7 +771,7 @@ def test_a_torchserve_that_is_killed_and_started_anew_costs_no_image(exported, r
     assert [row.image for row in rows] == [str(path) for path in sorted(images.iterdir())]
     for row, expected in zip(rows, read_rows(undisturbed), strict=True):
         assert (row.image, row.error) == (expected.image, expected.error)
-        assert row.answer == pytest.approx(expected.answer, abs=1e-5)
+        assert row.predictions == pytest.approx(expected.predictions, abs=1e-5)
     assert sum(row.error.startswith("415 not_an_image") for row in rows) == 6
 
 

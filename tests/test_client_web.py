@@ -91,18 +91,20 @@ class Visit:
     def wait_for_model(self) -> None:
         self.wait_for("#model-status", "is ready")
 
-    def answer(self, who: str = "page") -> dict[str, float]:
+    def predictions(self, who: str = "page") -> dict[str, float]:
         """The bars of the page or the server: {label: probability}, in their order."""
         script = "bars => bars.map(bar => [bar.querySelector('.label').textContent, "
         script += "Number(bar.querySelector('.share').style.getPropertyValue('--share'))])"
-        return dict(self.page.locator(f"#{who}-answer .bars li").evaluate_all(script))
+        return dict(self.page.locator(f"#{who}-predictions .bars li").evaluate_all(script))
 
     def choose(self, name: str, body: bytes) -> None:
         """An image, and waits for what the page says of it."""
-        self.page.locator("#page-answer .headline").evaluate("place => place.textContent = 'old'")
+        self.page.locator("#page-predictions .headline").evaluate("place => place.textContent = 'old'")
         file = {"name": name, "mimeType": "", "buffer": body}
         self.page.set_input_files("#image-file", file)
-        playwright.expect(self.page.locator("#page-answer .headline")).to_contain_text("In this page: ", timeout=60_000)
+        playwright.expect(self.page.locator("#page-predictions .headline")).to_contain_text(
+            "In this page: ", timeout=60_000
+        )
 
     def draw(self, strokes: list[list[tuple[float, float]]]) -> None:
         """By mouse. Points are shares of the pad."""
@@ -115,7 +117,7 @@ class Visit:
 
     def drawn(self) -> np.ndarray:
         """What the page makes of the drawing: uint8 (8, 8, 3)."""
-        self.wait_for("#page-answer .quiet", "8×8 px")
+        self.wait_for("#page-predictions .quiet", "8×8 px")
         url = self.page.locator("#seen").evaluate("canvas => canvas.toDataURL()")
         return np.asarray(decode(base64.b64decode(url.split(",")[1])))
 
@@ -202,10 +204,10 @@ def test_a_drawn_digit_is_read_wherever_and_however_large_it_is_drawn(long_visit
         for scale, left, top in ((1, 0, 0), (0.35, 0.05, 0.6)):
             visit.draw([[(left + scale * x, top + scale * y) for x, y in stroke] for stroke in strokes])
             label = visit.drawn_label(exported)
-            visit.wait_for("#page-answer .headline", f"In this page: {label}, ")
+            visit.wait_for("#page-predictions .headline", f"In this page: {label}, ")
             read.append(label == digit)
             visit.page.click("#clear")
-            visit.wait_for("#page-answer .headline", "Nothing classified yet.")
+            visit.wait_for("#page-predictions .headline", "Nothing classified yet.")
     assert sum(read) >= 10  # of 20; ten would be 2 by chance
 
 
@@ -217,7 +219,7 @@ def test_a_drawing_is_prepared_as_the_data_set_was(long_visit):
     visit.page.click("#clear")
     for strokes in DIGITS.values():
         visit.draw(strokes)
-        visit.wait_for("#page-answer .quiet", "8×8 px")
+        visit.wait_for("#page-predictions .quiet", "8×8 px")
         pixels = visit.drawn()
         assert pixels.shape == (8, 8, 3)
         assert (pixels[..., 0] == pixels[..., 1]).all()
@@ -229,27 +231,27 @@ def test_a_drawing_is_prepared_as_the_data_set_was(long_visit):
     assert np.mean(whites) == pytest.approx(load_digits().images.mean() / 16, abs=0.05)
 
 
-def test_a_sample_has_the_answer_that_it_has_in_python(long_visit, exported, run):
+def test_a_sample_has_the_predictions_that_it_has_in_python(long_visit, exported, run):
     visit = long_visit
     labels = json.loads((run / "spec.json").read_text())["labels"]
     for path in sorted((run / "samples").iterdir())[::7]:
         expected = reference(exported / "digits.pixels.onnx", np.asarray(decode(path.read_bytes()))[None])[0]
         visit.choose(path.name, path.read_bytes())
-        answer = visit.answer()
-        assert len(answer) == 5
-        assert list(answer.values()) == sorted(answer.values(), reverse=True)
-        assert list(answer.values()) == pytest.approx(
-            [expected[labels.index(label)] for label in answer], abs=TOLERANCE
+        predictions = visit.predictions()
+        assert len(predictions) == 5
+        assert list(predictions.values()) == sorted(predictions.values(), reverse=True)
+        assert list(predictions.values()) == pytest.approx(
+            [expected[labels.index(label)] for label in predictions], abs=TOLERANCE
         )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in GOOD if "tiff" not in kind and "cmyk" not in kind])
-def test_every_kind_that_browsers_read_has_the_answer_that_it_has_in_python(long_visit, exported, kind):
+def test_every_kind_that_browsers_read_has_the_predictions_that_it_has_in_python(long_visit, exported, kind):
     body = GOOD[kind][0]
     expected = reference(exported / "digits.pixels.onnx", np.asarray(decode(body))[None])[0]
     long_visit.choose(f"{kind}.jpg", body)
     tolerance = JPEG_TOLERANCE if "jpeg" in kind or "alpha" in kind or "16" in kind else TOLERANCE
-    got = long_visit.answer()
+    got = long_visit.predictions()
     assert list(got.values()) == pytest.approx([expected[int(label)] for label in got], abs=tolerance)
 
 
@@ -265,9 +267,9 @@ def test_from_a_plain_file_server_with_the_model_chosen_by_hand(browser, exporte
         wait_until_open(port)
         visit = Visit(browser, url)
         visit.page.set_input_files("#image-file", {"name": "a.png", "mimeType": "", "buffer": sample})
-        visit.wait_for("#page-answer .headline", "Choose a model first.")
+        visit.wait_for("#page-predictions .headline", "Choose a model first.")
         visit.page.set_input_files("#model-file", exported / "digits.pixels.onnx")
-        visit.wait_for("#page-answer .headline", f"In this page: {label}, ")  # what was chosen before is not lost
+        visit.wait_for("#page-predictions .headline", f"In this page: {label}, ")  # what was chosen before is not lost
         assert visit.complaints == []
         assert [u for u in visit.requested if not u.startswith((f"{url}/", f"blob:{url}/"))] == []
         visit.context.close()
@@ -304,20 +306,20 @@ def test_torchserve_answers_side_by_side(browser, exported, server, sample, labe
         assert visit.page.text_content("#server-url") == f"{url}/predictions/digits"  # no name to type
         visit.page.fill("#server-key", server.key())
         visit.choose("seven.png", sample)
-        visit.wait_for("#server-answer .headline", f"TorchServe: {label}, ")
-        assert visit.answer("server") == pytest.approx(visit.answer(), abs=TOLERANCE)
+        visit.wait_for("#server-predictions .headline", f"TorchServe: {label}, ")
+        assert visit.predictions("server") == pytest.approx(visit.predictions(), abs=TOLERANCE)
         for who in ("page", "server"):
-            visit.wait_for(f"#{who}-answer .quiet", " ms")
+            visit.wait_for(f"#{who}-predictions .quiet", " ms")
         visit.draw(DIGITS["0"])  # the same pixels go there as a PNG
-        visit.wait_for("#server-answer .headline", f"TorchServe: {visit.drawn_label(exported)}, ")
-        assert visit.answer("server") == pytest.approx(visit.answer(), abs=TOLERANCE)
+        visit.wait_for("#server-predictions .headline", f"TorchServe: {visit.drawn_label(exported)}, ")
+        assert visit.predictions("server") == pytest.approx(visit.predictions(), abs=TOLERANCE)
         assert visit.complaints == []
         assert {u.removeprefix(url) for u in visit.requested if "/predictions/" in u} == {"/predictions/digits"}
         assert all(u.startswith((f"{url}/", f"blob:{url}/")) for u in visit.requested)
 
         visit.page.fill("#server-key", "wrong")
         visit.page.press("#server-key", "Enter")
-        visit.wait_for("#server-answer .headline", "InvalidKeyException")
+        visit.wait_for("#server-predictions .headline", "InvalidKeyException")
         visit.context.close()
 
 
@@ -326,11 +328,11 @@ def test_where_no_torchserve_is_named_the_page_says_so(browser, site, sample, la
     visit.wait_for_model()
     visit.page.check("#compare")
     visit.choose("seven.png", sample)
-    visit.wait_for("#server-answer .headline", "type the inference key")
+    visit.wait_for("#server-predictions .headline", "type the inference key")
     visit.page.fill("#server-key", "any")
     visit.page.click("#server button")
-    visit.wait_for("#server-answer .headline", "start this server with --torchserve")
-    assert next(iter(visit.answer())) == label
+    visit.wait_for("#server-predictions .headline", "start this server with --torchserve")
+    assert next(iter(visit.predictions())) == label
     visit.context.close()
 
 
@@ -355,15 +357,15 @@ def test_by_keyboard_alone_a_model_and_an_image_are_chosen_and_a_digit_is_drawn(
             page.keyboard.press("Space")
         chooser.value.set_files(path)
     label = label_of(run, (run / "samples" / "3-0.png").read_bytes())
-    visit.wait_for("#page-answer .headline", f"In this page: {label}, ")
-    assert page.get_attribute("#page-answer .headline", "aria-live") == "polite"
+    visit.wait_for("#page-predictions .headline", f"In this page: {label}, ")
+    assert page.get_attribute("#page-predictions .headline", "aria-live") == "polite"
     tab_to("pad")
     for key in ["ArrowUp"] * 7 + [" "] + ["ArrowDown"] * 14:
         page.keyboard.press(key)
-    visit.wait_for("#page-answer .headline", f"In this page: {visit.drawn_label(exported)}, ")
+    visit.wait_for("#page-predictions .headline", f"In this page: {visit.drawn_label(exported)}, ")
     tab_to("clear")
     page.keyboard.press("Enter")
-    visit.wait_for("#page-answer .headline", "Nothing classified yet.")
+    visit.wait_for("#page-predictions .headline", "Nothing classified yet.")
     assert visit.complaints == []
     visit.context.close()
 
@@ -381,7 +383,7 @@ def test_a_drawing_that_is_cleared_before_its_file_is_there_stays_cleared(visit)
     visit.page.click("#clear")
     assert visit.page.evaluate("finish.map((one) => one()).length") == 1
     visit.page.wait_for_timeout(500)  # in which an answer would come
-    assert visit.page.locator("#page-answer .headline").text_content() == "Nothing classified yet."
+    assert visit.page.locator("#page-predictions .headline").text_content() == "Nothing classified yet."
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
@@ -394,7 +396,7 @@ def test_images_and_models_are_taken_by_drop_and_paste(visit, sample, label, way
             : new ClipboardEvent(way, { clipboardData: transfer, bubbles: true }));
     }"""
     visit.page.evaluate(script, [way, "seven.png", list(sample)])
-    visit.wait_for("#page-answer .headline", f"In this page: {label}, ")
+    visit.wait_for("#page-predictions .headline", f"In this page: {label}, ")
     visit.page.evaluate(script, [way, "bad.onnx", [1, 2, 3]])
     visit.wait_for("#model-status", "bad.onnx: not an ONNX file")
 
@@ -402,12 +404,12 @@ def test_images_and_models_are_taken_by_drop_and_paste(visit, sample, label, way
 def test_an_image_that_cannot_be_read_is_an_error_that_the_next_one_replaces(visit, sample, label):
     for body in (b"hello", b"", sample[: len(sample) // 2]):
         visit.choose("bad.png", body)
-        visit.wait_for("#page-answer .headline", "the browser cannot read this as an image")
-        assert visit.answer() == {}
+        visit.wait_for("#page-predictions .headline", "the browser cannot read this as an image")
+        assert visit.predictions() == {}
         if body != sample[: len(sample) // 2]:  # of which the browser shows the half
             playwright.expect(visit.page.locator("#preview")).to_be_hidden()
     visit.choose("seven.png", sample)
-    visit.wait_for("#page-answer .headline", f"In this page: {label}, ")
+    visit.wait_for("#page-predictions .headline", f"In this page: {label}, ")
     assert visit.page.is_visible("#preview")
 
 
@@ -421,7 +423,7 @@ def test_another_graph_or_another_file_is_no_model_and_the_old_one_stays(visit, 
         visit.wait_for("#model-status", f"{name}: ")
         visit.wait_for("#model-status", words)
     visit.choose("seven.png", sample)
-    assert next(iter(visit.answer())) == label
+    assert next(iter(visit.predictions())) == label
 
 
 def test_a_model_is_fetched_from_this_origin_only(browser, site):
@@ -453,7 +455,7 @@ def test_on_a_phone_nothing_is_cut_off_and_a_finger_draws(browser, site, exporte
     visit.draw_by_finger(DIGITS["7"])
     visit.page.click("summary")
     visit.page.check("#compare")
-    visit.wait_for("#page-answer .headline", f"In this page: {visit.drawn_label(exported)}, ")
+    visit.wait_for("#page-predictions .headline", f"In this page: {visit.drawn_label(exported)}, ")
     assert visit.page.evaluate("document.documentElement.scrollWidth") == 320
     ground = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == {"light": "rgb(246, 247, 249)", "dark": "rgb(18, 22, 28)"}[scheme]
@@ -475,13 +477,13 @@ def test_several_images_are_a_list_of_thumbnails_and_labels_of_which_one_is_show
         page.keyboard.press("Enter")
         label = buttons.nth(i).locator(".label").text_content()
         share = buttons.nth(i).locator(".percent").text_content()
-        visit.wait_for("#page-answer .headline", f"In this page: {label}, {share}")
+        visit.wait_for("#page-predictions .headline", f"In this page: {label}, {share}")
         assert buttons.nth(i).get_attribute("aria-current") == "true"
         assert page.get_attribute("#preview", "alt") == files[i]["name"]
         assert page.get_attribute("#preview", "src") == buttons.nth(i).locator("img").get_attribute("src")
     assert buttons.nth(0).locator("img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 8
     buttons.nth(1).click()
-    visit.wait_for("#page-answer .headline", "In this page: the browser cannot read this")
+    visit.wait_for("#page-predictions .headline", "In this page: the browser cannot read this")
     visit.choose(paths[0].name, paths[0].read_bytes())  # one alone needs no list
     assert buttons.count() == 0
 
@@ -519,7 +521,7 @@ def with_spec(path: Path, target: Path, **changes: Any) -> Path:
 def test_only_a_model_of_digits_has_a_pad(visit, exported, tmp_path):
     assert visit.page.is_visible("#pad")
     visit.draw(DIGITS["7"])
-    visit.wait_for("#page-answer .headline", "In this page: ")
+    visit.wait_for("#page-predictions .headline", "In this page: ")
     letters = list("ABCDEFGHIJ")
     for name, changes in (
         ("clothes", {"trained_on": "clothes, 10 labels"}),
@@ -530,21 +532,23 @@ def test_only_a_model_of_digits_has_a_pad(visit, exported, tmp_path):
         visit.wait_for("#model-status", f"{name}.pixels.onnx is ready")
         assert not visit.page.is_visible("#drawing")
         assert not visit.page.is_visible("#seen")
-        visit.wait_for("#page-answer .headline", "Nothing classified yet.")
+        visit.wait_for("#page-predictions .headline", "Nothing classified yet.")
     visit.page.set_input_files("#model-file", exported / "digits.pixels.onnx")
     visit.wait_for("#model-status", "digits.pixels.onnx is ready")
     assert visit.page.is_visible("#pad")
 
 
 @pytest.mark.parametrize("width", [320, 390])
-def test_on_a_phone_the_answer_stands_next_to_the_image(browser, site, run, width):
+def test_on_a_phone_the_predictions_stand_next_to_the_image(browser, site, run, width):
     visit = Visit(
         browser, f"{site}/?model=/digits.pixels.onnx", viewport={"width": width, "height": 844}, has_touch=True
     )
     visit.wait_for_model()
 
     def boxes(image: str) -> tuple[dict[str, float], dict[str, float]]:
-        return visit.page.locator(image).bounding_box(), visit.page.locator("#page-answer .headline").bounding_box()
+        return visit.page.locator(image).bounding_box(), visit.page.locator(
+            "#page-predictions .headline"
+        ).bounding_box()
 
     for image in ("#preview", "#seen"):
         if image == "#preview":
@@ -552,15 +556,15 @@ def test_on_a_phone_the_answer_stands_next_to_the_image(browser, site, run, widt
         else:
             visit.draw_by_finger(DIGITS["0"])
             playwright.expect(visit.page.locator("#seen")).to_be_visible()
-            visit.wait_for("#page-answer .headline", "In this page: ")
-        its, answers = boxes(image)
-        assert its["x"] + its["width"] <= answers["x"] < width  # beside it,
-        assert abs(its["y"] - answers["y"]) < 16  # at one height,
+            visit.wait_for("#page-predictions .headline", "In this page: ")
+        its, predictions = boxes(image)
+        assert its["x"] + its["width"] <= predictions["x"] < width  # beside it,
+        assert abs(its["y"] - predictions["y"]) < 16  # at one height,
         assert visit.page.evaluate("document.documentElement.scrollWidth") == width
         if image == "#preview":
             assert visit.page.locator(image).evaluate("image => image.getBoundingClientRect().bottom") <= 844
     pad = visit.page.locator("#pad").bounding_box()
-    assert 0 < answers["y"] + answers["height"] - pad["y"] < 844  # pad and answer are seen together
+    assert 0 < predictions["y"] + predictions["height"] - pad["y"] < 844  # pad and predictions are seen together
     visit.page.set_input_files("#image-file", sorted((run / "samples").iterdir())[:5])
     visit.wait_for("#progress", "5 of 5 images")
     for row in visit.page.locator("#results button").all():  # as a list of images each beside its label

@@ -145,7 +145,7 @@ def test_the_pages_work_as_they_are_printed_one_after_the_other(checkout, tmp_pa
         assert (checkout / "key.pub").read_text().startswith("-----BEGIN PUBLIC KEY-----")
         seven, three = (label_of(run, (run / "samples" / f"{digit}-0.png").read_bytes()) for digit in (7, 3))
         assert f'{{"{seven}": 0.' in done.stdout
-        assert f'"answer": {{"{three}": 0.' in done.stdout
+        assert f'"predictions": {{"{three}": 0.' in done.stdout
         assert '"status": "Healthy"' in done.stdout
         rows = (checkout / "predictions.csv").read_text().splitlines()
         assert len(rows) == 1 + len(list((run / "samples").iterdir()))

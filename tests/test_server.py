@@ -376,10 +376,10 @@ def test_the_client_as_a_command(server, run, label, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"nothing")
     common = ["--url", server.url, "--model", "digits", "--key-file", str(server.folder / "key_file.json")]
     assert main([*common, str(run / "samples" / "7-0.png")]) == 0
-    assert next(iter(json.loads(capsys.readouterr().out)["answer"])) == label
+    assert next(iter(json.loads(capsys.readouterr().out)["predictions"])) == label
     assert main([*common, str(tmp_path / "bad.png"), str(run / "samples" / "3-0.png")]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert "415 not_an_image" in lines[0]["error"]
-    assert next(iter(lines[1]["answer"])) == label_of(run, (run / "samples" / "3-0.png").read_bytes())
+    assert next(iter(lines[1]["predictions"])) == label_of(run, (run / "samples" / "3-0.png").read_bytes())
     assert main(["--url", "http://127.0.0.1:1", "--model", "digits", str(run / "samples" / "3-0.png")]) == 2
     assert main([*common, str(tmp_path / "none.png")]) == 2

@@ -1,24 +1,24 @@
 """Classifies millions of image files with an archive, without a server: one row for each, in Parquet files.
 
-    python classify.py NAME.mar IMAGES [IMAGES …] --out answers
-    python classify.py NAME.mar --list names.txt --out answers --workers 8
-    python classify.py NAME.mar /shared/images --out /shared/answers --address auto --gpus-per-worker 0.25
+    python classify.py NAME.mar IMAGES [IMAGES …] --out predictions
+    python classify.py NAME.mar --list names.txt --out predictions --workers 8
+    python classify.py NAME.mar /shared/images --out /shared/predictions --address auto --gpus-per-worker 0.25
 
 IMAGES are files and folders, which are searched through all their folders. The archive's own code reads the images
-and runs the network, so the answers are those of the endpoint. An image that cannot be used is a row with an error.
+and runs the network, so the predictions are the endpoint's. An image that cannot be used is a row with an error.
 
 The work is a Ray Data job over parts of --part-size images. A worker writes its part aside and then gives it its
 name, so a file with that name is whole and never written again. Whatever was killed, a worker, this program or the
 machine: the same command does the parts that are missing. OUT holds
 
-    part-000000.parquet …  columns path, label, probability, answer, error, message
+    part-000000.parquet …  columns path, label, probability, predictions, error, message
     _SUCCESS               JSON with the number of rows by error, once everything is there
     _job/                  the list of the images, and the archive it was started with
 
 On a cluster the images and OUT lie in a folder that all its machines share under the same name. Needs `ray[data]`,
 `pillow` and `onnxruntime`, or `torch` where the archive's backend is not ONNX.
 
-Ends with 0 if every image was answered, with 1 if some rows are errors, and with 2 if the command was wrong, or the
+Ends with 0 if every image was classified, with 1 if some rows are errors, and with 2 if the command was wrong, or the
 images or the archive are not those that the job was started with.
 """
 
@@ -54,6 +54,7 @@ PART_SIZE = 1000  # images: seconds of work, which is what a kill costs, and a f
 BATCH = 64  # images that are decoded and put through the network at a time, as in the handler
 MAX_BYTES = 100_000_000  # of one file; the endpoint takes 10 MB
 OBJECT_STORE = 80 << 20  # bytes: Ray's least, and enough, since only numbers go through it
+COLUMNS = ("path", "label", "probability", "predictions", "error", "message")
 
 Part = dict[str, int]  # number; start: byte in the list; count: images
 Row = dict[str, Any]
@@ -83,7 +84,7 @@ def classify(
         address: of a Ray cluster (`auto` on one of its machines); None for this machine alone.
 
     Returns:
-        The number of rows by error type; `ok` for answers.
+        The number of rows by error type; `ok` for predictions.
 
     Raises:
         JobError: the message says what to mend.
@@ -120,14 +121,14 @@ def _parts(archive: Path, images: Iterable[str], out: Path, part_size: int) -> l
     if not parts:
         raise JobError(f"no images there ({', '.join(SUFFIXES)}); name files, folders or --list")
     try:
-        now = {"archive": _sha256(archive), "images": _sha256(listed), "part_size": part_size}
+        now = {"archive": _sha256(archive), "images": _sha256(listed), "part_size": part_size, "columns": list(COLUMNS)}
     except OSError as error:
         raise JobError(f"{archive}: {error.strerror}; `python -m export RUN` makes an archive") from None
     started = out / "_job" / "started.json"
     if started.exists():
         before = json.loads(started.read_text())
         if changed := [name.replace("_", " ") for name in now if now[name] != before.get(name)]:
-            raise JobError(f"{out}: was started with another {' and '.join(changed)}; name the same, or another --out")
+            raise JobError(f"{out}: the job there differs in {' and '.join(changed)}; name the same, or another --out")
     listed.replace(out / "_job" / "images.jsonl")
     _write(started, json.dumps(now).encode())
     return parts
@@ -240,7 +241,7 @@ class Model:
     def __init__(self, folder: Path, gpu: int | None) -> None:
         """
         Raises:
-            ValueError: the golden images are answered wrongly on this machine.
+            ValueError: a golden image's probabilities differ on this machine.
         """
         sys.path.insert(0, str(folder))  # the archive's programs, whatever is installed or checked out on this machine
         from predictor.pillow_preprocessing import ImageError
@@ -257,12 +258,12 @@ class Model:
         predictions = iter(self.predictor.infer(np.stack(good)) if good else [])
         rows = []
         for path, outcome in zip(paths, outcomes, strict=True):
-            row: Row = dict.fromkeys(("path", "label", "probability", "answer", "error", "message"))
+            row: Row = dict.fromkeys(COLUMNS)
             row["path"] = os.fsencode(path).decode("utf-8", "backslashreplace")  # names may be any bytes
             if isinstance(outcome, np.ndarray):
                 prediction = next(predictions)
                 row["label"], row["probability"] = next(iter(prediction.items()))
-                row["answer"] = json.dumps(prediction, ensure_ascii=False)
+                row["predictions"] = json.dumps(prediction, ensure_ascii=False)
             else:
                 row["error"], row["message"] = outcome
             rows.append(row)
@@ -413,7 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("archive", type=Path, metavar="NAME.mar", help="made by `python -m export RUN`")
     parser.add_argument("images", nargs="*", help="files and folders")
     parser.add_argument("--list", type=Path, metavar="FILE", help="a file with the name of one of these on each line")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the answers; the same one to go on")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the predictions; the same one to go on")
     parser.add_argument("--workers", type=int, metavar="N", help="one for each core, or as many as the GPUs take")
     parser.add_argument("--gpus-per-worker", type=float, default=0, metavar="X", help="0.25: four workers share a GPU")
     parser.add_argument("--address", help="of a Ray cluster: `auto` on one of its machines; none: this machine alone")

@@ -49,10 +49,10 @@ Json classify(Model& model, Image image) {
     TORCH_CHECK(probabilities.numel() == count, "the spec names ", count, " labels for ", probabilities.numel(),
                 " outputs; export the run again");
     const auto [values, places] = probabilities.topk(std::min<std::int64_t>(5, count));
-    Json answer = Json::object();
+    Json predictions = Json::object();
     for (std::int64_t i = 0; i < values.numel(); i++)
-        answer[model.labels[static_cast<std::size_t>(places[i].item<std::int64_t>())]] = values[i].item<float>();
-    return answer;
+        predictions[model.labels[static_cast<std::size_t>(places[i].item<std::int64_t>())]] = values[i].item<float>();
+    return predictions;
 }
 
 int main(int argc, char** argv) {
@@ -72,7 +72,7 @@ int main(int argc, char** argv) {
     for (int i = 2; i < argc; i++) {
         Json line{{"image", argv[i]}};
         try {
-            line["answer"] = classify(model, decode(read(argv[i])));
+            line["predictions"] = classify(model, decode(read(argv[i])));
         } catch (const std::exception& error) {
             line["error"] = reason(error);
             all_good = false;

@@ -19,7 +19,7 @@ async function main([path, ...images]) {
   for (const image of images) {
     const name = `"image": ${JSON.stringify(image)}`;
     try {
-      console.log(`{${name}, "answer": ${best(await classify(await readFile(image)))}}`);
+      console.log(`{${name}, "predictions": ${best(await classify(await readFile(image)))}}`);
     } catch (error) {
       failed += 1;
       console.log(`{${name}, "error": ${JSON.stringify(firstLine(error))}}`);

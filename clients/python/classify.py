@@ -75,7 +75,8 @@ LONGEST_WAIT = 6.4  # seconds: a restarted TorchServe is found soon after it is 
 
 IN_FLIGHT = 32  # images for each thread that may be ahead of the oldest pending one; bounds the memory
 
-HEADER = ("image", "label", "probability", "error", "answer", "model")  # of the .csv; `answer`: all labels, as JSON
+HEADER = ("image", "label", "probability", "error", "predictions", "model")  # of the .csv; `predictions`: as JSON
+OTHER_VERSION = "was begun by another version of classify.py, whose rows differ; finish it with that version"
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")  # a cell that begins so gets a ' before it; a reader drops one
 
 log = logging.getLogger("classify")
@@ -397,19 +398,19 @@ class Row:
     """What became of one image."""
 
     image: str
-    answer: dict[str, float]  # {label: probability}, best first; empty if refused
+    predictions: dict[str, float]  # {label: probability}, best first; empty if refused
     error: str = ""
     model: str = ""  # that predicted it, as in Prediction
 
     def as_json(self) -> str:
-        outcome = {"error": self.error} if self.error else {"answer": self.answer, "model": self.model}
+        outcome = {"error": self.error} if self.error else {"predictions": self.predictions, "model": self.model}
         return json.dumps({"image": self.image} | outcome) + "\n"
 
     def as_csv(self) -> str:
         if self.error:
             return _csv_line(self.image, "", "", self.error, "", "")
-        label, probability = next(iter(self.answer.items()))
-        return _csv_line(self.image, _plain(label), probability, "", json.dumps(self.answer), self.model)
+        label, probability = next(iter(self.predictions.items()))
+        return _csv_line(self.image, _plain(label), probability, "", json.dumps(self.predictions), self.model)
 
 
 def classify_files(client: Client, paths: Iterable[Path], *, threads: int = 8) -> Iterator[Row]:
@@ -715,6 +716,9 @@ def _keep(part: Path, images: Iterator[Path]) -> tuple[int, int, str]:
     Raises:
         ValueError: the rows are not those of `images`, or were written by another version of this program.
     """
+    with part.open("rb") as file:
+        if part.name.endswith(".csv.part") and not _csv_line(*HEADER).encode().startswith(file.readline()):
+            raise ValueError(f"{part}: {OTHER_VERSION}")
     done, refused, model, size = 0, 0, "", 0
     for row, end in _whole_rows(part):
         expected = next(images, "nothing")
@@ -723,7 +727,7 @@ def _keep(part: Path, images: Iterator[Path]) -> tuple[int, int, str]:
                 f"row {done + 1} of {part} is {row.image} where {expected} is now; name the same, unchanged PATH"
             )
         if not row.error and not row.model:
-            raise ValueError(f"{part}: was begun by another version of classify.py, which named no models")
+            raise ValueError(f"{part}: {OTHER_VERSION}")
         model = _same_model(model, row)
         done, refused, size = done + 1, refused + bool(row.error), end
     os.truncate(part, size)
@@ -746,7 +750,8 @@ def _json_rows(file: Iterable[bytes]) -> Iterator[tuple[Row, int]]:
             return
         end += len(line)
         values = json.loads(line)
-        yield Row(values["image"], {}, values.get("error", ""), values.get("model", "")), end
+        model = values["model"] if "predictions" in values else ""  # of an earlier version: `_keep` says so
+        yield Row(values["image"], {}, values.get("error", ""), model), end
 
 
 def _csv_rows(file: Iterable[bytes]) -> Iterator[tuple[Row, int]]:

@@ -1,6 +1,6 @@
-// The page's wiring: what is chosen, dropped, pasted or drawn goes to the worker, and its answer into the page.
+// The page's wiring: what is chosen, dropped, pasted or drawn goes to the worker, and its predictions into the page.
 
-import { card, resultButton, showAnswer, showError, showResult, showWaiting } from "./answer.mjs";
+import { card, resultButton, showError, showPredictions, showResult, showWaiting } from "./display.mjs";
 import { prepareDigit } from "./digit.mjs";
 import { Pad } from "./pad.mjs";
 import { askTorchServe, predictionUrl } from "./torchserve.mjs";
@@ -13,7 +13,7 @@ let labels; // of the loaded model
 let model = ""; // its name, by which TorchServe knows it too
 let items = []; // what is classified: {name, file: Blob or a promise of it, pixels?: RGB of a drawing, outcome?, button?}
 let shown; // the one of them that is shown with all its bars
-let turn = 0; // an answer to anything but the latest question is dropped
+let turn = 0; // a response to anything but the latest question is dropped
 
 // The worker, as a function.
 
@@ -100,37 +100,37 @@ async function classify() {
   }
 }
 
-/** @returns {Promise<{answer: [string, number][], note: string} | {error: string}>} */
+/** @returns {Promise<{predictions: [string, number][], note: string} | {error: string}>} */
 async function classifyHere(image) {
   try {
     const { probabilities, width, height, decoding, running } = await ask("classify", image);
-    const answer = labels.map((label, i) => [label, probabilities[i]]).sort((a, b) => b[1] - a[1]);
+    const predictions = labels.map((label, i) => [label, probabilities[i]]).sort((a, b) => b[1] - a[1]);
     const parts = `decoding ${decoding.toFixed(1)}, graph ${running.toFixed(1)}`;
-    return { answer, note: `${(decoding + running).toFixed(1)} ms (${parts}), ${width}×${height} px` };
+    return { predictions, note: `${(decoding + running).toFixed(1)} ms (${parts}), ${width}×${height} px` };
   } catch (error) {
     return { error: error.message };
   }
 }
 
 function showShown() {
-  const place = find("page-answer");
+  const place = find("page-predictions");
   if (!shown) showWaiting(place, "Nothing classified yet.");
   else if (!labels) showWaiting(place, "Choose a model first.");
   else if (!shown.outcome) showWaiting(place, "…");
   else if (shown.outcome.error) showError(place, HERE, shown.outcome.error);
-  else showAnswer(place, HERE, shown.outcome.answer, shown.outcome.note);
-  // On a phone the answer to a file may be out of sight. While one draws nothing may move.
+  else showPredictions(place, HERE, shown.outcome.predictions, shown.outcome.note);
+  // On a phone the predictions for a file may be out of sight. While one draws nothing may move.
   if (shown?.url && shown.outcome) find("result").scrollIntoView({ block: "nearest" });
 }
 
 async function askServer() {
-  const [place, item, mine] = [find("server-answer"), shown, turn];
+  const [place, item, mine] = [find("server-predictions"), shown, turn];
   if (!item || !find("compare").checked) return showWaiting(place, "");
   showWaiting(place, `${THERE}: …`);
   const isLatest = () => item === shown && mine === turn;
   try {
-    const { answer, milliseconds } = await askTorchServe(await item.file, model, find("server-key").value);
-    if (isLatest()) showAnswer(place, THERE, answer, `${milliseconds.toFixed(1)} ms, there and back`);
+    const { predictions, milliseconds } = await askTorchServe(await item.file, model, find("server-key").value);
+    if (isLatest()) showPredictions(place, THERE, predictions, `${milliseconds.toFixed(1)} ms, there and back`);
   } catch (error) {
     if (isLatest()) showError(place, THERE, error.message);
   }
@@ -217,7 +217,7 @@ function clearDrawing() {
 
 find("clear").addEventListener("click", () => (shown?.pixels ? takeImages([]) : clearDrawing()));
 
-/** The pixels as a file for TorchServe; shown beside the answer too, as what the model sees. */
+/** The pixels as a file for TorchServe; shown beside the predictions too, as what the model sees. */
 function asPng({ data, height, width }) {
   const canvas = find("seen");
   const image = new ImageData(width, height);
@@ -230,7 +230,7 @@ function asPng({ data, height, width }) {
 // TorchServe.
 
 function showServer() {
-  find("server").hidden = find("server-answer").hidden = !find("compare").checked;
+  find("server").hidden = find("server-predictions").hidden = !find("compare").checked;
   find("server-url").textContent = predictionUrl(model || "NAME").href;
 }
 

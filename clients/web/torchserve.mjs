@@ -11,7 +11,7 @@ export function predictionUrl(model) {
 
 /**
  * @param {Blob} image an image file
- * @returns {Promise<{answer: [string, number][], milliseconds: number}>} labels and probabilities, best first
+ * @returns {Promise<{predictions: [string, number][], milliseconds: number}>} labels and probabilities, best first
  * @throws {Error} it refused, or is not there
  */
 export async function askTorchServe(image, model, key) {
@@ -29,5 +29,5 @@ export async function askTorchServe(image, model, key) {
   const milliseconds = performance.now() - started;
   if (!body) throw new Error("this page's server does not forward to TorchServe; use clients/web/serve.py");
   if (!reply.ok) throw new Error(`${reply.status} ${body.type}: ${body.message}`);
-  return { answer: Object.entries(body).sort((a, b) => b[1] - a[1]), milliseconds };
+  return { predictions: Object.entries(body).sort((a, b) => b[1] - a[1]), milliseconds };
 }

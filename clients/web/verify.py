@@ -2,7 +2,7 @@
 
     python clients/web/verify.py MODEL.onnx IN_DIR OUT_DIR
 
-Reads every IN_DIR/*.npy, writes the answers as OUT_DIR/*.npy. The last line of output is {"version": …, "seconds": …}:
+Reads every IN_DIR/*.npy, writes the outputs as OUT_DIR/*.npy. The last line of output is {"version": …, "seconds": …}:
 of the runtime, and spent in its own call. Ends with 2 on wrong usage, with 3 if something is not installed and with 4
 if the runtime cannot run the graph; each with a line that says so.
 """

@@ -1,11 +1,11 @@
-// How answers and the model's card are shown. All text goes in as text: labels come from a file that anybody may send.
+// How predictions and the model's card are shown. All text goes in as text: labels come from a file anybody may send.
 
 const BEST = 5;
 
-/** @param {[string, number][]} answer labels and probabilities, best first */
-export function showAnswer(place, who, answer, time) {
-  const [[label, probability]] = answer;
-  fill(place, `${who}: ${label}, ${percent(probability)}`, answer.slice(0, BEST).map(bar), time);
+/** @param {[string, number][]} predictions labels and probabilities, best first */
+export function showPredictions(place, who, predictions, time) {
+  const [[label, probability]] = predictions;
+  fill(place, `${who}: ${label}, ${percent(probability)}`, predictions.slice(0, BEST).map(bar), time);
 }
 
 export function showError(place, who, message) {
@@ -32,8 +32,8 @@ export function resultButton(name, url) {
   return button;
 }
 
-/** @param {{answer?: [string, number][], error?: string}} outcome goes to its button */
-export function showResult(button, { answer: [[label, probability]] = [[]], error }) {
+/** @param {{predictions?: [string, number][], error?: string}} outcome goes to its button */
+export function showResult(button, { predictions: [[label, probability]] = [[]], error }) {
   button.classList.toggle("error", Boolean(error));
   button.querySelector(".label").textContent = error ?? label;
   button.querySelector(".percent").textContent = error ? "" : percent(probability);
