@@ -408,31 +408,12 @@ def _progress(total: int, done: int) -> Iterator[Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="classify.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("archive", type=Path, metavar="NAME.mar", help="made by `python -m export RUN`")
-    parser.add_argument("images", nargs="*", help="files and folders")
-    parser.add_argument("--list", type=Path, metavar="FILE", help="a file with the name of one of these on each line")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the predictions; the same one to go on")
-    parser.add_argument("--workers", type=int, metavar="N", help="one for each core, or as many as the GPUs take")
-    parser.add_argument("--gpus-per-worker", type=float, default=0, metavar="X", help="0.25: four workers share a GPU")
-    parser.add_argument("--address", help="of a Ray cluster: `auto` on one of its machines; none: this machine alone")
-    parser.add_argument("--part-size", type=int, default=PART_SIZE, metavar="N", help=f"images in a file ({PART_SIZE})")
-    options = parser.parse_args(arguments)
-    for name in ("workers", "part_size"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    options = _options(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Ray is stopped too
     try:
-        names = options.images + (
-            options.list.read_text("utf-8", "surrogateescape").splitlines() if options.list else []
-        )
-        if absent := next((name for name in options.images if not Path(name).exists()), None):
-            raise JobError(f"{absent}: no such image or folder")
         sums = classify(
             options.archive,
-            names,
+            _names(options),
             options.out,
             part_size=options.part_size,
             workers=options.workers,
@@ -450,6 +431,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     total, errors = sum(sums.values()), sum(sums.values()) - sums["ok"]
     print(f"{options.out}: {total:,} images, {errors:,} with errors")
     return 1 if errors else 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="classify.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("archive", type=Path, metavar="NAME.mar", help="made by `python -m export RUN`")
+    parser.add_argument("images", nargs="*", help="files and folders")
+    parser.add_argument("--list", type=Path, metavar="FILE", help="a file with the name of one of these on each line")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the predictions; the same one to go on")
+    parser.add_argument("--workers", type=int, metavar="N", help="one for each core, or as many as the GPUs take")
+    parser.add_argument("--gpus-per-worker", type=float, default=0, metavar="X", help="0.25: four workers share a GPU")
+    parser.add_argument("--address", help="of a Ray cluster: `auto` on one of its machines; none: this machine alone")
+    parser.add_argument("--part-size", type=int, default=PART_SIZE, metavar="N", help=f"images in a file ({PART_SIZE})")
+    options = parser.parse_args(arguments)
+    for name in ("workers", "part_size"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    return options
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    """The files and folders of the command line and of --list.
+
+    Raises:
+        JobError: one of the command line is not there.
+    """
+    listed = options.list.read_text("utf-8", "surrogateescape").splitlines() if options.list else []
+    if absent := next((name for name in options.images if not Path(name).exists()), None):
+        raise JobError(f"{absent}: no such image or folder")
+    return [*options.images, *listed]
 
 
 if __name__ == "__main__":
