@@ -27,10 +27,12 @@ def archives_of(folder: Path) -> list[Path]:
 
 def check_freshness(archive: Path, run: Path) -> None:
     """Raises ServerError unless the archive was made from the run as it is now."""
+    from predictor.spec import ModelSpec  # not at the top: the container has archives, and no run to compare them with
+
     command = f"python -m export {shlex.quote(str(run))}"
     try:
         with zipfile.ZipFile(archive) as files:
-            fresh = json.loads(files.read("spec.json")) == json.loads((run / "spec.json").read_text())
+            fresh = ModelSpec.from_json(files.read("spec.json").decode()) == ModelSpec.load(run)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ServerError(f"{archive}: cannot be checked ({error}); run `{command}`") from None
     if not fresh:

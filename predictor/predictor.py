@@ -176,8 +176,15 @@ def read_settings(text: str) -> dict[str, Any]:
     PyYAML is not among what a predictor needs.
     """
     lines = re.findall(r"(?m)^(\w+):[ \t]+(?:\"([^\"\n]*)\"|'([^'\n]*)'|([^\s#'\"][^\s#]*))", text)
-    found = {name: double or single or plain for name, double, single, plain in lines}
-    return {name: int(value) if re.fullmatch(r"-?\d+", value) else value for name, value in found.items()}
+    return {name: _plain(plain) if plain else double or single for name, double, single, plain in lines}
+
+
+def _plain(text: str) -> str | int:
+    """A word without quotes as YAML 1.1 reads it, whose whole numbers include 50_000_000, 0x10, 0b11 and 010 (8)."""
+    if not re.fullmatch(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)", text):
+        return text
+    digits = text.replace("_", "")
+    return int(digits, 8 if re.match(r"[-+]?0[0-7]", digits) else 0)
 
 
 # What is named

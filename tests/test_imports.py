@@ -35,7 +35,7 @@ ALLOWED = {
     "export": {"export", "dataset", "model", "predictor"},
     "clients": {"predictor"},  # the batch job: that of the archive which it is given
     "deploy": {"deploy", "launcher", "predictor"},
-    "launcher": {"launcher"},
+    "launcher": {"launcher", "predictor"},  # the spec: is an archive that of its run?
     "train.py": {"training", "dataset", "model", "predictor"},
     "serve.py": {"launcher"},
 }

@@ -1,5 +1,6 @@
 """The predictor, and its command: as the handler answers, with three packages, and no traceback for any mistake."""
 
+import io
 import json
 import os
 import subprocess
@@ -161,6 +162,31 @@ def test_odd_names_and_files_are_rows_for_programs_and_people(archive, sample, t
     assert "\x1b" not in out
 
 
+@pytest.mark.parametrize(
+    ("out", "error", "has_tqdm", "is_shown"),
+    [
+        ("file", "terminal", True, True),
+        ("terminal", "terminal", True, False),  # where the rows tell how far it is
+        ("file", "file", True, False),
+        ("file", "terminal", False, False),
+    ],
+)
+def test_a_bar_is_shown_where_the_rows_go_into_a_file_and_somebody_watches(
+    archive, images, monkeypatch, out, error, has_tqdm, is_shown
+):
+    streams = {name: io.StringIO() for name in ("stdout", "stderr")}
+    for (name, stream), kind in zip(streams.items(), (out, error), strict=True):
+        monkeypatch.setattr(stream, "isatty", lambda kind=kind: kind == "terminal", raising=False)
+        monkeypatch.setattr(sys, name, stream)
+    if not has_tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert main([str(archive), str(images / "samples"), "--json"]) == 0
+    rows = [json.loads(line) for line in streams["stdout"].getvalue().splitlines()]
+    assert len(rows) == 5
+    said = streams["stderr"].getvalue()
+    assert ("| 5/5 [" in said and "images/s]" in said) if is_shown else said == ""
+
+
 def test_a_reader_that_has_enough_gets_no_traceback(archive, images):
     line = f"'{sys.executable}' -m predictor '{archive}' '{images}' '{images}' '{images}' | head -1"
     done = subprocess.run(line, shell=True, cwd=PROJECT, capture_output=True, text=True, check=False)
@@ -222,6 +248,32 @@ def test_settings_are_read_as_yaml_reads_them():
     for name in ("backend", "topk", "max_pixels", "max_images", "threads", "a", "b"):
         assert ours[name] == all_of_them[name]
     assert not {"c", "d", "e"} & ours.keys()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "50_000_000",
+        "0x10",
+        "0xFf_ff",
+        "0b1_01",
+        "010",
+        "0",
+        "-7",
+        "+7",
+        "-0x1",
+        "08",
+        "1.5",
+        "7px",
+        "'7'",
+        '"7"',
+        "x_1",
+    ],
+)
+def test_a_setting_is_read_as_yaml_reads_it(value):
+    found, expected = read_settings(f"topk: {value}\n")["topk"], yaml.safe_load(value)
+    assert found == (value if isinstance(expected, float) else expected)  # no setting of the predictor has a fraction
+    assert isinstance(found, int) == isinstance(expected, int)
 
 
 def test_no_image_costs_another_its_prediction(predictor, sample, monkeypatch):

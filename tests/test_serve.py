@@ -1,5 +1,6 @@
 """Starting and stopping TorchServe, and what is said when it cannot start."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import psutil
 import pytest
 
 import serve
-from launcher import Ports, ServerError, archives_of, readiness, serving
+from launcher import Ports, ServerError, archives_of, check_freshness, readiness, serving
 from launcher.environment import environment, java
 from launcher.properties import read_properties
 from launcher.readiness import loopback_session
@@ -243,3 +245,20 @@ def test_an_archive_of_an_earlier_training_is_not_served(run, exported, tmp_path
     (mine / "export" / "digits.mar").write_bytes(b"half an arch")
     assert serve.main([str(mine)]) == 2
     assert f"cannot be checked (File is not a zip file); run `python -m export '{mine}'`" in capsys.readouterr().err
+
+
+def test_an_archive_is_of_its_run_by_what_the_specs_mean(run, tmp_path):
+    """Version 1 says in other words what version 2 says."""
+    now = json.loads((run / "spec.json").read_text()) | {"colour": "as-stored"}
+    (tmp_path / "spec.json").write_text(json.dumps(now))
+    rule = ("height", "width", "interpolation", "fit", "fill", "colour")
+    earlier = {name: value for name, value in now.items() if name not in rule}
+    for spec, is_fresh in (
+        (now, True),
+        (earlier | {"spec_version": 1, "size": now["height"]}, True),
+        (now | {"weights_sha256": "0" * 64}, False),
+    ):
+        with zipfile.ZipFile(tmp_path / "digits.mar", "w") as archive:
+            archive.writestr("spec.json", json.dumps(spec))
+        with contextlib.nullcontext() if is_fresh else pytest.raises(ServerError, match="is of an earlier training"):
+            check_freshness(tmp_path / "digits.mar", tmp_path)
