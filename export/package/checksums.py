@@ -11,37 +11,28 @@ where it holds, the graphs are run too, and their answers compared.
 from __future__ import annotations
 
 import json
-import math
 import re
-import struct
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
 from export.graphs import onnx
 from export.graphs.exported_program import GRAPHS
 from export.output_folder import MANIFEST, STAGED, SUMS
-from export.package import archive, golden_images, serving_settings, signature
+from export.package import archive, serving_settings, signature
+from export.package.archive_check import check_archive, check_staged
+from export.package.compare_graphs import compare_golden, compare_graphs
+from export.package.findings import ANEW, differs, noting, read_json, text_inside
 from export.package.model_card import CARD
 from export.progress import one_line
-from export.proof import sessions
-from export.proof.runtimes import Runtime, run_exported_program, run_onnxruntime, run_torchscript
 from predictor import golden_check
 from predictor.backends import FILES, HALF_TOLERANCE
 from predictor.files import sha256, write_text
 from predictor.golden_check import FILE as GOLDEN
 from predictor.golden_check import Golden
-from predictor.pillow_preprocessing import read
 from predictor.spec import ModelSpec
-
-TOLERANCE = 1e-4  # of a probability, and of a logit times the largest: that of export/proof/parity.py
-IMAGES = 8
-MOST_TEXT = 64_000_000  # bytes of a text inside an archive: a zip file can promise terabytes
-ANEW = "export again or restore the file"
 
 
 def write_manifest(folder: Path, name: str, version: str, seen: Mapping[str, float] | None = None) -> None:
@@ -195,14 +186,14 @@ def _check_contents(folder: Path, whole: Mapping[str, str], trusted: bool, findi
     if serving_settings.CONFIG_FILE in whole and not trusted:
         _check_config(folder, findings)
     if MANIFEST in whole:
-        _check_staged(folder, whole, trusted, findings)
+        check_staged(folder, whole, trusted, findings)
     for name in names:
         if {f"{name}.mar", serving_settings.CONFIG_FILE, MANIFEST} <= whole.keys():
-            _check_archive(folder, name, whole, trusted, findings)
+            check_archive(folder, name, whole, trusted, findings)
     if trusted and not findings:
         for name in names:
-            _compare_answers(folder, name, specs, findings)
-            _compare_golden(folder, name, specs[f"{name}.pt"], findings)
+            compare_graphs(folder, name, specs, findings)
+            compare_golden(folder, name, specs[f"{name}.pt"], findings)
 
 
 def _read_specs(folder: Path, whole: Mapping[str, str], findings: list[str]) -> dict[str, ModelSpec]:
@@ -210,7 +201,7 @@ def _read_specs(folder: Path, whole: Mapping[str, str], findings: list[str]) -> 
     specs: dict[str, ModelSpec] = {}
     for file in sorted(whole, key=lambda file: (not file.endswith(".pt"), file)):  # the others were checked against it
         if file.endswith((".pt", ".pt2", ".mar", ".onnx")) and not _is_kept(file, whole):
-            with _noting(file, findings):
+            with noting(file, findings):
                 path = folder / file
                 specs[file] = onnx.read_spec(path) if file.endswith(".onnx") else _spec_in_zip(path)
     if not specs:
@@ -231,7 +222,7 @@ def _spec_in_zip(path: Path) -> ModelSpec:
         inside = [name for name in file.namelist() if re.fullmatch(r"spec\.json|[^/]+/extra/spec\.json", name)]
         if len(inside) != 1:
             raise ValueError(f"{len(inside)} specs are inside, not one")
-        return ModelSpec.from_json(_text(file, inside[0]), source=inside[0])
+        return ModelSpec.from_json(text_inside(file, inside[0]), source=inside[0])
 
 
 def _is_kept(file: str, whole: Mapping[str, str]) -> bool:
@@ -241,22 +232,22 @@ def _is_kept(file: str, whole: Mapping[str, str]) -> bool:
 
 def _check_labels(folder: Path, specs: Mapping[str, ModelSpec], findings: list[str]) -> None:
     first, spec = next(iter(specs.items()))
-    with _noting("index_to_name.json", findings):
-        if _read_json(folder / "index_to_name.json") != {str(i): label for i, label in enumerate(spec.labels)}:
+    with noting("index_to_name.json", findings):
+        if read_json(folder / "index_to_name.json") != {str(i): label for i, label in enumerate(spec.labels)}:
             findings.append(f"index_to_name.json: names other labels than the spec in {first}; export again")
 
 
 def _check_card(folder: Path, specs: Mapping[str, ModelSpec], findings: list[str]) -> None:
     first, spec = next(iter(specs.items()))
-    with _noting(CARD, findings):
+    with noting(CARD, findings):
         if spec.weights_sha256 not in (folder / CARD).read_text(encoding="utf-8"):
             findings.append(f"{CARD}: describes other weights than those of {first}; export again")
 
 
 def _check_proof(folder: Path, specs: Mapping[str, ModelSpec], findings: list[str]) -> None:
     first, spec = next(iter(specs.items()))
-    with _noting("parity.json", findings):
-        report = _read_json(folder / "parity.json")
+    with noting("parity.json", findings):
+        report = read_json(folder / "parity.json")
         if report["weights_sha256"] != spec.weights_sha256:
             findings.append(f"parity.json: is about other weights than those of {first}; export again")
         rows = [row for row in report["rows"] if not row.get("skipped")]
@@ -270,12 +261,12 @@ def _check_proof(folder: Path, specs: Mapping[str, ModelSpec], findings: list[st
 def _check_golden(folder: Path, names: list[str], specs: Mapping[str, ModelSpec], findings: list[str]) -> None:
     """They must be there, be probabilities, and allow no more than an export would."""
     spec = next(iter(specs.values()))
-    with _noting(GOLDEN, findings):
-        found, rows = Golden(folder), len(_read_json(folder / GOLDEN)["probabilities"])
+    with noting(GOLDEN, findings):
+        found, rows = Golden(folder), len(read_json(folder / GOLDEN)["probabilities"])
         good = found.bodies and all(found.bodies) and found.expected.shape == (len(found.bodies), len(spec.labels))
         if not (good and rows and np.allclose(found.expected.sum(axis=1), 1, atol=1e-4) and found.expected.min() >= 0):
             findings.append(f"{GOLDEN}: holds no images, or no probability of each label for each; export again")
-        seen = _read_json(folder / MANIFEST)["golden_difference"]
+        seen = read_json(folder / MANIFEST)["golden_difference"]
         for name in names:
             served = FILES[serving_settings.backend_of(folder / serving_settings.CONFIG_FILE)].format(name)
             allowed = {"cpu": golden_check.tolerance(served, float(seen.get(served, 0))), "gpu": HALF_TOLERANCE}
@@ -285,200 +276,6 @@ def _check_golden(folder: Path, names: list[str], specs: Mapping[str, ModelSpec]
 
 def _check_config(folder: Path, findings: list[str]) -> None:
     """What TorchServe is told about the model, but for the two values that an export sets."""
-    with _noting(serving_settings.CONFIG_FILE, findings):
+    with noting(serving_settings.CONFIG_FILE, findings):
         if not serving_settings.is_this_checkouts(folder / serving_settings.CONFIG_FILE):
-            findings.append(_differs(f"{serving_settings.CONFIG_FILE}:", "handler/model-config.yaml"))
-
-
-def _check_staged(folder: Path, whole: Mapping[str, str], trusted: bool, findings: list[str]) -> None:
-    """The files that the archiver's line packs again: those of the archive, and no other."""
-    with _noting(MANIFEST, findings):
-        packed = _read_json(folder / MANIFEST)["archive"]
-        for file, digest in whole.items():
-            top, _, member = file.partition("/")
-            if top != STAGED:
-                continue
-            if member not in archive.IN_STAGE:
-                findings.append(f"{file}: is nothing that an export packs; remove it")
-            elif member in whole and digest != whole[member]:
-                findings.append(f"{file}: is not the {member} of the export; export again")
-            elif digest != packed.get(member):
-                findings.append(f"{file}: is not the one that was packed ({MANIFEST}); export again")
-            if not trusted and member in archive.CODE and digest != sha256(archive.CODE[member]):
-                findings.append(_differs(f"{file}:", archive.CODE[member].relative_to(archive.PROJECT).as_posix()))
-
-
-def _check_archive(folder: Path, name: str, whole: Mapping[str, str], trusted: bool, findings: list[str]) -> None:
-    """The archive's members: those of an export and no other, undamaged, the same as in the folder and the checkout."""
-    file = f"{name}.mar"
-    with _noting(file, findings), zipfile.ZipFile(folder / file) as packed:
-        if wrong := _wrong_members(folder, packed, name):
-            findings += [f"{file}: {words}; export again" for words in wrong]
-            return
-        if damaged := packed.testzip():
-            findings.append(f"{file}: '{damaged}' inside is damaged; {ANEW}")
-            return
-        listed = _read_json(folder / MANIFEST)
-        findings += [f"{file}: {words}; export again" for words in _wrong_manifest(packed, name, listed["version"])]
-        for member, digest in sorted(archive.hashes(folder / file).items()):
-            if member in whole and digest != whole[member]:
-                findings.append(f"{file}: '{member}' inside is not the {member} beside it; export again")
-            elif digest != listed["archive"].get(member):
-                findings.append(f"{file}: '{member}' inside is not the one that was packed ({MANIFEST}); export again")
-            if not trusted and member in archive.CODE and digest != sha256(archive.CODE[member]):
-                source = archive.CODE[member].relative_to(archive.PROJECT).as_posix()
-                findings.append(_differs(f"{file}: '{member}' inside", source))
-
-
-def _wrong_members(folder: Path, packed: zipfile.ZipFile, name: str) -> list[str]:
-    """What is wrong with the names of the members, before any of them is read."""
-    there, needed = (
-        packed.namelist(),
-        archive.members(name, serving_settings.backend_of(folder / serving_settings.CONFIG_FILE)),
-    )
-    wrong = [f"'{one}' is inside {there.count(one)} times, not once" for one in sorted(needed) if there.count(one) != 1]
-    for info in packed.infolist():
-        if info.filename not in needed:
-            wrong.append(f"'{info.filename}' inside is nothing that an export packs")
-        elif (info.external_attr >> 28) not in (0, 8):  # the kind of file, of POSIX: 8 is an ordinary one
-            wrong.append(f"'{info.filename}' inside is not an ordinary file")
-    if not wrong and not _is_plain(packed):
-        wrong.append("it holds bytes that its table of contents does not name")
-    return wrong
-
-
-def _is_plain(packed: zipfile.ZipFile) -> bool:
-    """Whether a reader of the local headers, as Java's streams are, sees what one of the table of contents sees."""
-    end, file = 0, packed.fp
-    assert file is not None
-    for info in sorted(packed.infolist(), key=lambda info: info.header_offset):
-        file.seek(info.header_offset)
-        header = file.read(30)
-        flags, method = struct.unpack("<HH", header[6:10])
-        crc, packed_size, size, name_length, extra_length = struct.unpack("<IIIHH", header[14:30])
-        same = (method, crc) == (info.compress_type, info.CRC) and file.read(name_length) == info.filename.encode()
-        sizes = {packed_size, size} == {0xFFFFFFFF} or (packed_size, size) == (info.compress_size, info.file_size)
-        if info.header_offset != end or flags & 8 or not same or not sizes:
-            return False
-        end = info.header_offset + 30 + name_length + extra_length + info.compress_size
-    return end == packed.start_dir
-
-
-def _wrong_manifest(packed: zipfile.ZipFile, name: str, version: str) -> list[str]:
-    """What is wrong with what the archive tells TorchServe to load."""
-    content = json.loads(_text(packed, archive.MANIFEST))
-    model, runtime = content["model"], content.get("runtime")
-    expected = {
-        "modelName": name,
-        "modelVersion": version,
-        "serializedFile": f"{name}.pt",
-        "handler": archive.ENTRY,
-        "configFile": serving_settings.CONFIG_FILE,
-    }
-    wrong = [f"its manifest names {model.get(key)} as {key}, not {value}" for key, value in expected.items()
-             if model.get(key) != value]  # fmt: skip
-    wrong += [f"its manifest has '{key}', which no export writes" for key in sorted(model.keys() - expected.keys())]
-    return wrong + [f"its manifest names {runtime} as runtime, not python"] * (runtime != "python")
-
-
-def _differs(what: str, source: str) -> str:
-    return (
-        f"{what} differs from this checkout's {source}; export again, or, if another checkout made it, check it there "
-        "or by its signature (--public-key FILE)"
-    )
-
-
-def _compare_answers(folder: Path, name: str, specs: Mapping[str, ModelSpec], findings: list[str]) -> None:
-    """The three graphs of NAME.pt against those of the other files, on the same seeded images."""
-    script = f"{name}.pt"
-    for graph, middle in GRAPHS.items():
-        batch = _images(specs[script], graph)
-        expected = None
-        with _noting(script, findings):
-            expected = run_torchscript(folder, name, graph, [batch]).outputs[0]
-        if expected is None:
-            continue
-        largest = float(np.abs(expected).max()) if graph == "network" else 1.0
-        runs: dict[str, Runtime] = {"onnx": run_onnxruntime, "pt2": run_exported_program}
-        for kind, run in runs.items():
-            file = f"{name}{middle}.{kind}"
-            with _noting(file, findings):
-                got = run(folder, name, graph, [batch]).outputs[0]
-                _compare(file, script, got, expected, TOLERANCE * largest, findings)
-    for small, tolerance in (("int8", golden_check.INT8), ("fp16", HALF_TOLERANCE)):
-        if {f"{name}.{small}.onnx", f"{name}.crops.{small}.onnx"} <= specs.keys():
-            _compare_smaller(folder, name, small, tolerance, specs[script], findings)
-
-
-def _compare_smaller(
-    folder: Path, name: str, small: str, tolerance: float, spec: ModelSpec, findings: list[str]
-) -> None:
-    """The network of an int8 or fp16 pair against its crop graph, which the golden images judge."""
-    file, crops = f"{name}.{small}.onnx", f"{name}.crops.{small}.onnx"
-    with _noting(file, findings):
-        logits = sessions.outputs(folder / file, _images(spec, "network")) / spec.temperature
-        powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-        expected = sessions.outputs(folder / crops, _images(spec, "crops"))
-        _compare(file, crops, powers / powers.sum(axis=1, keepdims=True), expected, tolerance, findings)
-
-
-def _compare_golden(folder: Path, name: str, spec: ModelSpec, findings: list[str]) -> None:
-    """Each file that could serve against the archive's golden images."""
-    seen, found = _read_json(folder / MANIFEST)["golden_difference"], Golden(folder)
-    crops = np.stack([read(body, spec.rule) for body in found.bodies])
-    for file, classify in golden_images.servable(folder, name).items():
-        with _noting(file, findings):
-            tolerance = golden_check.tolerance(file, float(seen.get(file, 0)))
-            _compare(file, GOLDEN, classify(crops), found.expected, tolerance, findings)
-
-
-def _compare(
-    file: str, reference: str, got: np.ndarray, expected: np.ndarray, tolerance: float, findings: list[str]
-) -> None:
-    difference = float(np.abs(expected - got).max()) if got.shape == expected.shape else math.nan
-    if not difference <= tolerance:  # nor if it is NaN
-        what = f"answers differ by up to {difference:.1e}, and {tolerance:.1e} is allowed"
-        findings.append(f"{file}: is of another training than {reference} ({what}); export again")
-
-
-def _images(spec: ModelSpec, graph: str) -> np.ndarray:
-    """Noise around a colour and a contrast for each image, so that they get different answers.
-
-    Returns:
-        For `network` float32 (N, 3, H, W), normalised; else uint8 (N, H, W, 3).
-    """
-    random = np.random.default_rng(0)
-    colours = random.uniform(0, 255, (IMAGES, 1, 1, 3))
-    contrasts = np.linspace(5, 120, IMAGES).reshape(-1, 1, 1, 1)  # grey levels
-    noise = random.standard_normal((IMAGES, spec.height, spec.width, 3))
-    pixels = (colours + contrasts * noise).clip(0, 255).astype(np.uint8)
-    if graph != "network":
-        return pixels
-    planes = (pixels / 255 - np.array(spec.mean)) / np.array(spec.std)
-    return np.ascontiguousarray(planes.transpose(0, 3, 1, 2), dtype=np.float32)  # (N, 3, H, W)
-
-
-# Helpers
-
-
-@contextmanager
-def _noting(file: str, findings: list[str]) -> Iterator[None]:
-    """An error of the block becomes a finding: of a wrong file, parsers raise whatever it leads them into."""
-    try:
-        yield
-    except Exception as error:
-        findings.append(f"{file}: cannot be read ({one_line(error)}); {ANEW}")
-
-
-def _text(packed: zipfile.ZipFile, name: str) -> str:
-    """
-    Raises:
-        ValueError: it is larger than any text of an export.
-    """
-    if packed.getinfo(name).file_size > MOST_TEXT:
-        raise ValueError(f"'{name}' inside is larger than {MOST_TEXT:,} bytes")
-    return packed.read(name).decode()
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+            findings.append(differs(f"{serving_settings.CONFIG_FILE}:", "handler/model-config.yaml"))
