@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataset.sources import DataError, printable
-from dataset.store import ABOUT, VERSION, Found, clear, default_root, list_stores
+from dataset.store import ABOUT, VERSION, default_root
+from dataset.store_list import Found, clear, list_stores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,14 +22,12 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import threading
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +35,7 @@ from PIL import Image
 
 from dataset.frames import ENCODINGS, MemoryBodies, encode
 from dataset.image_store import free_memory
-from dataset.sources import DataError, Source, printable
+from dataset.sources import DataError, Source
 from dataset.store_files import check_folder, explained, locked, open_own, read_own
 from predictor.files import sync_folder, write_text
 
@@ -47,10 +45,7 @@ CHUNK_BYTES = 64 << 20  # of frames that are written, and flushed, together
 ASPECT = 4 / 3  # of photographs: what space is reckoned with before any is decoded
 JPEG_FACTOR = 4  # photographs take a sixth to a tenth of their pixels' bytes; this is to be safe
 ABOUT = "store.json"
-ABOUT_BYTES = 1 << 16  # of it at the most
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*-[0-9]+px-(raw|jpeg)-[0-9a-f]{8}")  # as `store_folder` makes them
-CLEARED = re.compile(rf"\.{NAME.pattern}-cleared-[0-9a-f]{{8}}")
-FILES = re.compile(r"store\.json|\.store\.json\.\w{8}\.tmp|lock|part-[0-9]+\.(bin|idx)")
 DIGEST_BYTES = 16
 
 # check: CRC-32 of the bytes before it.
@@ -277,7 +272,7 @@ class StoredBodies:
         """Finds the frames of all rows in the indices."""
         _close(self._files)  # the store may have been cleared, and another be in its place
         self.shapes[:], self._bad[:] = 0, False
-        for part, records in _read_indices(self.folder):
+        for part, records in read_indices(self.folder):
             digests = records["digest"].tobytes()
             found = [
                 self._row_of.get(digests[start : start + DIGEST_BYTES], -1)
@@ -305,7 +300,7 @@ class _Writer:
         self._bodies: list[bytes] = []
         self._rows: list[tuple[bytes, int, int, int]] = []  # digest, length, height, width
         self._pending = 0
-        sound = dict(_read_indices(folder))
+        sound = dict(read_indices(folder))
         self._part = max(sound, default=0)
         records = sound.get(self._part, np.zeros(0, RECORD))
         self._records = len(records)
@@ -367,83 +362,6 @@ class _Writer:
                     file.truncate(length)
 
 
-@dataclass(frozen=True)
-class Found:
-    """A store on disk; bytes and when it was last used, in seconds since 1970.
-
-    version: 0 where its store.json is damaged, which says nothing of the data then.
-    """
-
-    name: str
-    data: str
-    version: int
-    frames: int  # those of images that have changed or gone among them
-    bytes: int
-    used: float
-
-
-def list_stores(root: Path) -> list[Found]:
-    """This user's stores below a folder, the one that was used last first; what is none is passed over."""
-    found = []
-    for about in root.glob(f"*/{ABOUT}"):
-        folder = about.parent
-        with contextlib.suppress(FileNotFoundError, DataError):  # cleared meanwhile, or not ours
-            if NAME.fullmatch(folder.name):
-                check_folder(folder)
-                version, data = _read_about(about)
-                frames = sum(int((records["height"] > 0).sum()) for _, records in _read_indices(folder))
-                size = sum(path.lstat().st_size for path in folder.iterdir())
-                found.append(Found(folder.name, data, version, frames, size, about.lstat().st_mtime))
-    return sorted(found, key=lambda store: -store.used)
-
-
-def _read_about(path: Path) -> tuple[int, str]:
-    """The version of a store and what it is of; 0 and nothing where the file is damaged."""
-    try:
-        values = json.loads(read_own(path, ABOUT_BYTES))
-    except (ValueError, RecursionError):
-        return 0, ""
-    version, data = (values.get("version"), values.get("data")) if isinstance(values, dict) else (0, "")
-    return (version, data) if isinstance(version, int) and isinstance(data, str) else (0, "")
-
-
-def clear(root: Path, name: str) -> list[Found]:
-    """Removes a store, or "all" whose store.json is sound; returns what was removed.
-
-    A process that reads from it keeps what it has opened; one that adds to it is waited for. Nothing but the files of a
-    store is removed: it is first called by another name, so that a run that starts finds all of it or nothing.
-
-    Raises:
-        DataError: there is none of this name, or its folder holds something else.
-    """
-    for left in root.glob(".*-cleared-*"):  # of a clearing that was killed
-        with contextlib.suppress(DataError):  # another user's
-            if CLEARED.fullmatch(left.name):
-                _remove(left)
-    stores = list_stores(root)
-    wanted = [store for store in stores if name == store.name or (name == "all" and store.version)]
-    if not wanted and name != "all":
-        names = ", ".join(store.name for store in stores) or "none"
-        raise DataError(f"{root}: has no store {printable(name)}; there are: {names}")
-    for store in wanted:
-        folder, hidden = root / store.name, root / f".{store.name}-cleared-{secrets.token_hex(4)}"
-        with locked(folder):
-            if others := sorted(path.name for path in folder.iterdir() if not FILES.fullmatch(path.name)):
-                raise DataError(f"{folder}: holds {printable(others[0])}, which is no part of a store; move it out")
-            folder.rename(hidden)
-            _remove(hidden)
-    return wanted
-
-
-def _remove(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # another process clears, too
-        check_folder(folder)
-        for path in folder.iterdir():
-            if FILES.fullmatch(path.name):
-                path.unlink(missing_ok=True)
-        folder.rmdir()
-
-
 def _part(folder: Path, number: int) -> Path:
     return folder / f"part-{number}.bin"
 
@@ -452,7 +370,7 @@ def _index(folder: Path, number: int) -> Path:
     return folder / f"part-{number}.idx"
 
 
-def _read_indices(folder: Path) -> Iterator[tuple[int, np.ndarray]]:
+def read_indices(folder: Path) -> Iterator[tuple[int, np.ndarray]]:
     """The sound records of each part: those before the first that was not finished.
 
     Raises:

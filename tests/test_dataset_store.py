@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset import loading, store
+from dataset import loading, store, store_list
 from dataset.__main__ import main as dataset_command
 from dataset.frames import MemoryBodies, make_frame
 from dataset.loading import FrameOptions, load
 from dataset.sources import DataError, open_source
-from dataset.store import StoredBodies, bodies_for, list_stores
+from dataset.store import StoredBodies, bodies_for
 from dataset.store_files import locked
+from dataset.store_list import list_stores
 from model import checkpoint
 from predictor.image_headers import ImageError
 from predictor.spec import PixelRule
@@ -356,7 +357,7 @@ def test_an_image_that_becomes_readable_is_added(folder, root, decoded, locks, m
 def test_the_lock_is_given_back_before_other_images_are_decoded_if_nothing_is_missing(folder, root, monkeypatch):
     """Another process has filled the store while this one waited for the lock."""
     expected, _ = read(folder, root)
-    kept, looks, real = store._read_indices, [], loading.decode_each
+    kept, looks, real = store.read_indices, [], loading.decode_each
 
     def late(place):
         looks.append(place)
@@ -367,7 +368,7 @@ def test_the_lock_is_given_back_before_other_images_are_decoded_if_nothing_is_mi
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error, if it is held
         return real(*given, **options)
 
-    monkeypatch.setattr(store, "_read_indices", late)
+    monkeypatch.setattr(store, "read_indices", late)
     monkeypatch.setattr(loading, "decode_each", decode_each)
     assert read(folder, root)[0] == expected
     assert len(looks) > 2
@@ -419,9 +420,9 @@ def test_a_damaged_store_is_listed_and_cleared_by_its_name(folder, root, capsys,
     assert dataset_command(["store", "--store", str(root)]) == 0
     assert f"{found.name}  {TRAIN} frames" in (out := capsys.readouterr().out)
     assert "store.json is damaged: clear it by its name" in out
-    store.clear(root, "all")
+    store_list.clear(root, "all")
     assert found.exists()
-    store.clear(root, found.name)
+    store_list.clear(root, found.name)
     assert list(root.iterdir()) == []
 
 
@@ -442,28 +443,28 @@ def test_a_store_of_an_older_version_is_said_to_be_one_and_cleared(folder, root,
     (only_store(root) / "store.json").write_text('{"version": 1, "data": "images"}')
     assert dataset_command(["store", "--store", str(root)]) == 0
     assert "images (of another version of this program: not read)" in capsys.readouterr().out
-    store.clear(root, "all")
+    store_list.clear(root, "all")
     assert list_stores(root) == []
 
 
 def test_what_is_open_survives_a_clearing(folder, root):
     expected, data = read(folder, root)
-    store.clear(root, "all")
+    store_list.clear(root, "all")
     assert data.train.frames.frame(0).tobytes() in expected.values()
 
 
 def test_a_run_that_starts_while_a_store_is_cleared_decodes_anew(folder, root, decoded, monkeypatch):
     """Between its look at what the store holds and the opening of the frames."""
     expected, _ = read(folder, root)
-    kept = store._read_indices
+    kept = store.read_indices
 
     def cleared(place):
         found = list(kept(place))
-        monkeypatch.setattr(store, "_read_indices", kept)
-        store.clear(root, "all")
+        monkeypatch.setattr(store, "read_indices", kept)
+        store_list.clear(root, "all")
         return iter(found)
 
-    monkeypatch.setattr(store, "_read_indices", cleared)
+    monkeypatch.setattr(store, "read_indices", cleared)
     assert read(folder, root)[0] == expected
     assert len(decoded) == 2 * TRAIN
 
@@ -475,13 +476,13 @@ def test_a_clearing_that_was_killed_leaves_no_half_of_a_store(folder, root, deco
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "_remove", killed)
+        patched.setattr(store_list, "_remove", killed)
         with pytest.raises(KeyboardInterrupt):
-            store.clear(root, "all")
+            store_list.clear(root, "all")
     assert list_stores(root) == []
     assert read(folder, root)[0] == expected
     assert len(decoded) == 2 * TRAIN
-    store.clear(root, "all")
+    store_list.clear(root, "all")
     assert list(root.iterdir()) == []
 
 
@@ -561,7 +562,7 @@ def test_a_store_that_others_can_change_is_refused(folder, root, tmp_path, monke
     found.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="is no folder of its own"):
         read(folder, root)
-    store.clear(root, "all")
+    store_list.clear(root, "all")
     assert (tmp_path / "elsewhere" / "part-0.bin").exists()
 
 
