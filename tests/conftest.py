@@ -189,7 +189,7 @@ def label(run: Path, sample: bytes) -> str:
 def label_of(run: Path, body: bytes) -> str:
     """The label that the run's network gives an image in eager PyTorch: every other way must give the same.
 
-    Not the true one: whether a network is right about one image is luck, and may depend on how a processor rounds.
+    Not the true one: whether a network classifies one image correctly is luck, and may depend on the processor.
     """
     spec, network = load_run(run)
     crops = torch.from_numpy(crop(decode(body), spec.rule)[None].copy())

@@ -44,7 +44,7 @@ def with_curve(profile: bytes, *numbers: float) -> bytes:
 
 
 P3 = with_primaries(SRGB, DISPLAY_P3)
-NOT_A_CURVE = {  # in the places of sRGB's: what they compute is no number
+NOT_A_CURVE = {  # in the places of sRGB's: what they compute is NaN or infinite
     "zero to the power of minus one": with_curve(SRGB, -1, 1, 0, 0, -1),
     "a power beyond all numbers": with_curve(SRGB, 32767, 32767, 0, 0, 0),
 }

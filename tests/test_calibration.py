@@ -6,7 +6,7 @@ from training.metrics import expected_calibration_error
 
 
 def drawn(temperature: float, count: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits whose confidences are right if they are divided by `temperature`."""
+    """Logits whose confidences are calibrated if they are divided by `temperature`."""
     generator = torch.Generator().manual_seed(0)
     honest = 2 * torch.randn(count, 5, generator=generator)
     targets = torch.multinomial(honest.softmax(dim=1), 1, generator=generator)[:, 0]

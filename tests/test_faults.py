@@ -64,7 +64,7 @@ def scene(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sce
 
 @pytest.fixture
 def notes(scene: Scene, images: KnownImages, tmp_path: Path) -> Iterator[list[Note]]:
-    """What the Python client's requests came to so far; at the end each image must have its one right answer."""
+    """What the Python client's requests came to so far; at the end each image must have its one correct prediction."""
     notes: list[Note] = []
     crowd = Crowd(client_of(scene.server, notes, retry_seconds=2 * SECONDS), images, tmp_path / "images")
     crowd.start()

@@ -25,7 +25,7 @@ def content(exported):
     return json.loads((exported / FILE).read_text())
 
 
-def right(golden):
+def correct(golden):
     return lambda bodies: golden.expected[: len(bodies)].copy()
 
 
@@ -110,12 +110,12 @@ def test_synthetic_ones_hold_no_image_of_the_user_and_differ(made):
     assert len({row.argmax() for row in golden.expected}) > 1
 
 
-def test_right_answers_pass_and_wrong_ones_are_named(exported):
+def test_correct_predictions_pass_and_wrong_ones_are_named(exported):
     golden = Golden(exported)
-    assert golden.check(right(golden), "cpu") == 0
+    assert golden.check(correct(golden), "cpu") == 0
 
     def wrong(bodies):
-        answers = right(golden)(bodies)
+        answers = correct(golden)(bodies)
         answers[3:4, 0] += 0.01
         return answers
 
@@ -127,12 +127,12 @@ def test_right_answers_pass_and_wrong_ones_are_named(exported):
     assert golden.check(wrong, "cpu", count=1) == 0
 
 
-def test_an_answer_that_is_no_number_is_wrong(exported):
+def test_a_prediction_of_nan_is_wrong(exported):
     golden = Golden(exported)
     with pytest.raises(ValueError, match="is nan off"):
         golden.check(lambda bodies: np.full_like(golden.expected, np.nan), "gpu")
     ratio, _ = golden.compare(lambda bodies: np.full_like(golden.expected, np.nan), "gpu")
-    assert np.isfinite(ratio)  # TorchServe drops a metric that is no number
+    assert np.isfinite(ratio)  # TorchServe drops a metric that is NaN
     assert ratio > 1
 
 

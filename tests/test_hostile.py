@@ -171,7 +171,7 @@ def test_a_request_of_256_giants_is_answered_in_time_and_the_worker_lives(lonely
 @pytest.mark.server
 @pytest.mark.parametrize("name", sorted(IMAGES))
 def test_an_image_that_costs_a_decoder_much_costs_its_neighbours_nothing(lonely, post, good, name):
-    """Four at once: each is answered, refused or put off; all processes stay small; neighbours are right."""
+    """Four at once: each is answered, refused or put off; all processes stay small; neighbours are correct."""
     workers = workers_of(lonely)
     before, most, over = family_memory(lonely), [0], threading.Event()
 

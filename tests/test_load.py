@@ -1,4 +1,4 @@
-"""The load of the benchmarks counts right answers only."""
+"""The load of the benchmarks counts correct predictions only."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def wanted(server, run):
 
 
 @pytest.mark.parametrize("run_load", RUNS)
-def test_right_answers_count_in_every_shape(server, wanted, run_load):
+def test_correct_predictions_count_in_every_shape(server, wanted, run_load):
     found = run_load(f"{server.url}/predictions/digits", server.key(), wanted, 6, 1)
     assert found.requests_per_second > 1
     assert (found.wrong, found.failed, found.said) == (0, 0, "")
@@ -49,7 +49,7 @@ def test_right_answers_count_in_every_shape(server, wanted, run_load):
 
 @pytest.mark.parametrize("run_load", RUNS)
 @pytest.mark.parametrize("change", ["label", "probability", "count", "key"])
-def test_wrong_answers_do_not(server, wanted, run_load, change):
+def test_wrong_predictions_do_not(server, wanted, run_load, change):
     key = "wrong" if change == "key" else server.key()
     (label, value), *rest = wanted[1].best
     best = {

@@ -358,7 +358,7 @@ def test_the_interval_is_of_the_paired_difference():
 
 
 def test_the_two_files_are_compared_image_by_image(exported, tmp_path, loaded):
-    """The targets make fp32 right on all of 200 images, and the other file wrong on 1, 2 or 3."""
+    """The targets make fp32 correct on all of 200 images, and the other file wrong on 1, 2 or 3."""
     crops = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), np.uint8)
     best = ask(exported / "digits.crops.onnx", crops).argmax(axis=1)
     for lost, kept in ((1, True), (2, True), (3, False)):
@@ -384,7 +384,7 @@ def test_a_flag_overrules_the_judgement_either_way(exported, tmp_path, keep, kep
 
 
 def lose(source, images, path):
-    """A crop graph that answers the class of least probability for `images` and is right on all others."""
+    """A crop graph that answers the class of least probability for `images` and is correct on all others."""
     model = onnx.load(source)
     graph, make = model.graph, onnx.helper.make_node
     sums = images.astype(np.int64).reshape(len(images), -1).sum(axis=1)
@@ -392,7 +392,7 @@ def lose(source, images, path):
     constants = {"sums": sums, "axes": [1, 2, 3], "last": [1], "two": np.float32(2), "one": np.float32(1)}
     graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), f"test.{k}") for k, v in constants.items())
     softmax = next(node for node in graph.node if "probabilities" in node.output)
-    softmax.output[0] = "test.right"
+    softmax.output[0] = "test.correct"
     graph.node.extend(
         [
             make("Cast", ["images"], ["test.int"], to=onnx.TensorProto.INT64),
@@ -403,7 +403,7 @@ def lose(source, images, path):
             make("ReduceMax", ["test.floats", "test.last"], ["test.hit"]),
             make("Mul", ["test.hit", "test.two"], ["test.twice"]),
             make("Sub", ["test.one", "test.twice"], ["test.sign"]),
-            make("Mul", ["test.right", "test.sign"], ["probabilities"]),
+            make("Mul", ["test.correct", "test.sign"], ["probabilities"]),
         ]
     )
     onnx.save(model, path)

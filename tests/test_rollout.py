@@ -197,7 +197,7 @@ def load(site: Site, threads: int, **headers: str) -> Iterator[list[list[tuple[i
 
 
 def check(site: Site, seen: list[list[tuple[int, requests.Response]]], old: str, new: str) -> None:
-    """Each was answered, rightly for the version that it names, and no client was answered by the old after the new."""
+    """Each was answered, correctly for the version that it names, and no client by the old after the new."""
     for mine in seen:
         assert [reply for _, reply in mine if getattr(reply, "status_code", 0) != 200] == []
         versions = [reply.headers["x-model-version"] for _, reply in mine]

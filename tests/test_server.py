@@ -137,8 +137,8 @@ def test_answers_do_not_depend_on_the_load(server, run):
 def test_the_accuracy_over_http_is_that_of_the_metrics(client, run):
     expected = json.loads((run / "metrics.json").read_text())["test"]["accuracy"]
     answers = [(truth, client.classify(body)) for _, truth, body in read_split("digits", "test")]
-    right = sum(next(iter(answer)) == truth for truth, answer in answers)
-    assert right / len(answers) == pytest.approx(expected, abs=1.5 / len(answers))  # one near tie
+    correct = sum(next(iter(answer)) == truth for truth, answer in answers)
+    assert correct / len(answers) == pytest.approx(expected, abs=1.5 / len(answers))  # one near tie
 
 
 def test_answers_carry_the_version_and_the_weights(server, sample, run):

@@ -164,7 +164,7 @@ def test_out_that_is_a_file_is_refused_before_the_data_is_read(tmp_path, capsys)
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_its_place(tmp_path):
+def test_a_loss_of_nan_stops_the_run_with_its_place(tmp_path):
     with pytest.raises(Diverged, match=r"loss is (nan|inf) at step"):
         train(TrainOptions(data="digits", out=str(tmp_path / "run"), optimizer="sgd", lr=1e12, warmup=0))
 

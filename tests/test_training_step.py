@@ -339,7 +339,7 @@ def test_everything_together_trains(tmp_path, capsys):
     )
 
 
-def test_a_loss_that_is_no_number_names_the_step_the_rate_and_the_checkpoint(tmp_path, capsys, monkeypatch):
+def test_a_loss_of_nan_names_the_step_the_rate_and_the_checkpoint(tmp_path, capsys, monkeypatch):
     """It begins at the third step of the second epoch."""
     real, calls = step.summed_loss, []
 

@@ -92,7 +92,7 @@ def _trace(module: nn.Module, example: Tensor, dimensions: dict[int, Any], input
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warnings about its own insides: parity decides whether the result is right."""
+    """Without torch's warnings about its own insides: parity decides whether the result is correct."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -126,7 +126,7 @@ def judge(
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """The two-sided p-value of McNemar's exact test: of images that only one of two classifiers names rightly, as
+    """The two-sided p-value of McNemar's exact test: of images that only one of two classifiers gets correct, as
     many or more on one side, were each side as likely (McNemar 1947).
     """
     total, fewer = lost + won, min(lost, won)
