@@ -52,7 +52,7 @@ from training.run_folder import EpochFiles
 from training.schedule import Schedule
 from training.selection import MEASURES, is_better, is_out_of_patience, snapshot
 from training.start import check_weights, make_network, near, read_data, read_weights
-from training.suggestion import choose
+from training.suggestion import choose_options
 
 log = logging.getLogger("training.command")
 
@@ -113,7 +113,7 @@ def train(
     first = distributed.rank() == 0
     out = Path(options.out)
     with run_folder.claimed(out, options.data, resume=resume, overwrite=overwrite) if first else nullcontext():
-        options, source = choose(options, given) if given else (options, None)
+        options, source = choose_options(options, given) if given else (options, None)
         if not resume:
             check_weights(options)
         return train_into(out, options, resume, source)

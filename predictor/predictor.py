@@ -31,7 +31,7 @@ from predictor.spec import ModelSpec
 Prediction = dict[str, float]  # label to probability, best first
 
 BATCH = 64  # images that `predict` decodes and puts through the network at a time
-CONFIG, MANIFEST = "model-config.yaml", "MAR-INF/MANIFEST.json"
+CONFIG, ARCHIVE_MANIFEST = "model-config.yaml", "MAR-INF/MANIFEST.json"
 MOST_TEXT = 64_000_000  # bytes of a text inside an archive: a zip file can promise terabytes
 
 
@@ -204,7 +204,7 @@ def _find(path: Path, temporary: Path) -> _Model:
         return _packed(path, temporary)
     if not path.is_dir():
         raise ValueError(f"{path}: no such archive or folder; `python -m export RUN` makes one")
-    if (path / MANIFEST).is_file():
+    if (path / ARCHIVE_MANIFEST).is_file():
         return _unpacked(path, str(path))
     folder = path / "export" if (path / "export").is_dir() else path
     folder = folder.parent if folder.name == "archive" and not any(folder.glob("*.pt")) else folder
@@ -218,10 +218,10 @@ def _find(path: Path, temporary: Path) -> _Model:
 
 def _unpacked(folder: Path, source: str) -> _Model:
     try:
-        name = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["model"]["serializedFile"]
+        name = json.loads((folder / ARCHIVE_MANIFEST).read_text(encoding="utf-8"))["model"]["serializedFile"]
         settings = read_settings((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{CONFIG} or {MANIFEST} is missing or damaged: {_line(error)}"
+        reason = f"{CONFIG} or {ARCHIVE_MANIFEST} is missing or damaged: {_line(error)}"
         raise ValueError(f"{source}: no archive of this project ({reason}); `python -m export RUN` makes one") from None
     if not isinstance(name, str) or PurePosixPath(name).name != name:
         raise ValueError(f"{source}: its manifest names {name!r} as model; export again")
@@ -234,7 +234,7 @@ def _packed(archive: Path, folder: Path) -> _Model:
         with zipfile.ZipFile(archive) as packed:
             names = packed.namelist()
             _check_names(archive, names)
-            for text in (MANIFEST, CONFIG, "spec.json", GOLDEN):
+            for text in (ARCHIVE_MANIFEST, CONFIG, "spec.json", GOLDEN):
                 if text in names and packed.getinfo(text).file_size > MOST_TEXT:
                     raise ValueError(f"{archive}: {text} is larger than {MOST_TEXT:,} bytes; get it from its maker")
                 if text in names:

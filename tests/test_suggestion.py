@@ -10,7 +10,7 @@ from tests.folders import make_folder
 from train import main
 from training.options import TrainOptions, make_options, option_names
 from training.resolve import resolve_reading
-from training.suggestion import NAMED, RECIPE, choose, suggest
+from training.suggestion import NAMED, RECIPE, choose_options, suggest
 
 DATA = {"data": "photos", "out": "runs/x"}
 
@@ -85,7 +85,7 @@ def test_no_other_option_takes_the_choice_over(option, tmp_path, monkeypatch):
     values = {"size": 96, "train_size": 96, "resize": 200, "store": "memory"}
     default = next(field.default for field in fields(TrainOptions) if field.name == option)
     given = DATA | {option: values.get(option, default)}
-    chosen, _ = choose(make_options(None, given), given)
+    chosen, _ = choose_options(make_options(None, given), given)
     assert chosen.arch == "timm/tf_efficientnet_lite0"
     resolve_reading(chosen)
 
@@ -93,7 +93,7 @@ def test_no_other_option_takes_the_choice_over(option, tmp_path, monkeypatch):
 @pytest.mark.parametrize("given", [{"arch": "simplecnn"}, {"freeze": True, "pretrained": True}, {"data": "digits"}])
 def test_whoever_names_a_network_or_a_known_data_set_gets_no_suggestion(given):
     options = make_options(None, DATA | given)
-    assert choose(options, DATA | given) == (options, None)  # the folder, which is not there, was not opened
+    assert choose_options(options, DATA | given) == (options, None)  # the folder, which is not there, was not opened
 
 
 def test_the_command_says_what_it_found_before_it_trains(tmp_path, capsys):

@@ -94,7 +94,7 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
     """Scores `runs/NAME` on a split of any data whose classes are among the run's.
 
     Args:
-        split: one of SPLITS, as `choose` takes it; "unseen" without it.
+        split: one of SPLITS, as `choose_images` takes it; "unseen" without it.
         options: those of the command line, of which `scoring` has the names; they stand for the run's own.
 
     Returns:
@@ -113,7 +113,7 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
         raise ValueError(f"--evaluate {run}: has no config.yaml that names its data; pass --data")
     config = TrainOptions(**{"out": str(run), **own, **options})
     source, known = open_source(config.data, config.download_dir), splits.read(run)
-    wanted = choose(source.entries, split or "unseen", known or {}, config)
+    wanted = choose_images(source.entries, split or "unseen", known or {}, config)
     left_out = _say_what_is_scored(run, source, known, wanted, split or "unseen")
     images = read_images(source, spec.labels, spec.rule, wanted, config)
     mean, std = torch.tensor(spec.mean, device=device), torch.tensor(spec.std, device=device)
@@ -124,7 +124,7 @@ def evaluate_run(run: Path, split: str | None, options: dict[str, Any], device: 
     return {"run": str(run), "data": config.data, "split": name, "left_out": left_out, **result}
 
 
-def choose(entries: Sequence[Entry], split: str, known: Mapping[str, str], config: TrainOptions) -> list[int]:
+def choose_images(entries: Sequence[Entry], split: str, known: Mapping[str, str], config: TrainOptions) -> list[int]:
     """Indices of the images to score.
 
     Args:

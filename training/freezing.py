@@ -44,7 +44,7 @@ def prepare_backbone(learner: Learner, data: Data, plan: Plan, schedule: Schedul
             parameter.requires_grad_(True)
         learner.frozen, learner.features = [], None
         learner.slow_norms = [] if plan.hold_norms else slow_norms(learner.network)
-        learner.learn(learner.network, compiled=plan.compile)
+        learner.learn_through(learner.network, compiled=plan.compile)
         return 0.0
     if learner.features_tried or not plan.cache_features:
         return 0.0
@@ -57,7 +57,7 @@ def prepare_backbone(learner: Learner, data: Data, plan: Plan, schedule: Schedul
     views = "images and mirror images" if plan.flip else "images"
     log.info(f"features of the {views} computed in {seconds:.1f} s")
     schedule.leave_out(seconds)
-    learner.learn(head_of(learner.network))
+    learner.learn_through(head_of(learner.network))
     return seconds
 
 

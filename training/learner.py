@@ -72,7 +72,7 @@ class Learner:
     def averaged(self) -> nn.Module:
         return self.average.module if self.average else self.network
 
-    def learn(self, module: nn.Module, *, compiled: bool = False) -> None:
+    def learn_through(self, module: nn.Module, *, compiled: bool = False) -> None:
         """From now on a batch goes through `module`, which is the network or its head."""
         self.ddp = None
         if distributed.world() > 1:
@@ -110,5 +110,5 @@ def make_learner(network: nn.Module, scale: tuple[Tensor, Tensor], plan: Plan, t
         slow_norms=[] if plan.hold_norms else slow_norms(network),
         class_weights=class_weights(targets).to(plan.device) if plan.balance == "loss" else None,
     )
-    learner.learn(network, compiled=plan.compile)
+    learner.learn_through(network, compiled=plan.compile)
     return learner

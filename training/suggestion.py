@@ -28,7 +28,7 @@ class Suggestion:
     lines: list[str]
 
 
-def choose(options: TrainOptions, given: Mapping[str, Any]) -> tuple[TrainOptions, Source | None]:
+def choose_options(options: TrainOptions, given: Mapping[str, Any]) -> tuple[TrainOptions, Source | None]:
     """The options that suit the images, and their source, where `given` leaves the network open; else the same ones.
 
     Args:

@@ -35,13 +35,13 @@ CODE = {  # the archive's programs, and where they come from
     },
 }
 IN_STAGE = (*(member for member in CODE if member != ENTRY), "spec.json", *FROM_EXPORT)  # the files of STAGED
-MANIFEST = "MAR-INF/MANIFEST.json"
+ARCHIVE_MANIFEST = "MAR-INF/MANIFEST.json"
 
 
 def members(name: str, backend: str) -> set[str]:
     """The names of all files in an archive."""
     served = {f"{name}.pt", FILES[backend].format(name)}
-    return {MANIFEST, ENTRY, *IN_STAGE, CONFIG_FILE, *served}
+    return {ARCHIVE_MANIFEST, ENTRY, *IN_STAGE, CONFIG_FILE, *served}
 
 
 def hashes(archive: Path) -> dict[str, str]:

@@ -93,7 +93,7 @@ def _is_plain(packed: zipfile.ZipFile) -> bool:
 
 def _wrong_manifest(packed: zipfile.ZipFile, name: str, version: str) -> list[str]:
     """What is wrong with what the archive tells TorchServe to load."""
-    content = json.loads(text_inside(packed, archive.MANIFEST))
+    content = json.loads(text_inside(packed, archive.ARCHIVE_MANIFEST))
     model, runtime = content["model"], content.get("runtime")
     expected = {
         "modelName": name,
