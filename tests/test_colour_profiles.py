@@ -15,19 +15,8 @@ from predictor.colour_profiles import MAX_BYTES, conversion, is_srgb
 from predictor.decoder_process import DecoderProcess
 from predictor.pillow_preprocessing import NO_MEMORY, ImageError, crop, decode, read
 from predictor.spec import PixelRule
-from tests.icc import CURVES, NOT_A_CURVE, P3, SRGB, with_curve
+from tests.icc import CURVES, NOT_A_CURVE, P3, SRGB, of_grey, with_curve
 from tests.kinds import gradient, save
-
-
-def grey_profile(gamma: float) -> bytes:
-    header = struct.pack(">I4sI4s4s4s", 0, b"lcms", 0x02100000, b"mntr", b"GRAY", b"XYZ ") + bytes(12)
-    header += b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
-    header += bytes(128 - len(header))
-    white = struct.pack(">4sI3i", b"XYZ ", 0, 63190, 65536, 54061)
-    curve = struct.pack(">4sIIH2x", b"curv", 0, 1, round(256 * gamma))
-    tags = struct.pack(">I4sII4sII", 2, b"wtpt", 156, 20, b"kTRC", 176, 16)
-    return struct.pack(">I", 192) + (header + tags + white + curve)[4:]
-
 
 RULE = PixelRule.square(32, 36)
 KINDS = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}}
@@ -99,9 +88,9 @@ def test_tags_that_overlap_are_not_copied():
         tracemalloc.stop()
 
 
-def test_grey_pixels_are_converted_by_a_grey_profile():
+def test_grey_pixels_are_converted_by_a_of_grey():
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    got = np.asarray(decode(save(ramp, "PNG", icc_profile=grey_profile(1.8)))).astype(int)
+    got = np.asarray(decode(save(ramp, "PNG", icc_profile=of_grey(1.8)))).astype(int)
     assert (got[..., 0] == got[..., 2]).all()
     linear = (np.arange(256) / 255) ** 1.8
     expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255

@@ -26,13 +26,16 @@ using Json = nlohmann::ordered_json;  // keeps the best label first
 struct Model {
     torch::jit::Module module;  // forward: uint8 (N, H, W, 3), RGB, to probabilities float32 (N, C)
     std::vector<std::string> labels;
+    bool to_srgb;  // whether embedded colour profiles count
 };
 
 Model load(const std::string& path) {
     torch::jit::ExtraFilesMap extra{{"spec.json", ""}};
     auto module = torch::jit::load(path, torch::kCPU, extra);
     if (extra["spec.json"].empty()) throw std::invalid_argument("carries no spec.json; export the run again");
-    return {module, Json::parse(extra["spec.json"]).at("labels").get<std::vector<std::string>>()};
+    const auto spec = Json::parse(extra["spec.json"]);
+    const bool to_srgb = spec.value("colour", "as-stored") == "srgb";  // version 1 of the spec has no `colour`
+    return {module, spec.at("labels").get<std::vector<std::string>>(), to_srgb};
 }
 
 Bytes read(const std::string& path) {
@@ -72,7 +75,7 @@ int main(int argc, char** argv) {
     for (int i = 2; i < argc; i++) {
         Json line{{"image", argv[i]}};
         try {
-            line["predictions"] = classify(model, decode(read(argv[i])));
+            line["predictions"] = classify(model, decode(read(argv[i]), model.to_srgb));
         } catch (const std::exception& error) {
             line["error"] = reason(error);
             all_good = false;

@@ -3,6 +3,7 @@
 #include <csetjmp>
 #include <cstddef>
 #include <cstdio>  // jpeglib.h needs it and does not include it
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -12,11 +13,13 @@
 #include <jpeglib.h>
 
 #include <jerror.h>
+#include <lcms2.h>
 #include <png.h>
 
 namespace {
 
 constexpr std::int64_t MAX_PIXELS = 50'000'000;  // 150 MB as RGB; as in predictor/pillow_preprocessing.py
+constexpr std::size_t MAX_PROFILE = 4 << 20;     // bytes; as in predictor/colour_profiles.py
 
 // Both libraries report errors with longjmp, which runs no destructors. So whatever owns memory lies in a reader on the
 // heap, and the functions that a jump leaves, `read_jpeg` and `read_png`, own nothing.
@@ -28,10 +31,15 @@ struct JpegReader {
     char message[JMSG_LENGTH_MAX] = "";
     Image image;
     int orientation = 1;
+    JOCTET* profile = nullptr;
+    unsigned profile_size = 0;
 
     JpegReader() = default;
     JpegReader(const JpegReader&) = delete;
-    ~JpegReader() { jpeg_destroy_decompress(&info); }
+    ~JpegReader() {
+        jpeg_destroy_decompress(&info);
+        std::free(profile);
+    }
 };
 
 struct PngReader {
@@ -43,6 +51,9 @@ struct PngReader {
     Image image;
     std::vector<png_bytep> rows;
     int orientation = 1;
+    bool is_grey = false;
+    png_bytep profile = nullptr;  // owned by `info`
+    png_uint_32 profile_size = 0;
 
     explicit PngReader(const Bytes& bytes) : body(bytes) {}
     PngReader(const PngReader&) = delete;
@@ -109,6 +120,27 @@ void four_to_three(Bytes& pixels, Convert convert) {
     pixels.resize(3 * count);
 }
 
+// Converts pixels from a profile's colours to sRGB in place, perceptual, as predictor/colour_profiles.py does. Each pixel
+// has `width` bytes: it starts as grey, RGB or CMYK and becomes RGB; what follows stays. A profile that is damaged, too
+// large or of another kind than the pixels is ignored. Returns whether it was used.
+bool converted(Bytes& pixels, cmsUInt32Number width, cmsColorSpaceSignature kind, const void* profile,
+               std::size_t size) {
+    using Owned = std::unique_ptr<void, decltype(&cmsCloseProfile)>;
+    if (profile == nullptr || size > MAX_PROFILE) return false;
+    const Owned source(cmsOpenProfileFromMem(profile, static_cast<cmsUInt32Number>(size)), cmsCloseProfile);
+    if (!source || cmsGetColorSpace(source.get()) != kind) return false;
+    const Owned target(cmsCreate_sRGBProfile(), cmsCloseProfile);
+    const cmsUInt32Number count = cmsChannelsOf(kind), space = static_cast<cmsUInt32Number>(_cmsLCMScolorSpace(kind));
+    const cmsUInt32Number ink = kind == cmsSigCmykData ? FLAVOR_SH(1) : 0;  // each byte is what the ink leaves white
+    const cmsUInt32Number from = COLORSPACE_SH(space) | CHANNELS_SH(count) | EXTRA_SH(width - count) | BYTES_SH(1) | ink;
+    const cmsUInt32Number to = COLORSPACE_SH(PT_RGB) | CHANNELS_SH(3) | EXTRA_SH(width - 3) | BYTES_SH(1);
+    const std::unique_ptr<void, decltype(&cmsDeleteTransform)> transform(
+        cmsCreateTransform(source.get(), from, target.get(), to, INTENT_PERCEPTUAL, 0), cmsDeleteTransform);
+    if (!transform) return false;
+    cmsDoTransform(transform.get(), pixels.data(), pixels.data(), static_cast<cmsUInt32Number>(pixels.size() / width));
+    return true;
+}
+
 [[noreturn]] void jpeg_failed(j_common_ptr info) {
     auto* reader = static_cast<JpegReader*>(info->client_data);
     info->err->format_message(info, reader->message);
@@ -125,11 +157,13 @@ void read_jpeg(JpegReader& reader, const Bytes& body) {
     jpeg_create_decompress(&info);
     jpeg_mem_src(&info, body.data(), body.size());
     jpeg_save_markers(&info, JPEG_APP0 + 1, 0xFFFF);
+    jpeg_save_markers(&info, JPEG_APP0 + 2, 0xFFFF);
     jpeg_read_header(&info, TRUE);
     check_size(info.image_width, info.image_height);
     for (auto* marker = info.marker_list; marker != nullptr && reader.orientation == 1; marker = marker->next)
         if (marker->data_length > 6 && std::memcmp(marker->data, "Exif\0\0", 6) == 0)
             reader.orientation = exif_orientation(marker->data + 6, marker->data_length - 6);
+    jpeg_read_icc_profile(&info, &reader.profile, &reader.profile_size);
     info.out_color_space = info.num_components == 4 ? JCS_CMYK : JCS_RGB;
     jpeg_start_decompress(&info);
     const std::size_t stride = std::size_t{info.output_width} * static_cast<std::size_t>(info.output_components);
@@ -143,7 +177,7 @@ void read_jpeg(JpegReader& reader, const Bytes& body) {
     jpeg_finish_decompress(&info);
 }
 
-Image decode_jpeg(const Bytes& body) {
+Image decode_jpeg(const Bytes& body, bool to_srgb) {
     const auto reader = std::make_unique<JpegReader>();
     reader->info.client_data = reader.get();
     reader->info.err = jpeg_std_error(&reader->errors);
@@ -152,8 +186,13 @@ Image decode_jpeg(const Bytes& body) {
     if (setjmp(reader->on_error) != 0)
         throw ImageError(std::string("the JPEG image is truncated or damaged (") + reader->message + ")");
     read_jpeg(*reader, body);
-    if (reader->info.num_components == 4)  // CMYK, inverted as Adobe writes it: each byte is what the ink leaves white
-        four_to_three(reader->image.rgb, [](int paper, int black) { return scaled(paper, black); });
+    Bytes& pixels = reader->image.rgb;
+    const int channels = reader->info.num_components;
+    const auto kind = channels == 1 ? cmsSigGrayData : channels == 3 ? cmsSigRgbData : cmsSigCmykData;
+    const cmsUInt32Number width = channels == 4 ? 4 : 3;
+    const bool is_rgb = to_srgb && converted(pixels, width, kind, reader->profile, reader->profile_size);
+    if (channels == 4)  // CMYK, inverted as Adobe writes it: each byte is what the ink leaves white
+        four_to_three(pixels, [is_rgb](int paper, int black) { return is_rgb ? paper : scaled(paper, black); });
     return upright(std::move(reader->image), reader->orientation);
 }
 
@@ -182,10 +221,14 @@ void read_png(PngReader& reader) {
     png_uint_32 exif_size = 0;
     if (png_get_eXIf_1(png, reader.info, &exif_size, &exif) != 0)
         reader.orientation = exif_orientation(exif, exif_size);
+    png_charp name = nullptr;
+    int compression = 0;
+    png_get_iCCP(png, reader.info, &name, &compression, &reader.profile, &reader.profile_size);
+    reader.is_grey = (png_get_color_type(png, reader.info) & PNG_COLOR_MASK_COLOR) == 0;
 
     // To RGBA, with Pillow's way of leaving out the low byte; but 16-bit grey as predictor/pillow_preprocessing.py rounds it.
-    const bool is_grey = png_get_color_type(png, reader.info) == PNG_COLOR_TYPE_GRAY;
-    if (is_grey && png_get_bit_depth(png, reader.info) == 16) {
+    const bool is_opaque_grey = png_get_color_type(png, reader.info) == PNG_COLOR_TYPE_GRAY;
+    if (is_opaque_grey && png_get_bit_depth(png, reader.info) == 16) {
         png_set_scale_16(png);
     } else {
         png_set_expand(png);
@@ -203,7 +246,7 @@ void read_png(PngReader& reader) {
     png_read_image(png, reader.rows.data());
 }
 
-Image decode_png(const Bytes& body) {
+Image decode_png(const Bytes& body, bool to_srgb) {
     const auto reader = std::make_unique<PngReader>(body);
     reader->png = png_create_read_struct(PNG_LIBPNG_VER_STRING, reader.get(), png_failed, png_warned);
     reader->info = reader->png == nullptr ? nullptr : png_create_info_struct(reader->png);
@@ -211,6 +254,8 @@ Image decode_png(const Bytes& body) {
     if (setjmp(png_jmpbuf(reader->png)) != 0)
         throw ImageError("the PNG image is truncated or damaged (" + reader->message + ")");
     read_png(*reader);
+    const auto kind = reader->is_grey ? cmsSigGrayData : cmsSigRgbData;
+    if (to_srgb) converted(reader->image.rgb, 4, kind, reader->profile, reader->profile_size);
     four_to_three(reader->image.rgb, [](int colour, int alpha) { return scaled(colour, alpha) + 255 - alpha; });
     return upright(std::move(reader->image), reader->orientation);
 }
@@ -221,9 +266,9 @@ bool starts_with(const Bytes& body, const std::string& start) {
 
 }  // namespace
 
-Image decode(const Bytes& body) {
+Image decode(const Bytes& body, bool to_srgb) {
     if (body.empty()) throw ImageError("the file is empty; give an image");
-    if (starts_with(body, "\xff\xd8\xff")) return decode_jpeg(body);
-    if (starts_with(body, "\x89PNG")) return decode_png(body);
+    if (starts_with(body, "\xff\xd8\xff")) return decode_jpeg(body, to_srgb);
+    if (starts_with(body, "\x89PNG")) return decode_png(body, to_srgb);
     throw ImageError("the file is neither JPEG nor PNG, which are the kinds that this program reads");
 }

@@ -18,5 +18,6 @@ struct ImageError : std::runtime_error {
 };
 
 // The number of pixels is checked in the header, before anything is decoded. Transparency comes out on white, 16-bit
-// and CMYK pixels as 8-bit RGB, the image turned as its EXIF says. Throws ImageError.
-Image decode(const Bytes& body);
+// and CMYK pixels as 8-bit RGB, the image turned as its EXIF says. An embedded colour profile is converted to sRGB, or
+// ignored, as the spec's `colour` says. Throws ImageError.
+Image decode(const Bytes& body, bool to_srgb);

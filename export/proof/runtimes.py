@@ -105,7 +105,7 @@ def run_tract(folder: Path, name: str, graph: str, batches: list[Batch]) -> Answ
 
 def run_libtorch(folder: Path, name: str, graph: str, batches: list[Batch]) -> Answers:
     """clients/cpp, built here with CMake against the installed torch."""
-    needed = "apt-get install cmake g++ libjpeg-dev libpng-dev nlohmann-json3-dev"
+    needed = "apt-get install cmake g++ libjpeg-dev liblcms2-dev libpng-dev nlohmann-json3-dev"
     cmake = shutil.which("cmake")
     if not cmake:
         raise Missing(needed)
