@@ -17,6 +17,7 @@ from PIL import Image
 
 from predictor.pillow_preprocessing import decode
 from tests.conftest import PROJECT, label_of
+from tests.icc import P3, SRGB, of_grey, of_ink
 from tests.kinds import BAD, GOOD, gradient, save
 
 NODE = PROJECT / "clients" / "node"
@@ -116,22 +117,86 @@ def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path):
         "noise": save(Image.fromarray(noise), "PNG"),
         "jpeg 420": save(gradient(61, 47), "JPEG"),
     }
+    for name, got in decoded(files, tmp_path, "srgb").items():
+        expected = np.asarray(decode(files[name]))
+        assert got.shape == expected.shape, name
+        assert abs(got - expected).max() <= (1 if "jpeg" in name else 0), name  # libjpeg differs by version
+
+
+def test_a_colour_profile_is_converted_as_pillow_does_where_the_spec_says_so(tmp_path):
+    photo, alpha = gradient(61, 47), gradient(61, 47)
+    alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
+    converted = {
+        "jpeg": save(photo, "JPEG", icc_profile=P3, subsampling=0),
+        "jpeg of grey": save(photo.convert("L"), "JPEG", icc_profile=of_grey(1.8)),
+        "jpeg of ink": save(photo.convert("CMYK"), "JPEG", icc_profile=of_ink(), subsampling=0),
+        "png": save(photo, "PNG", icc_profile=P3),
+        "png with alpha": save(alpha, "PNG", icc_profile=P3),
+        "png of grey with alpha": save(alpha.convert("LA"), "PNG", icc_profile=of_grey(1.8)),
+        "png palette": save(photo.quantize(64), "PNG", icc_profile=P3),
+        "webp": save(photo, "WEBP", lossless=True, icc_profile=P3),
+        "tiff": save(photo, "TIFF", icc_profile=P3),
+    }
+    ignored = {
+        "png of srgb": save(photo, "PNG", icc_profile=SRGB),
+        "tiff with a profile cut short": save(photo, "TIFF", icc_profile=P3[:150]),
+        "tiff with a profile of ink": save(photo, "TIFF", icc_profile=of_ink()),
+    }
+    files = converted | ignored
+    by_colour = {colour: decoded(files, tmp_path, colour) for colour in ("srgb", "as-stored")}
     for name, body in files.items():
-        (tmp_path / name).write_bytes(body)
+        for colour, images in by_colour.items():
+            tolerance = 2 if "jpeg" in name else 1 if name in converted and colour == "srgb" else 0
+            assert abs(images[name] - np.asarray(decode(body, colour=colour))).max() <= tolerance, (name, colour)
+        assert (abs(by_colour["srgb"][name] - by_colour["as-stored"][name]).max() > 5) == (name in converted), name
+
+
+def decoded(files: dict[str, bytes], folder: Path, colour: str) -> dict[str, np.ndarray]:
+    """What images.mjs makes of each: int (H, W, 3)."""
+    for name, body in files.items():
+        (folder / name).write_bytes(body)
     script = (
         f"import {{ decode }} from {json.dumps((NODE / 'images.mjs').as_uri())};"
         "import { readFileSync } from 'node:fs';"
-        "for (const path of process.argv.slice(1)) { const { data, height, width } = await decode(readFileSync(path));"
+        "for (const path of process.argv.slice(2)) {"
+        "const { data, height, width } = await decode(readFileSync(path), process.argv[1]);"
         "console.log(JSON.stringify([height, width, Buffer.from(data).toString('base64')])) }"
     )
-    command = ["node", "--input-type=module", "-e", script, "--", *(str(tmp_path / name) for name in files)]
+    command = ["node", "--input-type=module", "-e", script, "--", colour, *(str(folder / name) for name in files)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    for (name, body), line in zip(files.items(), done.stdout.splitlines(), strict=True):
-        expected = np.asarray(decode(body))
+    images = {}
+    for name, line in zip(files, done.stdout.splitlines(), strict=True):
         height, width, pixels = json.loads(line)
-        got = np.frombuffer(base64.b64decode(pixels), np.uint8).reshape(height, width, 3)
-        assert got.shape == expected.shape, name
-        assert abs(got.astype(int) - expected).max() <= (1 if "jpeg" in name else 0), name  # libjpeg differs by version
+        images[name] = np.frombuffer(base64.b64decode(pixels), np.uint8).reshape(height, width, 3).astype(int)
+    return images
+
+
+MEAN_COLOUR = """<ir_version: 9, opset_import: ["": 18]>
+mean (uint8[n, h, w, 3] images) => (float[n, 3] probabilities) {
+    levels = Cast<to = 1>(images)
+    axes = Constant<value_ints = [1, 2]>()
+    probabilities = ReduceMean<keepdims = 0>(levels, axes)
+}"""
+
+
+@pytest.mark.parametrize(
+    "spec", [{"colour": "srgb"}, {"colour": "as-stored"}, {}], ids=["srgb", "as-stored", "version 1"]
+)
+def test_colour_profiles_count_where_the_files_spec_says_so(tmp_path, spec):
+    body = save(Image.new("RGB", (40, 30), (90, 200, 110)), "PNG", icc_profile=P3)
+    (tmp_path / "p3.png").write_bytes(body)
+    model = onnx.parser.parse_model(MEAN_COLOUR)
+    onnx.helper.set_model_props(model, {"spec": json.dumps({"labels": ["red", "green", "blue"], **spec})})
+    onnx.save(model, tmp_path / "mean.onnx")
+    done = node("classify.mjs", tmp_path / "mean.onnx", tmp_path / "p3.png")
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer = json.loads(done.stdout)["answer"]
+    got = [answer[label] for label in ("red", "green", "blue")]
+    wanted = spec.get("colour", "as-stored")
+    (other,) = {"srgb", "as-stored"} - {wanted}
+    means = {colour: np.asarray(decode(body, colour=colour)).mean((0, 1)) for colour in (wanted, other)}
+    assert got == pytest.approx(means[wanted], abs=1.5)
+    assert abs(got - means[other]).max() > 5  # so that this test can tell
 
 
 def test_every_bad_image_is_one_line_with_an_error_beside_the_others(exported, sample, label, tmp_path):

@@ -33,13 +33,13 @@ async function load(path) {
   const { InferenceSession, Tensor } = await import("onnxruntime-node");
   const { decode } = await import("./images.mjs");
   const bytes = await readFile(path);
-  const { labels } = readSpec(bytes);
+  const { labels, colour } = readSpec(bytes);
   const session = await InferenceSession.create(bytes);
   const [input] = session.inputMetadata;
   if (input.type !== "uint8" || typeof input.shape[1] === "number")
     throw new Error(`${path} does not take whole images; take NAME.pixels.onnx`);
   return async (body) => {
-    const { data, height, width } = await decode(body);
+    const { data, height, width } = await decode(body, colour);
     const images = new Tensor("uint8", data, [1, height, width, 3]);
     const { probabilities } = await session.run({ images });
     return labels.map((label, i) => [label, probabilities.data[i]]).sort((a, b) => b[1] - a[1]);

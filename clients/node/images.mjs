@@ -7,24 +7,38 @@ sharp.block({ operation: ["VipsForeignLoad"] });
 sharp.unblock({ operation: ["Jpeg", "Png", "Webp", "Nsgif", "Tiff"].map((kind) => `VipsForeignLoad${kind}`) });
 
 const MAX_PIXELS = 50_000_000; // as the server's handler has it; checked in the header, before anything is decoded
+const MAX_PROFILE = 4 << 20; // bytes; the server ignores larger ones
+
+// Of the pixels as sharp calls them: the colour space of a profile that fits, and where sharp is to apply it.
+const PROFILED = {
+  srgb: ["RGB ", "srgb"],
+  rgb16: ["RGB ", "srgb"],
+  "b-w": ["GRAY", "b-w"],
+  grey16: ["GRAY", "b-w"], // 8-bit first: sharp leaves 16-bit grey unconverted
+  cmyk: ["CMYK", "last"], // sharp's default, where the pixels stay what they are
+};
 
 /**
  * The first frame as upright 8-bit RGB: transparency on white, 16-bit grey scaled to 8, CMYK converted.
- * Colour profiles are ignored, as in training.
+ * A colour profile is applied by sharp's own LittleCMS, which is within a grey level of Pillow's.
  * @param {Buffer} body a JPEG, PNG, WebP, GIF or TIFF file
+ * @param {string} [colour] of the spec: "srgb" where an embedded colour profile counts; else it is ignored
  * @returns {Promise<{data: Uint8Array, height: number, width: number}>} data: (height, width, 3)
  * @throws {Error} it is none of these, is damaged, or has too many pixels
  */
-export async function decode(body) {
+export async function decode(body, colour) {
   if (!body.length) throw new Error("the file is empty");
-  const image = sharp(body, { autoOrient: true, ignoreIcc: true, failOn: "error", limitInputPixels: false });
-  const { space, depth, width, height } = await image.metadata();
+  const options = { autoOrient: true, failOn: "error", limitInputPixels: false };
+  const { space, depth, width, height, icc } = await sharp(body, options).metadata();
   if (width * height > MAX_PIXELS)
     throw new Error(`${width}×${height} px is too large: at most ${MAX_PIXELS / 1e6} megapixels are accepted`);
   if (depth !== "uchar" && depth !== "ushort") throw new Error(`pixels of the type ${depth} have no agreed white`);
-  const [colours, toRgb] = { cmyk: ["cmyk", fromCmyk], grey16: ["grey16", fromGrey16] }[space] ?? ["srgb", fromSrgb];
-  const { data, info } = await image
-    .pipelineColourspace(colours)
+  const [profile, place] = PROFILED[space] ?? [];
+  const converts = colour === "srgb" && icc?.length <= MAX_PROFILE && icc.toString("latin1", 16, 20) === profile;
+  const unconverted = { cmyk: ["cmyk", fromCmyk], grey16: ["grey16", fromGrey16] }[space];
+  const [colours, toRgb] = (!converts && unconverted) || ["srgb", fromSrgb];
+  const { data, info } = await sharp(body, { ...options, ignoreIcc: !converts })
+    .pipelineColourspace(converts ? place : colours)
     .toColourspace(colours)
     .raw({ depth: colours === "grey16" ? "ushort" : "uchar" })
     .toBuffer({ resolveWithObject: true });
