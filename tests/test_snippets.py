@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from predictor.pillow_preprocessing import crop, decode
 from predictor.spec import ModelSpec
 from tests.conftest import PROJECT
+from tests.icc import P3
 from tests.kinds import save
 
 # What a reader adds to look closer: all probabilities. Both snippets end with `probabilities` of one image.
@@ -37,7 +38,12 @@ def on_nothing(digit: Image.Image) -> bytes:
     return save(Image.fromarray(pixels), "PNG")
 
 
-IMAGES = {"jpeg on its side": on_its_side, "png with alpha": on_nothing}
+def in_display_p3(digit: Image.Image) -> bytes:
+    """A JPEG file in the colours of many phones, whose numbers mean others in sRGB."""
+    return save(ImageOps.colorize(digit, (20, 60, 120), (90, 220, 100)), "JPEG", icc_profile=P3, quality=95)
+
+
+IMAGES = {"jpeg on its side": on_its_side, "png with alpha": on_nothing, "jpeg of display p3": in_display_p3}
 
 
 def snippet_of_docs_onnx(body: bytes, exported: Path, folder: Path) -> str:
