@@ -24,7 +24,8 @@ import requests
 from clients.web import serve, verify
 from predictor.pillow_preprocessing import decode
 from tests.conftest import label_of
-from tests.kinds import GOOD
+from tests.icc import P3
+from tests.kinds import GOOD, gradient, save
 from tests.test_client_node import WEB, batches, install, readme_command, reference, save_batches
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -253,6 +254,20 @@ def test_every_kind_that_browsers_read_has_the_predictions_that_it_has_in_python
     tolerance = JPEG_TOLERANCE if "jpeg" in kind or "alpha" in kind or "16" in kind else TOLERANCE
     got = long_visit.predictions()
     assert list(got.values()) == pytest.approx([expected[int(label)] for label in got], abs=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_the_browser_converts_display_p3_to_the_pixels_of_python_within_two_grey_levels(long_visit, kind):
+    body = save(gradient(61, 47), kind, icc_profile=P3, **({"subsampling": 0} if kind == "JPEG" else {}))
+    script = """async ([body, colour]) => {
+        const { decode } = await import("/images.mjs");
+        const bytes = Uint8Array.from(atob(body), (letter) => letter.charCodeAt(0));
+        return Array.from((await decode(new Blob([bytes]), colour)).data);
+    }"""
+    for colour in ("srgb", "as-stored"):
+        got = long_visit.page.evaluate(script, [base64.b64encode(body).decode(), colour])
+        off = abs(np.reshape(got, (47, 61, 3)) - np.asarray(decode(body, colour=colour)))
+        assert off.max() <= 2, colour
 
 
 def test_from_a_plain_file_server_with_the_model_chosen_by_hand(browser, exported, sample, label):
