@@ -46,7 +46,7 @@ class Draws:
 
 
 def flip_and_shift(crops: Tensor, flip: bool, padding: int, draws: Draws) -> Tensor:
-    """Mirrors half of the images and shifts each by up to `padding` px both ways, as one gather.
+    """Mirrors half of the images and shifts each by up to `padding` px both ways, as one gather if there are shifts.
 
     The same as a padded random crop with mirrored edges (the edge pixel itself is not repeated).
 
@@ -60,15 +60,13 @@ def flip_and_shift(crops: Tensor, flip: bool, padding: int, draws: Draws) -> Ten
     if not flip and not padding:
         return crops
     count, size = crops.shape[:2]
-    steps = torch.arange(size, device=crops.device)
-    columns = steps.expand(count, size)
-    rows = columns
-    if flip:
-        mirrored = draws.uniform(crops.device) < 0.5
-        columns = torch.where(mirrored[:, None], size - 1 - columns, columns)
-    if padding:
-        rows = _mirror(rows + draws.integers(-padding, padding, crops.device), size)
-        columns = _mirror(columns + draws.integers(-padding, padding, crops.device), size)
+    mirrored = draws.uniform(crops.device) < 0.5 if flip else torch.zeros(count, dtype=torch.bool, device=crops.device)
+    if not padding:
+        return torch.where(mirrored[:, None, None, None], crops.flip(2), crops)  # a tenth of a gather's time
+    steps = torch.arange(size, device=crops.device).expand(count, size)
+    columns = torch.where(mirrored[:, None], size - 1 - steps, steps)
+    rows = _mirror(steps + draws.integers(-padding, padding, crops.device), size)
+    columns = _mirror(columns + draws.integers(-padding, padding, crops.device), size)
     images = torch.arange(count, device=crops.device)
     return crops[images[:, None, None], rows[:, :, None], columns[:, None, :]]
 
