@@ -21,11 +21,12 @@ from export.package import archive, checksums
 from export.pipeline import export_run, name_of
 from export.proof import images, parity, runtimes
 from export.proof.runtimes import INSTALLED
+from launcher import archives_of
 from model import Classifier, checkpoint, load_run, registry
 from predictor.files import sha256
 from predictor.pillow_preprocessing import crop
 from predictor.spec import ModelSpec, PixelRule
-from tests.conftest import PROJECT, label_of
+from tests.conftest import PROJECT, label_of, replace_in_archive
 from tests.kinds import gradient, save
 
 
@@ -301,12 +302,14 @@ def test_a_run_that_was_renamed_is_exported_under_its_new_name_alone(copy, monke
     moved = copy.with_name("Zwei Kätzchen")
     copy.rename(moved)
     (moved / "export" / "notes.txt").write_text("mine")
-    (moved / "export" / "digits-1.0.mar").write_bytes(b"kept by a rollout")
+    kept = moved / "export" / "digits-1.0.mar"  # by a rollout
+    replace_in_archive(moved / "export" / "digits.mar", kept, {"spec.json": "{}"})  # of another training
     assert main([str(moved), "--backend", "onnx"]) == 0
     assert f"next: python serve.py '{moved}'" in capsys.readouterr().out
     names = {path.name for path in (moved / "export").iterdir()}
     assert {"notes.txt", "digits-1.0.mar", "Zwei-Katzchen.mar", "Zwei-Katzchen.pt"} <= names
     assert {name for name in names if name.startswith("digits")} == {"digits-1.0.mar"}
+    assert archives_of(moved / "export") == [moved / "export" / "Zwei-Katzchen.mar"]  # is what serve.py starts
     (moved / "export" / "digits-1.0.mar").unlink()
     assert main(["--check", str(moved / "export")]) == 1  # it was there
     assert main([str(moved), "--backend", "onnx"]) == 0

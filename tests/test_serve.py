@@ -241,7 +241,7 @@ def test_an_archive_of_an_earlier_training_is_not_served(run, exported, tmp_path
     spec = mine / "spec.json"
     spec.write_text(spec.read_text().replace('"7"', '"seven"'))
     assert serve.main([str(mine)]) == 2
-    assert f"is of an earlier training; run `python -m export '{mine}'`" in capsys.readouterr().err
+    assert f"is of an earlier training; run `python -m export '{mine}'`, or move it away" in capsys.readouterr().err
     (mine / "export" / "digits.mar").write_bytes(b"half an arch")
     assert serve.main([str(mine)]) == 2
     assert f"cannot be checked (File is not a zip file); run `python -m export '{mine}'`" in capsys.readouterr().err
