@@ -242,8 +242,7 @@ def _check(run: Path, options: Options) -> None:
     """
     if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", options.version):
         raise ValueError(f"--version {options.version}: must be a number such as 1.0 or 2, as TorchServe orders by it")
-    if not any((run / "samples").glob("*")):
-        raise ValueError(f"{run / 'samples'}: no images for the golden answers; re-run train.py, or put some there")
+    images.sample_files(run / "samples")
     if options.backend == "onnx-int8" and not options.int8:
         raise ValueError("--backend onnx-int8: add --int8, which writes its file")
     archive.check_paths(run)

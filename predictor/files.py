@@ -39,7 +39,16 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
 def remove_leftovers(path: Path | str) -> None:
     """Removes what `atomic_write(path)` left beside it when it was killed. Nobody may be writing `path` meanwhile."""
     path = Path(path)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.tmp"):
+    _remove_leftovers(path.parent, glob.escape(path.name))
+
+
+def remove_all_leftovers(folder: Path | str) -> None:
+    """The same for every file of a folder."""
+    _remove_leftovers(Path(folder), "*")
+
+
+def _remove_leftovers(folder: Path, names: str) -> None:
+    for leftover in folder.glob(f".{names}.{'?' * 8}.tmp"):
         leftover.unlink(missing_ok=True)
 
 

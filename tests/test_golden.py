@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from export.package import golden_images as export_golden
+from export.proof import images
 from launcher import Ports, ServerError, serving
 from model import Classifier, load_run
 from predictor import pillow_preprocessing
@@ -70,6 +71,18 @@ def made(run, exported, tmp_path):
         return Golden(tmp_path)
 
     return write
+
+
+def test_hidden_files_among_the_samples_are_left_out_and_one_that_cannot_be_read_is_named(made, tmp_path):
+    good, samples = photograph(b"x"), tmp_path / "samples"
+    golden = made({"a.jpg": good, ".b.jpg.abcdefgh.tmp": good[:99], ".DS_Store": b"of a Mac"})
+    assert len(golden.bodies) == 1
+    names = {name for name, _ in images.of_samples(samples)}
+    assert names & {path.name for path in samples.iterdir()} == {"a.jpg"}
+    (samples / "c.jpg").write_bytes(good[:99])
+    for read in (images.of_samples, lambda _: made({})):
+        with pytest.raises(ValueError, match=r"samples/c\.jpg: the image is truncated .*; move it away"):
+            read(samples)
 
 
 def test_nothing_of_a_photograph_but_its_crop_travels_in_the_archive(made):

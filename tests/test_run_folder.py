@@ -134,7 +134,11 @@ def test_leftovers_of_a_kill_are_removed_when_the_run_goes_on_or_begins_anew(tmp
     out = tmp_path / "run"
     assert main([*DIGITS, "--out", str(out)]) == 0
     for arguments in (["--resume", str(out)], [*DIGITS, "--out", str(out), "--overwrite"]):
-        for name in (".last.ckpt.a1b2_3d4.tmp", ".model.pt.abcdefgh.tmp", "report/.curves.png.abcdefgh.tmp"):
+        for name in (
+            *(".last.ckpt.a1b2_3d4.tmp", ".model.pt.abcdefgh.tmp", ".splits.json.gz.abcdefgh.tmp"),
+            *(".samples.json.abcdefgh.tmp", "samples/.3-0.png.abcdefgh.tmp", "samples/.[0].png.abcdefgh.tmp"),
+            *("report/.curves.png.abcdefgh.tmp", "report/.confusion.png.abcdefgh.tmp"),
+        ):
             (out / name).write_bytes(b"half")
         (out / ".mine.tmp").write_text("")
         assert main(arguments) == 0

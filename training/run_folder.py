@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dataset import splits
-from dataset.sample_images import refuse_links
+from dataset.sample_images import SAMPLES_LIST, refuse_links
 from dataset.sources import BUILT_IN
 from model import checkpoint
-from predictor.files import remove_leftovers, write_text
+from predictor.files import remove_all_leftovers, remove_leftovers, write_text
 from training.resume_state import FILE as CHECKPOINT
 from training.tensorboard import Board
 
@@ -33,7 +33,9 @@ FILES = (
     *RESULTS,
     CHECKPOINT,
     "config.yaml",
-    *(f"report/{n}" for n in ("index.html", "curves.png", "batch.png", "mistakes.png")),
+    splits.FILE,
+    SAMPLES_LIST,
+    *(f"report/{n}" for n in ("index.html", "curves.png", "batch.png", "confusion.png", "mistakes.png")),
 )
 FOLDERS = ("report", "samples", "tensorboard")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: a limit on the size of files
@@ -66,6 +68,7 @@ def claimed(out: Path, data: str, *, resume: bool = False, overwrite: bool = Fal
             _check_writable(out, flag)
             for name in FILES:
                 remove_leftovers(out / name)
+            remove_all_leftovers(out / "samples")
             with _full_disk_in_one_line(out):
                 yield
     finally:

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from export.proof import sessions
+from export.proof import images, sessions
 from model.serving_graphs import Classifier
 from predictor.backends import FILES, HALF_TOLERANCE, load
 from predictor.files import write_text
 from predictor.golden_check import EXACT, FILE, tolerance
-from predictor.pillow_preprocessing import crop, decode, read
+from predictor.pillow_preprocessing import crop, read
 from predictor.spec import ModelSpec, PixelRule
 
 IMAGES = 8
@@ -99,9 +99,9 @@ def servable(folder: Path, name: str) -> dict[str, Classify]:
 
 
 def _samples(run: Path, spec: ModelSpec) -> list[np.ndarray]:
-    files = sorted(path for path in (run / "samples").iterdir() if path.is_file())
+    files = images.sample_files(run / "samples")
     chosen = [files[i * len(files) // IMAGES] for i in range(IMAGES)] if len(files) > IMAGES else files
-    return [_shrunk(decode(path.read_bytes(), colour=spec.colour), spec.rule) for path in chosen]
+    return [_shrunk(images.decode_sample(path, spec.colour), spec.rule) for path in chosen]
 
 
 def _synthetic(run: Path, spec: ModelSpec) -> list[np.ndarray]:

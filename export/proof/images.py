@@ -29,12 +29,33 @@ def of_samples(samples: Path) -> list[Named]:
     """The images of a run's `samples` folder, and some cut-outs of photographs.
 
     Raises:
+        ValueError: as `sample_files` and `decode_sample`.
+    """
+    files = sample_files(samples)
+    return _by_size([(path.name, decode_sample(path)) for path in files] + photographs(PHOTOGRAPHS))
+
+
+def sample_files(samples: Path) -> list[Path]:
+    """The files of a run's `samples` folder, without hidden ones, which a system or a killed training left there.
+
+    Raises:
         ValueError: the folder is missing or empty.
     """
-    files = sorted(path for path in samples.glob("*") if path.is_file())
+    files = sorted(path for path in samples.glob("*") if path.is_file() and not path.name.startswith("."))
     if not files:
-        raise ValueError(f"{samples}: no images to prove parity on; re-run train.py, or put some there")
-    return _by_size([(path.name, decode(path.read_bytes())) for path in files] + photographs(PHOTOGRAPHS))
+        raise ValueError(f"{samples}: no images for parity and golden answers; re-run train.py, or put some there")
+    return files
+
+
+def decode_sample(path: Path, colour: str = "srgb") -> Image.Image:
+    """
+    Raises:
+        ValueError: the file is no image that can be read; the message names it.
+    """
+    try:
+        return decode(path.read_bytes(), colour=colour)
+    except ImageError as error:
+        raise ValueError(f"{path}: {error}; move it away") from None
 
 
 def of_test_split(run: Path, data: str | None = None) -> list[Named]:
