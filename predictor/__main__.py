@@ -47,12 +47,12 @@ def find_images(names: Iterable[Path]) -> list[Path]:
     """The files that are named, and those of images in the folders that are; hidden ones are left out.
 
     Raises:
-        ValueError: there is no such file or folder, or no image in any.
+        ValueError: there is no such file or folder, no image in any, or a folder that cannot be listed.
     """
     found: list[Path] = []
     for name in names:
         if name.is_dir():
-            found += sorted(path for path in name.rglob("*") if _is_image(path, name))
+            found += sorted(_images_in(name))
         elif name.exists():
             found.append(name)
         else:
@@ -88,9 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _is_image(path: Path, folder: Path) -> bool:
-    is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.suffix.lower() in SUFFIXES and not is_hidden and not path.is_dir()
+def _images_in(folder: Path) -> Iterator[Path]:
+    def stop(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: the folder cannot be listed ({error.strerror}); make it readable")
+
+    for place, folders, files in os.walk(folder, onerror=stop):
+        folders[:] = (name for name in folders if not name.startswith("."))
+        paths = (Path(place, name) for name in files if not name.startswith("."))
+        yield from (path for path in paths if path.suffix.lower() in SUFFIXES)
 
 
 def _body(path: Path) -> bytes | ImageError:

@@ -203,6 +203,23 @@ def test_a_job_of_an_earlier_version_of_the_program_is_not_continued(archive, ru
     assert "differs in columns; name the same, or another --out" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_listed_ends_the_job_before_it_starts(archive, sample, tmp_path, monkeypatch, capsys):
+    images, real = tmp_path / "images", os.scandir
+    (images / "locked").mkdir(parents=True)
+    (images / "seven.png").write_bytes(sample)
+
+    def scandir(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # the tests may run as root, whom no mode stops
+    assert main([str(archive), str(images), "--out", str(tmp_path / "out")]) == 2
+    said = f"classify.py: {images / 'locked'}: the folder cannot be listed (Permission denied); make it readable\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
 def test_an_archive_that_answers_its_golden_images_wrongly_is_not_used(archive, run, tmp_path):
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(tmp_path / "digits.mar", "w") as new:
         for name in old.namelist():

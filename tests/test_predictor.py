@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from predictor.__main__ import main
+from predictor.__main__ import find_images, main
 from predictor.pillow_preprocessing import ImageError
 from predictor.predictor import Predictor, read_settings
 from tests.conftest import PROJECT, replace_in_archive
@@ -99,6 +99,24 @@ def test_it_opens_an_archive_an_unpacked_one_and_an_export(form, archive, unpack
     found = Predictor.open(path)
     assert found.spec == predictor.spec
     assert found.predict([sample]) == [pytest.approx(predictor.predict([sample])[0], abs=1e-6)]
+
+
+def test_a_folder_that_cannot_be_listed_is_a_mistake_and_its_images_are_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "seven.png").touch()
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name in ("locked", ".hidden"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # the tests may run as root, whom no mode stops
+    with pytest.raises(ValueError, match=r"locked: the folder cannot be listed \(Permission denied\)"):
+        find_images([tmp_path])
+    (tmp_path / "locked").rmdir()
+    assert find_images([tmp_path]) == [tmp_path / "seven.png"]
 
 
 def test_nothing_of_an_archive_is_run_or_left(archive, tmp_path, sample, monkeypatch):

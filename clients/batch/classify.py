@@ -135,11 +135,19 @@ def _parts(archive: Path, images: Iterable[str], out: Path, part_size: int) -> l
 
 
 def _walk(name: str) -> Iterator[str]:
-    """Always in the same order; hidden files and folders are left out."""
+    """Always in the same order; hidden files and folders are left out.
+
+    Raises:
+        JobError: a folder cannot be listed.
+    """
+
+    def stop(error: OSError) -> None:
+        raise JobError(f"{error.filename}: the folder cannot be listed ({error.strerror}); make it readable")
+
     if not os.path.isdir(name):  # noqa: PTH112 – a Path for each of millions takes as long as the rest
         yield name
         return
-    for folder, folders, files in os.walk(name):
+    for folder, folders, files in os.walk(name, onerror=stop):
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
         for file in sorted(files):
             if file.lower().endswith(SUFFIXES) and not file.startswith("."):
