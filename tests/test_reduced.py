@@ -80,24 +80,37 @@ def use_made(made, monkeypatch):
     monkeypatch.setattr(quantization, "make_fp16", copy("fp16"))
 
 
+@pytest.fixture
+def exact(monkeypatch):
+    """The gate gets the predictions that the files say: without VNNI int8 loses images, and may rightly be dropped."""
+    monkeypatch.setattr(accuracy_gate.sessions, "open_session", lambda path, *_: open_exactly(path))
+
+
 # A processor that this one emulates, and on it the tests marked `int8`; empty for this one. See `make test-portable`.
 EMULATOR = shlex.split(os.environ.get("INT8_EMULATOR", ""))
 
 
 def ask(path, batch):
     """The first output. The processor's integer kernels may saturate: without VNNI they add pairs in 16 bits."""
-    return _run(path, batch) if not EMULATOR else _run_emulated(path, batch)
+    return _run_emulated(path, batch) if EMULATOR else _answer(open_session(path), batch)
 
 
 def ask_exactly(path, batch):
     """What an int8 file says, in float: no integer kernel takes part, so that every processor gives the same."""
+    return _answer(open_exactly(path), batch)
+
+
+def open_exactly(path):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return _run(path, batch, options)
+    return open_session(path, options)
 
 
-def _run(path, batch, options=None):
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+def open_session(path, options=None):
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _answer(session, batch):
     return session.run(None, {session.get_inputs()[0].name: batch})[0]
 
 
@@ -237,11 +250,11 @@ def test_the_answers_stay_close_to_fp32(made, exported, calibration):
 
 @pytest.mark.int8
 def test_a_processors_integer_kernels_give_nearly_the_answers_that_the_file_says(made, calibration):
-    """Where they saturate, a few images get quite another answer: on an emulated Haswell 2 of 128, by up to 0.87."""
+    """Where they saturate, some images get another label: on an emulated Haswell 8 of 128."""
     expected = ask_exactly(made / "digits.crops.int8.onnx", calibration)
     got = ask(made / "digits.crops.int8.onnx", calibration)
     assert np.median(np.abs(got - expected).max(axis=1)) < 0.02
-    assert agreement(got, expected) > 0.9
+    assert agreement(got, expected) > 0.8
 
 
 @pytest.mark.int8
@@ -277,10 +290,10 @@ def test_the_same_seed_chooses_the_same_images_and_makes_the_same_file(made, run
         assert (tmp_path / file).read_bytes() == (made / file).read_bytes()
 
 
-def test_what_earns_it_is_kept_and_reported(run, folder, loaded, made, use_made):
+def test_what_earns_it_is_kept_and_reported(run, folder, loaded, made, use_made, exact):
     spec, classifier = loaded
     export = Export(run, folder, "digits", spec, classifier, Options(int8=True, fp16=True))
-    rows = export.reduce(Rules(max_loss=20, min_speedup=ANY_SPEED))  # without VNNI int8 may lose a point or two
+    rows = export.reduce(Rules(max_loss=5, min_speedup=ANY_SPEED))  # rounding loses no image here, and may lose a few
     assert [(row.precision, row.kept, row.images) for row in rows] == [("int8", True, 360), ("fp16", True, 360)]
     measured = spec.metrics["accuracy"]  # by train.py
     assert rows[0].accuracy_fp32 == pytest.approx(measured, abs=1.5 / 360)  # one near tie
@@ -294,10 +307,10 @@ def test_what_earns_it_is_kept_and_reported(run, folder, loaded, made, use_made)
     assert all(word in accuracy_gate.table(rows) for word in words)
 
 
-def test_what_is_not_faster_is_not_written_and_an_older_file_goes(run, folder, loaded, use_made, monkeypatch):
+def test_what_is_not_faster_is_not_written_and_an_older_file_goes(run, folder, loaded, use_made, exact, monkeypatch):
     monkeypatch.setattr(accuracy_gate, "has_vnni", lambda: True)
     monkeypatch.setattr(accuracy_gate, "milliseconds", lambda files, *_: {"fp32": 24.0, "int8": 10.0})
-    (row,) = Export(run, folder, "digits", *loaded, Options(int8=True)).reduce(Rules())
+    (row,) = Export(run, folder, "digits", *loaded, Options(int8=True)).reduce(Rules(max_loss=5))
     assert (row.kept, row.reason, row.speedup) == (False, "×2.40 as fast as fp32, less than ×2.5", 2.4)
     assert not (folder / "digits.int8.onnx").exists()
     assert not (folder / "digits.crops.int8.onnx").exists()
@@ -410,10 +423,11 @@ def lose(source, images, path):
     return path
 
 
-def test_speed_is_told_and_not_judged_without_vnni(exported, made, calibration, monkeypatch):
+def test_speed_is_told_and_not_judged_without_vnni(exported, calibration, monkeypatch):
+    """Of a file that loses no accuracy, whatever kernels there are: it is fp32's own."""
     monkeypatch.setattr(accuracy_gate, "has_vnni", lambda: False)
-    targets = ask(exported / "digits.crops.onnx", calibration).argmax(axis=1)
-    candidates = {"int8": made / "digits.crops.int8.onnx"}
+    targets = ask_exactly(exported / "digits.crops.onnx", calibration).argmax(axis=1)
+    candidates = {"int8": exported / "digits.crops.onnx"}
     (row,) = accuracy_gate.judge(
         exported / "digits.crops.onnx", candidates, [(calibration, targets)], Rules(5, {"int8": 1e9})
     )
