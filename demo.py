@@ -5,9 +5,9 @@
 
 Replaces the run in --out only if that has the same data, network and number of epochs, as an earlier demo's has.
 
-Ends with 0 only if all of it worked, the accuracy over HTTP is that of metrics.json to within 0.1 point, and at least
---at-least of the images are right; with 1 if a figure is not as it must be, 2 if a step cannot be done, and 130 after
-Ctrl-C.
+Ends with 0 only if all of it worked, the accuracy over HTTP is that of metrics.json to within 0.1 point or one image,
+and at least --at-least of the images are correct; with 1 if a figure is not as it must be, 2 if a step cannot be done,
+and 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def verdict(results: list[Result], expected: float, options: argparse.Namespace,
         f"\n{right} of {len(results)} right over HTTP: {accuracy:.2%}; metrics.json says {expected:.2%}. "
         f"Median {median:.1f} ms an image. {seconds:.0f} s in all."
     )
-    if abs(accuracy - expected) > 0.001:
+    if abs(accuracy - expected) > max(0.001, 1.5 / len(results)):  # the served backend may round one near tie otherwise
         print("FAILED: the same model must have the same accuracy over HTTP")
         return 1
     if accuracy < options.at_least:

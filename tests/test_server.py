@@ -41,9 +41,18 @@ def post(server, body, path="predictions/digits", **headers):
     return requests.post(f"{server.url}/{path}", data=body, headers=headers, timeout=30)
 
 
+def post_patiently(server, body):
+    """Again at 503, as `no_time` tells clients: the decoder has a second and a half, which this machine may stall."""
+    for _ in range(30):
+        reply = post(server, body)
+        if reply.status_code != 503:
+            break
+    return reply
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_every_kind_of_image_is_answered(server, name):
-    reply = post(server, GOOD[name][0])
+    reply = post_patiently(server, GOOD[name][0])
     assert reply.status_code == 200
     assert reply.headers["content-type"] == "application/json"
     assert len(reply.json()) == 5
@@ -53,7 +62,7 @@ def test_every_kind_of_image_is_answered(server, name):
 @pytest.mark.parametrize("name", BAD)
 def test_every_error_has_its_status_over_rest_and_is_the_answer_over_grpc(server, name):
     body, cause = BAD[name]
-    reply = post(server, body)
+    reply = post_patiently(server, body)
     error = reply.json()
     assert (reply.status_code, error["code"], error["type"]) == (STATUS[cause], STATUS[cause], cause)
     assert error["message"]
