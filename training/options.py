@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from predictor.files import write_text
+from training.lengths import fitted
 
 RECIPES = Path(__file__).with_name("recipes.yaml")
 
@@ -26,8 +27,6 @@ DEFAULT_LR = {"adam": 3e-3, "adamw": 3e-3, "sgd": 0.05, "muon": 0.24}
 FINE_TUNING_RATE = 0.1  # of these, for trained weights that are not frozen
 DEFAULT_BATCH, LARGER_BATCH = 32, 64  # images
 MANY_IMAGES, LARGE_SIZE = 10_000, 128  # the larger batch: for so many training images, of fewer px than that
-
-LENGTHS = {"resize", "train_size"}  # px, which belong to a size
 
 ALWAYS, IF_CHANGED, WITH_STEP = "always", "if changed", "with the step schedule"
 
@@ -524,12 +523,13 @@ def recipes() -> dict[str, dict[str, Any]]:
 
 
 def beside(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe sets where other options are given: its lengths follow another --size, and what a given option has
-    no room for is left out."""
-    values = recipes()[recipe]
-    if given.get("size") and "size" in values:
-        scale = given["size"] / values["size"]
-        values |= {name: round(values[name] * scale) for name in LENGTHS & values.keys()}
+    """What a recipe sets where other options are given: its lengths suit them (`training.lengths`), and what a given
+    option has no room for is left out.
+
+    Raises:
+        ValueError: no such architecture.
+    """
+    values = fitted(recipes()[recipe], given)
     ruled_out: set[str] = set()
     if given.get("crop_padding"):
         ruled_out |= {"crop_scale", "train_size"}

