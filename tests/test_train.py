@@ -10,11 +10,14 @@ import pytest
 import torch
 import yaml
 
+from dataset import splits
 from model import checkpoint, load_run, registry
 from predictor.files import sha256
+from predictor.image_headers import KINDS
 from predictor.spec import ModelSpec
 from tests.conftest import PROJECT, Clock
 from tests.folders import make_folder
+from tests.kinds import HEIC
 from tests.learning import make_plan
 from train import main, train
 from training.console import on_terminal
@@ -40,6 +43,20 @@ def test_a_run_folder_holds_what_the_contract_names(run):
     assert yaml.safe_load((run / "config.yaml").read_text())["data"] == "digits"
     for name in ("0-0.png", "7-0.png"):
         assert (run / "samples" / name).is_file()
+
+
+@pytest.mark.skipif("HEIF" not in KINDS, reason="pip install pi-heif")
+@pytest.mark.parametrize("crops", [[], ["--crop-scale", "0.5"]], ids=["squares", "frames"])
+def test_the_photographs_of_phones_are_trained_on(crops, tmp_path, capsys):
+    folder = make_folder(tmp_path / "colours", count=12)
+    for number in range(12):
+        (folder / "red" / f"{number}.jpg").unlink()
+        (folder / "red" / f"IMG_{number}.HEIC").write_bytes(HEIC)
+    command = ["--data", str(folder), "--epochs", "1", "--size", "32", *crops, "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    assert "HEIC" in capsys.readouterr().out
+    learnt = [name for name, split in splits.read(tmp_path / "run").items() if split == "train"]
+    assert sum(name.endswith(".HEIC") for name in learnt) >= 6
 
 
 def test_the_weights_are_a_state_dict_that_loads_without_running_code(run):
