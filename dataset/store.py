@@ -116,7 +116,7 @@ def bodies_for(
         return _in_memory(len(indices), sizes, free, say, can_be_stored)
     digests = image_digests(source, indices)
     if digests is None:
-        raise DataError(f"--store {where}: is for folders and archives of images; leave it out for {data}")
+        raise DataError(f"--store {where}: is for folders, archives and tables of images; leave it out for {data}")
     root = default_root() if where == "auto" else Path(where)
     folders = {encoding: store_folder(root, data, source.name, edge, encoding, colour) for encoding in ENCODINGS}
     known = next((encoding for encoding, folder in folders.items() if (folder / ABOUT).exists()), None)

@@ -106,6 +106,19 @@ def test_only_an_image_that_has_changed_is_decoded_anew(folder, root, decoded):
     assert after == read(folder, "memory")[0]
 
 
+def test_of_a_table_only_an_image_that_has_changed_is_decoded_anew(folder, root, decoded):
+    paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.jpg"))]
+    rows = [f"{path},{path.split('/')[1]},{path.split('/')[0]}" for path in paths]
+    table = folder / "labels.csv"
+    table.write_text("\n".join(["path,label,split", *rows]))
+    read(table, root)
+    assert len(decoded) == TRAIN
+    decoded.clear()
+    image((9, 9, 9), 1, (64, 20)).save(folder / "train" / "red" / "3.jpg")
+    read(table, root)
+    assert decoded == [(64, 20)]
+
+
 def test_a_changed_member_of_an_archive_is_decoded_anew(folder, root, tmp_path, decoded):
     archive = as_zip(folder, tmp_path / "images.zip", wrapped=True)
     read(archive, root)
@@ -307,7 +320,7 @@ def test_a_store_of_jpeg_files_is_found_again_with_more_room(folder, root, monke
 
 
 def test_a_data_set_without_files_stays_in_memory(root, monkeypatch):
-    with pytest.raises(DataError, match=r"--store .*: is for folders and archives"):
+    with pytest.raises(DataError, match=r"--store .*: is for folders, archives and tables"):
         load("digits", rule=PixelRule.square(8), frames=FrameOptions(10, str(root)))
     monkeypatch.setattr(store, "free_memory", lambda processes: 1000)
     for where in ("auto", "memory"):

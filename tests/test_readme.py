@@ -21,7 +21,9 @@ from tests.conftest import PROJECT, label_of
 from tests.folders import COLOURS, image
 from tests.test_serve import running_in
 from training import resolve
+from training.command_line import parse
 from training.failures import Diverged
+from training.options import make_options
 
 README = (PROJECT / "README.md").read_text()
 DOCS = PROJECT / "docs"
@@ -81,6 +83,19 @@ def test_no_command_is_left_out():
             assert language in ("sh", "python", ""), page
             if not language:  # a layout, or a command to be filled in
                 assert re.search(r"\bDIR\b", text), f"{page}: not run by any test: {text}"
+
+
+def test_the_readme_says_which_command_suits_how_many_photographs():
+    """As docs/training.md does, with commands that take these options."""
+    (table,) = re.findall(r"^\| photographs \|.*?\n\n", README, flags=re.DOTALL | re.MULTILINE)
+    assert table in (DOCS / "training.md").read_text()
+    assert re.findall(r"^\| ([\d,]+) \|", table, flags=re.MULTILINE) == ["500", "3,000", "50,000"]
+    scratch = re.search(r"`(--recipe photos .*?)`", README)[1]
+    commands = [*re.findall(r"`python train\.py (.*?)`", table), f"--data DIR --out runs/NAME {scratch}"]
+    assert len(commands) == 3
+    for command in commands:
+        parsed, options = parse(shlex.split(command), None)
+        assert make_options(None, options, parsed.recipe).data == "DIR"
 
 
 @pytest.fixture
