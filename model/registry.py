@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
@@ -22,7 +22,7 @@ from model.preset import IMAGENET_MEAN as IMAGENET_MEAN
 from model.preset import IMAGENET_STD as IMAGENET_STD
 from model.preset import Preset
 from predictor.files import sha256
-from predictor.spec import ModelSpec
+from predictor.spec import ModelSpec, PixelRule
 
 FASTNETS = {"fastnet": (64, 256, 256), "fastnet_small": (64, 128, 128)}  # channels of the blocks
 OWN = ("simplecnn", *FASTNETS)
@@ -152,17 +152,13 @@ def can_build(arch: str, size: int, other: int | None = None) -> bool:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Trained weights to start from, by name, and the pixels that they were trained on.
-
-    These stand in the spec beside weights that were trained here; else they are the architecture's preset.
-    """
+    """Trained weights to start from, by name, and the pixels that they were trained on (`own_rule`, mean and std)."""
 
     source: str  # what messages call them
     state: dict[str, Tensor]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str = "bilinear"
-    fit: str = "crop"
+    rule: PixelRule
 
 
 def has_installed_weights(arch: str) -> bool:
@@ -174,21 +170,42 @@ def has_installed_weights(arch: str) -> bool:
     return _downloaded(arch).exists()
 
 
+def own_rule(arch: str, weights: Path | None = None) -> PixelRule:
+    """The pixels that trained weights want: the whole rule of the spec beside those that were trained here, else the
+    architecture's preset.
+
+    Raises:
+        ValueError: the spec is damaged, or its images are no squares, which is all that training makes.
+    """
+    if made := spec_beside(weights):
+        if made.height != made.width:
+            raise ValueError(f"{weights}: made for {made.width}×{made.height} px; training makes squares only")
+        return made.rule
+    own = preset(arch)
+    return replace(PixelRule.square(own.size, own.resize), interpolation=own.interpolation, fit=own.fit)
+
+
 def read_pretrained(arch: str, weights: Path | None = None) -> Pretrained:
     """An architecture's published weights, downloaded unless they are there; or those of a state_dict file.
 
     Raises:
         ValueError: there are none, or they cannot be had or read.
     """
-    own = preset(arch)
+    own: Preset | ModelSpec = preset(arch)
     if weights is None:
         source, state = _published(arch)
-        return Pretrained(source, state, own.mean, own.std, own.interpolation, own.fit)
+        return Pretrained(source, state, own.mean, own.std, own_rule(arch))
     state = {_OLD_DENSENET.sub(r"\1\2", name): value for name, value in load_state_dict(weights).items()}
-    spec = weights.with_name("spec.json")
-    if spec.is_file() and (made := ModelSpec.load(spec)).weights_sha256 == sha256(weights):
-        return Pretrained(str(weights), state, made.mean, made.std, made.interpolation, made.fit)
-    return Pretrained(str(weights), state, own.mean, own.std, own.interpolation, own.fit)
+    own = spec_beside(weights) or own
+    return Pretrained(str(weights), state, own.mean, own.std, own_rule(arch, weights))
+
+
+def spec_beside(weights: Path | None) -> ModelSpec | None:
+    """The spec that a training here wrote for this very file."""
+    if weights is None or not weights.is_file() or not (spec := weights.with_name("spec.json")).is_file():
+        return None
+    made = ModelSpec.load(spec)
+    return made if made.weights_sha256 == sha256(weights) else None
 
 
 def load_pretrained(network: nn.Module, arch: str, pretrained: Pretrained) -> list[str]:

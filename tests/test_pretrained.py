@@ -4,6 +4,7 @@ import contextlib
 import copy
 import re
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from torch import nn
 from torchvision.models.regnet import BlockParams
 
 from model import checkpoint, registry
-from predictor.spec import ModelSpec
+from predictor.spec import ModelSpec, PixelRule
 from tests.folders import make_folder
 from train import main
+from training.options import TrainOptions, make_options
+from training.resolve import resolve_reading
+from training.start import read_weights
 
 PUBLISHED = [name for name in registry.names() if name not in registry.OWN]
 
@@ -150,6 +154,62 @@ def test_weights_bring_the_mean_and_std_of_the_spec_beside_them(tmp_path):
     assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     ModelSpec(**spec, weights_sha256="0" * 64).save(tmp_path / "spec.json")  # of other weights
     assert registry.read_pretrained("googlenet", tmp_path / "model.pt").mean == (0.5, 0.5, 0.5)
+
+
+RULE = PixelRule(height=48, width=48, resize=48, interpolation="lanczos", fit="pad", fill=(9, 8, 7), colour="as-stored")
+
+
+def trained_here(folder, rule=RULE, arch="simplecnn"):
+    """Weights with the spec that a training here writes."""
+    checkpoint.save(registry.build(arch, 3, rule.height).state_dict(), folder / "model.pt")
+    spec = {"arch": arch, "labels": ("a", "b", "c"), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), **vars(rule)}
+    ModelSpec(**spec, weights_sha256=registry.sha256(folder / "model.pt")).save(folder / "spec.json")
+    return str(folder / "model.pt")
+
+
+def test_weights_bring_the_pixel_rule_of_the_spec_beside_them(tmp_path):
+    """The whole of it, up to the new run's spec, of a network that depends on the size."""
+    weights, folder = trained_here(tmp_path), make_folder(tmp_path / "colours", count=12)
+    command = ["--data", str(folder), "--arch", "simplecnn", "--weights", weights, "--epochs", "1"]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    spec = ModelSpec.load(tmp_path / "run")
+    assert (spec.rule, spec.mean, spec.std) == (RULE, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    again = make_options(str(tmp_path / "run" / "config.yaml"), {"weights": None, "out": "other"})
+    reading = resolve_reading(again)  # what was taken from the weights is recorded
+    assert (reading.rule, reading.mean, reading.std) == (RULE, spec.mean, spec.std)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"size": 64}, {"height": 64, "width": 64, "resize": 72}),
+        ({"resize": 60}, {"resize": 60}),
+        ({"fit": "pad"}, {"fit": "pad", "resize": 48}),
+        ({"fit": "pad", "fill": "1,2,3"}, {"fit": "pad", "resize": 48, "fill": (1, 2, 3)}),
+        ({"interpolation": "bilinear"}, {"interpolation": "bilinear"}),
+        ({"colour": "srgb"}, {"colour": "srgb"}),
+    ],
+    ids=str,
+)
+def test_options_stand_above_the_rule_of_the_weights(given, expected, tmp_path):
+    rule = replace(RULE, fit="crop", resize=54)
+    options = TrainOptions(
+        data="digits", out="x", arch="resnet18", weights=trained_here(tmp_path, rule, "resnet18"), **given
+    )
+    assert resolve_reading(options, read_weights(options)).rule == replace(rule, **expected)
+
+
+@pytest.mark.parametrize("recipe", ["photos", "quick"])
+def test_a_recipes_size_stands_below_that_of_weights_that_were_trained_here(recipe, tmp_path):
+    weights = trained_here(tmp_path, arch="fastnet_small")
+    options = make_options(None, {"data": "digits", "out": "x", "weights": weights}, recipe)
+    assert resolve_reading(options, read_weights(options)).rule == RULE
+
+
+def test_weights_of_images_that_are_no_squares_are_one_line(tmp_path, capsys):
+    weights = trained_here(tmp_path, replace(RULE, width=64))
+    assert main(["--data", "digits", "--weights", weights, "--out", str(tmp_path / "run")]) == 2
+    assert "made for 64×48 px; training makes squares only" in capsys.readouterr().err
 
 
 def test_a_run_keeps_the_mean_and_std_of_the_weights_that_it_began_with(run, tmp_path):

@@ -127,7 +127,7 @@ def test_the_weights_of_an_installed_package_fill_all_but_the_head(lite):
     assert registry.has_installed_weights(LITE)
     network = registry.build(LITE, 3, 64)
     assert registry.load_pretrained(network, LITE, lite) == ["classifier.weight", "classifier.bias"]
-    assert (lite.mean, lite.interpolation, lite.fit) == ((0.5, 0.5, 0.5), "bicubic", "crop")
+    assert (lite.mean, lite.rule.interpolation, lite.rule.fit) == ((0.5, 0.5, 0.5), "bicubic", "crop")
 
 
 def test_the_weights_of_an_installed_package_know_a_flower(lite):
@@ -236,7 +236,7 @@ def test_a_timm_network_is_trained_from_installed_weights_and_read_back(tmp_path
     assert "timm" in spec.versions
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
     again = registry.read_pretrained(LITE, tmp_path / "run" / "model.pt")
-    assert (again.mean, again.interpolation) == (spec.mean, spec.interpolation) == ((0.5, 0.5, 0.5), "bicubic")
+    assert (again.mean, again.rule.interpolation) == (spec.mean, spec.interpolation) == ((0.5, 0.5, 0.5), "bicubic")
 
 
 def test_a_timm_network_exports_and_agrees():

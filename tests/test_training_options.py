@@ -12,8 +12,16 @@ from tests.conftest import PROJECT
 from tests.learning import make_plan
 from train import main
 from training.evaluation import evaluate_run
-from training.options import flag, make_options, option_names, read_config, scoring, shown_on_card
-from training.resolve import Plan
+from training.options import (
+    TrainOptions,
+    flag,
+    make_options,
+    option_names,
+    read_config,
+    scoring,
+    shown_on_card,
+)
+from training.resolve import Plan, recorded
 
 
 def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
@@ -100,7 +108,7 @@ def test_nothing_in_a_plan_is_optional_and_every_option_is_decided_or_used_befor
     before = {"data", "out", "download_dir", "val_fraction", "test_fraction", "split_seed", "skip_bad", "workers"}
     assert set(option_names()) - set(kinds) == before | {
         *("store", "pretrained", "weights", "minutes", "checkpoint_minutes"),
-        *("size", "resize", "fit", "interpolation"),  # rule
+        *("size", "resize", "fit", "interpolation", "fill", "colour"),  # rule
     }
 
 
@@ -125,6 +133,33 @@ def test_scoring_reads_with_as_many_threads_as_training(run, monkeypatch):
     for given in ([], ["--workers", "5"]):
         assert main(["--evaluate", str(run), *given]) == 0
     assert told == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "numbers"),
+    [
+        ("fill", "1,2", "whole numbers from 0 to 255"),
+        ("fill", "1,2,256", "whole numbers from 0 to 255"),
+        ("fill", "0.5,1,2", "whole numbers from 0 to 255"),
+        ("mean", "a,b,c", "numbers from 0 to 1"),
+        ("mean", "0,0,nan", "numbers from 0 to 1"),
+        ("std", "0,1,1", "numbers from 0.001 to 1"),
+    ],
+)
+def test_what_is_not_three_numbers_in_their_range_is_one_line(name, value, numbers):
+    with pytest.raises(ValueError, match=f"^--{name} {value}: must be R,G,B, three {numbers}$"):
+        make_plan(fit="pad", **{name: value})
+
+
+def test_pixels_are_padded_and_normalised_as_asked():
+    asked = {"fit": "pad", "fill": "124,116,104", "colour": "as-stored", "mean": "0.5,0.25,0.1", "std": "0.3,0.2,0.1"}
+    plan = make_plan(**asked)
+    assert (plan.rule.fill, plan.rule.colour) == ((124, 116, 104), "as-stored")
+    assert (plan.mean, plan.std) == ((0.5, 0.25, 0.1), (0.3, 0.2, 0.1))
+    kept = recorded(TrainOptions(data="digits", out="x"), plan)
+    assert {name: getattr(kept, name) for name in asked} == asked
+    with pytest.raises(ValueError, match=r"--fill 1,2,3: .*pass --fit pad too"):
+        make_plan(fill="1,2,3")
 
 
 def test_a_plan_is_what_the_options_left_open():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from model import registry
@@ -14,20 +15,22 @@ def fitted(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     """What a recipe sets, with lengths that suit what is given: they follow another --size.
 
     Another architecture brings its own size where the recipe starts from trained weights, or where it cannot take the
-    recipe's; and images that it cannot take are not trained on: ViT and Swin, for instance, take one size only.
+    recipe's; so do weights that were trained here. Images that the network cannot take are not trained on: ViT and
+    Swin, for instance, take one size only.
 
     Raises:
-        ValueError: no such architecture.
+        ValueError: no such architecture, or weights with a damaged spec.
     """
     values = dict(recipe)
     if "size" not in values:
         return values
     arch, size = given.get("arch", values["arch"]), given.get("size")
-    if is_other := arch != values["arch"]:
+    weights = Path(given["weights"]) if given.get("weights") else None
+    if is_other := arch != values["arch"] or registry.spec_beside(weights):
         registry.check_name(arch)
-        values.pop("resize", None)  # the margin is the architecture's own
-        if not size and (values.get("pretrained") or not registry.can_build(arch, values["size"])):
-            size = registry.preset(arch).size
+        values.pop("resize", None)  # the margin is the network's own
+        if not size and (weights or values.get("pretrained") or not registry.can_build(arch, values["size"])):
+            size = registry.own_rule(arch, weights).height
             del values["size"]
     if size:
         values |= {name: round(values[name] * size / recipe["size"]) for name in SCALED & values.keys()}

@@ -28,6 +28,8 @@ FINE_TUNING_RATE = 0.1  # of these, for trained weights that are not frozen
 DEFAULT_BATCH, LARGER_BATCH = 32, 64  # images
 MANY_IMAGES, LARGE_SIZE = 10_000, 128  # the larger batch: for so many training images, of fewer px than that
 
+METAVARS = {int: "N", float: "X", str: "NAME"}
+
 ALWAYS, IF_CHANGED, WITH_STEP = "always", "if changed", "with the step schedule"
 
 
@@ -43,6 +45,7 @@ def _option(
     scoring: bool = False,
     card: str = "",
     announced: bool = False,
+    rgb: type | None = None,
 ) -> Any:
     """A field with what the lists are made from.
 
@@ -52,8 +55,9 @@ def _option(
         scoring: whether --evaluate takes it, in the place of the run's own.
         card: whether the model card shows it: ALWAYS, IF_CHANGED (from the default), WITH_STEP (schedule), or never.
         announced: whether it is said at the beginning of a run that it is not at its default.
+        rgb: of a text of three numbers, R,G,B, their type.
     """
-    metadata = {"group": group, "help": help, "low": low, "high": high, "choices": choices}
+    metadata = {"group": group, "help": help, "low": low, "high": high, "choices": choices, "rgb": rgb}
     uses = {"resumable": resumable, "scoring": scoring, "card": card, "announced": announced}
     return field(default=default, metadata=metadata | uses)
 
@@ -125,7 +129,7 @@ class TrainOptions:
     fit: str | None = _option(
         None,
         "network",
-        "which part of an image the network sees: its centre, all of it squashed, or all of it with black around "
+        "which part of an image the network sees: its centre, all of it squashed, or all of it with --fill around "
         "(default: the weights' own, else crop)",
         choices=("crop", "squash", "pad"),
     )
@@ -134,6 +138,37 @@ class TrainOptions:
         "network",
         "filter that resizes images (default: the weights' own, else bilinear)",
         choices=("bilinear", "bicubic", "lanczos"),
+    )
+    fill: str | None = _option(
+        None,
+        "network",
+        "colour around an image that --fit pad leaves whole, each of 0 to 255 (default: the weights' own, else black)",
+        low=0,
+        high=255,
+        rgb=int,
+    )
+    colour: str | None = _option(
+        None,
+        "network",
+        "what becomes of an embedded colour profile: srgb converts the pixels, as-stored ignores it (default: the "
+        "weights' own, else srgb)",
+        choices=("srgb", "as-stored"),
+    )
+    mean: str | None = _option(
+        None,
+        "network",
+        "subtracted from pixels of 0 to 1 (default: the weights' own, else ImageNet's)",
+        low=0,
+        high=1,
+        rgb=float,
+    )
+    std: str | None = _option(
+        None,
+        "network",
+        "that pixels are then divided by (default: the weights' own, else ImageNet's)",
+        low=0.001,
+        high=1,
+        rgb=float,
     )
     pretrained: bool = _option(False, "network", "start from published weights, or from --weights", card=ALWAYS)
     weights: str | None = _option(
@@ -465,6 +500,16 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def as_rgb(text: str, kind: type = float) -> tuple[Any, Any, Any]:
+    """The three numbers of `R,G,B`.
+
+    Raises:
+        ValueError: it holds anything else.
+    """
+    red, green, blue = map(kind, text.split(","))
+    return red, green, blue
+
+
 def option_names() -> tuple[str, ...]:
     return tuple(option.name for option in fields(TrainOptions))
 
@@ -598,7 +643,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             keywords |= {
                 "type": kind,
                 "choices": meta["choices"],
-                "metavar": None if meta["choices"] else {int: "N", float: "X", str: "NAME"}[kind],
+                "metavar": "R,G,B" if meta["rgb"] else None if meta["choices"] else METAVARS[kind],
             }
         groups[meta["group"]].add_argument(flag(option.name), **keywords)
 
@@ -609,6 +654,15 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     if choices and value is not None and value not in choices:
         raise ValueError(f"{flag(name)} {value}: must be one of {', '.join(choices)}")
     if value is None or low is None:
+        return
+    if kind := metadata["rgb"]:
+        try:
+            is_right = all(low <= number <= high for number in as_rgb(value, kind))
+        except ValueError:
+            is_right = False
+        if not is_right:
+            numbers = "whole numbers" if kind is int else "numbers"
+            raise ValueError(f"{flag(name)} {value}: must be R,G,B, three {numbers} from {low} to {high}")
         return
     if high is None and not low < value < float("inf"):
         raise ValueError(f"{flag(name)} {value}: must be above {low}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from training.options import (
     LARGER_BATCH,
     MANY_IMAGES,
     TrainOptions,
+    as_rgb,
 )
 
 
@@ -34,19 +36,22 @@ from training.options import (
 class Reading:
     """How images are read: by `rule`, as the spec has it, and by `workers` threads.
 
-    train_size: side of what is trained on, px; crop_padding: px.
+    train_size: side of what is trained on, px; crop_padding: px; mean, std: RGB, for pixels in 0..1.
     """
 
     rule: PixelRule
     train_size: int
     crop_padding: int
     workers: int
+    mean: tuple[float, ...] = registry.IMAGENET_MEAN
+    std: tuple[float, ...] = registry.IMAGENET_STD
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a run does. Most fields are the options of the same name (training/options.py); these are not:
 
+    mean, std: RGB, for pixels in 0..1.
     epochs, seconds: after which the run ends, whichever comes first; infinite where it has no such limit.
     checkpoint_seconds: between two states saved within an epoch; infinite for none there.
     device: where it computes; amp: the type that autocast computes in, float32 for none.
@@ -54,6 +59,8 @@ class Plan:
 
     arch: str
     rule: PixelRule
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     freeze: bool
     cache_features: bool
     unfreeze_at: int
@@ -113,9 +120,10 @@ def resolve_reading(options: TrainOptions, weights: Pretrained | None = None) ->
         ValueError: no such architecture, or it cannot take images of this size.
     """
     registry.check_name(options.arch)
-    own = registry.preset(options.arch)
-    size = size_of(options)
-    resize = options.resize or round(size * own.resize / own.size)
+    preset = registry.preset(options.arch)
+    own = weights.rule if weights else PixelRule.square(preset.size, preset.resize)
+    size = size_of(options, own)
+    resize = options.resize or round(size * own.resize / own.height)
     if resize < size:
         raise ValueError(f"--resize {resize}: must be at least --size {size}")
     padding = options.crop_padding
@@ -135,25 +143,35 @@ def resolve_reading(options: TrainOptions, weights: Pretrained | None = None) ->
         raise ValueError(
             f"--low-res {options.low_res}: {options.arch} of {size} px cannot take {shrunk(seen)} px; pass --low-res 0"
         )
-    fit = options.fit or (weights.fit if weights else "crop")
+    fit = options.fit or own.fit
+    if options.fill and fit != "pad":
+        raise ValueError(f"--fill {options.fill}: is the colour around a padded image; pass --fit pad too")
     rule = PixelRule(
         height=size,
         width=size,
         resize=resize if fit == "crop" else size,
-        interpolation=options.interpolation or (weights.interpolation if weights else "bilinear"),
+        interpolation=options.interpolation or own.interpolation,
         fit=fit,
+        fill=as_rgb(options.fill, int) if options.fill else own.fill,
+        colour=options.colour or own.colour,
     )
-    return Reading(rule=rule, train_size=seen, crop_padding=padding, workers=workers_of(options))
+    return Reading(rule, seen, padding, workers_of(options), *_mean_and_std(options, weights))
 
 
-def size_of(options: TrainOptions) -> int:
-    """Side of the square that the network sees, px."""
-    return options.size or registry.preset(options.arch).size
+def size_of(options: TrainOptions, own: PixelRule) -> int:
+    """Side of the square that the network sees, px; `own`: the rule that the network or its weights want."""
+    return options.size or own.height
 
 
 def workers_of(options: TrainOptions) -> int:
     """Threads that decode the images."""
     return options.workers or os.cpu_count() or 1
+
+
+def _mean_and_std(options: TrainOptions, weights: Pretrained | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """As the options say, else as the weights want it, else ImageNet's."""
+    mean, std = (weights.mean, weights.std) if weights else (registry.IMAGENET_MEAN, registry.IMAGENET_STD)
+    return as_rgb(options.mean) if options.mean else mean, as_rgb(options.std) if options.std else std
 
 
 def resolve(options: TrainOptions, reading: Reading, *, images: int, flips: bool, device: torch.device) -> Plan:
@@ -170,6 +188,8 @@ def resolve(options: TrainOptions, reading: Reading, *, images: int, flips: bool
     minutes = options.minutes or math.inf
     decided = {
         "rule": reading.rule,
+        "mean": reading.mean,
+        "std": reading.std,
         "crop_padding": reading.crop_padding,
         "train_size": reading.train_size,
         "flip": flips if options.flip is None else options.flip,
@@ -198,12 +218,20 @@ def recorded(options: TrainOptions, plan: Plan) -> TrainOptions:
         resize=plan.rule.resize,
         fit=plan.rule.fit,
         interpolation=plan.rule.interpolation,
+        fill=_as_text(plan.rule.fill) if plan.rule.fit == "pad" else None,
+        colour=plan.rule.colour,
+        mean=_as_text(plan.mean),
+        std=_as_text(plan.std),
         crop_padding=plan.crop_padding,
         train_size=plan.train_size if plan.crop_scale else None,
         flip=plan.flip,
         batch_size=plan.batch_size,
         lr=plan.lr,
     )
+
+
+def _as_text(rgb: Iterable[float]) -> str:
+    return ",".join(map(str, rgb))
 
 
 def default_lr(options: TrainOptions) -> float:

@@ -47,13 +47,13 @@ def read_weights(options: TrainOptions) -> Pretrained | None:
     Raises:
         ValueError: they cannot be had, or do not fit the architecture.
     """
-    arch, file = options.arch, options.weights
+    arch, file = options.arch, Path(options.weights) if options.weights else None
     if not (options.pretrained or file):
         return None
     registry.check_name(arch)
-    network = registry.build(arch, 2, size_of(options))
+    network = registry.build(arch, 2, size_of(options, registry.own_rule(arch, file)))
     with nullcontext() if file else distributed.first_alone():  # they may be downloaded
-        pretrained = registry.read_pretrained(arch, Path(file) if file else None)
+        pretrained = registry.read_pretrained(arch, file)
     registry.load_pretrained(network, arch, pretrained)
     return pretrained
 
@@ -69,20 +69,17 @@ def make_network(
         keep_freed()
     torch.manual_seed(plan.seed)
     network = registry.build(plan.arch, len(data.labels), plan.size)
-    mean: tuple[float, ...] = registry.IMAGENET_MEAN
-    std: tuple[float, ...] = registry.IMAGENET_STD
     if pretrained:
-        mean, std = pretrained.mean, pretrained.std
         fresh = registry.load_pretrained(network, plan.arch, pretrained)
         log.info(f"weights: {pretrained.source}; from scratch: {', '.join(fresh) or 'nothing'}")
     elif isinstance(network, FastNet):
         wanted = max(100, WHITENED_BY * 32**2 // max(32, plan.size) ** 2)  # each has a patch for each pixel
         some = data.train.crops(slice(None, None, -(-len(data.train) // wanted)))  # of every class
-        network.whiten(normalise(some, torch.tensor(mean), torch.tensor(std)))
+        network.whiten(normalise(some, torch.tensor(plan.mean), torch.tensor(plan.std)))
     network.to(plan.device)
     if distributed.rank() > 0:
         torch.manual_seed(plan.seed + distributed.rank())  # dropout draws differently in each process
-    return network, mean, std
+    return network, plan.mean, plan.std
 
 
 def read_data(
