@@ -20,8 +20,9 @@ BIN     = .venv/bin
 # What other processors would compute, on this one: ATen's plain kernels and random numbers, MKL's sums in the order that
 # is the same everywhere, oneDNN's convolutions without AVX-512 and without AVX. Each changes results here.
 PORTABLE  = "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE" ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=SSE41
-NUMERICAL = architectures augmentation backends calibration distributed evaluation explanations export fastnet features \
-	golden handler head_fit metrics preprocessing recipes reduced runtimes train training_step
+NUMERICAL = architectures augmentation backends batchnorm calibration dataset_frames distributed evaluation explanations \
+	export fastnet features golden handler head_fit metrics pixel_rules predictor preprocessing recipes reduced runtimes \
+	train training_step
 TOOLCHAINS = client_batch client_cpp client_node client_web
 PARALLEL  = $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
 

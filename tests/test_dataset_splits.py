@@ -13,6 +13,7 @@ from dataset import splits
 from dataset.loading import load, read_split
 from dataset.sources import DataError, Entry, open_source
 from dataset.splits import check_splits, cut_splits
+from dataset.terminal import printed
 from export.proof import images
 from predictor.spec import PixelRule
 from tests.folders import COLOURS, as_tar, as_zip, image, make_folder
@@ -194,7 +195,8 @@ def test_the_record_goes_before_the_cut_in_export_and_resume(trained, tmp_path, 
     turned = {key: "train" if side == "test" else side for key, side in known.items()} | few
     splits.write(tmp_path / "run", {split: [k for k, own in turned.items() if own == split] for split in splits.SPLITS})
     capsys.readouterr()
-    tested = {name for name, _, _ in images.read(tmp_path / "run", "test", str(folder))}
+    with printed("export"):
+        tested = {name for name, _, _ in images.read(tmp_path / "run", "test", str(folder))}
     assert tested == {key for key, side in turned.items() if side == "test"}
     counts = Counter(turned.values())
     words = f"pics: left out by name: {counts['train']} training images and {counts['val']} validation images"
