@@ -190,7 +190,7 @@ def test_colour_profiles_count_where_the_files_spec_says_so(tmp_path, spec):
     onnx.save(model, tmp_path / "mean.onnx")
     done = node("classify.mjs", tmp_path / "mean.onnx", tmp_path / "p3.png")
     assert done.returncode == 0, done.stdout + done.stderr
-    answer = json.loads(done.stdout)["answer"]
+    answer = json.loads(done.stdout)["predictions"]
     got = [answer[label] for label in ("red", "green", "blue")]
     wanted = spec.get("colour", "as-stored")
     (other,) = {"srgb", "as-stored"} - {wanted}
