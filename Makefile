@@ -2,7 +2,7 @@
 # make test            lint, types and the tests, the real TorchServe included, three files at a time, as the tests of
 #                      servers wait a third of their time (JOBS=1: one at a time, with its name)
 # make test-all        the tests besides that need large programs of their own: Ray, a browser, Node, a C++ compiler
-# make test-portable   the numerical tests again, as other processors round: 17 minutes on two cores
+# make test-portable   the numerical tests again, as other processors round: 20 minutes on two cores
 # make serve RUN=runs/digits [PORT=9000]
 # make check           lint and types only
 # make bench [DATA=…]  training (over 2 hours) and int8, whose figures stand in docs/performance.md

@@ -55,7 +55,7 @@ CHUNK = 64  # images decoded and put through the network at a time: bounds the m
 STAGES = ("decode", "forward", "post")  # of which the time is told
 MAX_IMAGES = 256  # of one request: a few kilobytes of tiny images could otherwise block a worker for minutes
 DECODE_SECONDS = 12.0  # for all images of a batch: TorchServe replaces a worker that takes longer than 30
-SEVERAL_SECONDS = 1.5  # after which those of requests with several are put off: 256 may be large, and neighbours wait
+SEVERAL_SECONDS = 1.0  # after which those of requests with several are put off: 256 may be large, and neighbours wait
 FORWARD_SECONDS = 20.0  # after a batch has begun nothing more is put through the network, nor explained
 MAX_EXPLAINED = 8  # of one request, whatever max_images says: each costs as much as a hundred predictions
 

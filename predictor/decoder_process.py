@@ -37,10 +37,10 @@ from predictor.image_headers import is_heif, is_photograph
 from predictor.pillow_preprocessing import MAX_PIXELS, NO_MEMORY, ImageError, read
 from predictor.spec import PixelRule
 
-BATCH_SECONDS = 1.5  # that all images of a batch may wait for the child: who waits for two batches waits 3 s
+BATCH_SECONDS = 1.25  # that all images of a batch may wait for the child: an image may have to wait for two batches
 # Of the processor, for one image. A photograph takes long for a reason, its pixels: in Display P3 0.9 s for 48
-# megapixels, as HEIC 1.3 s for 24 where others are at work.
-SECONDS = {"photograph": 1.5, "other": 1.0}
+# megapixels, as HEIC 1 s for 24.
+SECONDS = {"photograph": 1.25, "other": 1.0}
 MOST_BATCH_SECONDS = 12.0  # whatever the operator allows: TorchServe replaces a worker that takes longer than 30
 MEMORY = 64 << 20  # bytes that one image may take: 16 megapixels in Pillow
 ALONE_MEMORY = 256 << 20  # and where that is too little, one image at a time of all workers: 50 megapixels, and copies
