@@ -25,7 +25,7 @@ import torch
 from benchmarks.machine import describe, keep
 from dataset.frames import edge_for
 from dataset.image_store import Split
-from dataset.loading import FrameOptions, load
+from dataset.loading import load
 from model import registry
 from predictor.spec import PixelRule
 from training.ahead import Ahead
@@ -57,9 +57,9 @@ def prepared(data: Path, store: str, arch: str = "simplecnn") -> tuple[Learner, 
     given |= {"amp": "auto", "channels_last": True}  # as for photographs
     options = TrainOptions(data=str(data), out="", arch=arch, **given)
     rule = PixelRule.square(SIZE)
-    frames = FrameOptions(edge_for(SIZE, rule), store)
     reading = resolve_reading(options)
-    split = load(str(data), rule=rule, frames=frames, workers=reading.workers, say=lambda line: None).train
+    kept: dict[str, Any] = {"edge": edge_for(SIZE, rule), "store": store, "workers": reading.workers}
+    split = load(str(data), rule=rule, **kept, say=lambda line: None).train
     plan = resolve(options, reading, images=len(split), flips=True, device=torch.device("cpu"))
     scale = torch.zeros(3), torch.ones(3)
     network = registry.build(arch, int(split.targets.max()) + 1, SIZE)

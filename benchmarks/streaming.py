@@ -1,18 +1,18 @@
-"""How much memory a training run takes whose images do not fit, and what it costs in speed.
+"""What a training takes whose images do not fit in memory: memory, the first start, the second, and two processes.
 
     python -m benchmarks.streaming
 
-Makes JPEG files of 500×375 px, SOME different ones; the rest are further names of theirs. Trains on them with
-`python train.py` as a user would, and watches the resident memory of the process. At 224 px 100,000 of them are 15 GB
-decoded, which has to be over half of the machine's free memory. IN_MEMORY of them, which fit, are trained on beside
-that, for the speed. Writes benchmarks/results/streaming.json.
+Makes JPEG files of 500×375 px, each a file of its own, of SOME different images. Trains ResNet-18 on them with
+`python train.py`, on random crops of 224 px, as a user would: with a new store, again, and by torchrun. Watches the
+resident memory of each process. IN_MEMORY of them, which fit, are trained on beside that, for the speed. Writes
+benchmarks/results/streaming.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,56 +30,69 @@ from benchmarks.machine import describe, keep
 PROJECT = Path(__file__).resolve().parent.parent
 SOME = 1000
 IN_MEMORY = 10_000  # images of the run that it is compared with
-CUTS = ["--val-fraction", "0.01", "--test-fraction", "0.01", "--size", "224"]
+TRAINING = [
+    "--arch",
+    "resnet18",
+    "--size",
+    "224",
+    "--crop-scale",
+    "0.35",
+    "--val-fraction",
+    "0.01",
+    "--test-fraction",
+    "0.01",
+]
 
-
+# The images, processes, and where they are kept; in this order, as one finds what the one before it has stored.
 RUNS = {
-    "simplecnn, in memory": ("some", "simplecnn"),
-    "simplecnn, streamed": ("all", "simplecnn"),
-    "resnet18, in memory": ("some", "resnet18"),
-    "resnet18, streamed": ("all", "resnet18"),
+    "in memory": ("some", 1, "memory"),
+    "first start": ("all", 1, "store"),
+    "second start": ("all", 1, "store"),
+    "two processes": ("all", 2, "store"),
 }
 
 
 def make_images(folder: Path, count: int) -> None:
-    """`count` files in two classes: cuts of scikit-learn's two photographs, enlarged."""
+    """`count` files in two classes: cuts of scikit-learn's two photographs, enlarged, with a comment of their own."""
     from sklearn.datasets import load_sample_images
 
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     chance = np.random.default_rng(0)
-    files: list[Path] = []
+    bodies: list[bytes] = []
     for index in range(count):
         path = folder / f"class-{index % 2}" / f"{index:06}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
+        comment = b"\xff\xfe\x00\x0a%08d" % index
         if index >= SOME:
-            os.link(files[index % SOME], path)
+            body = bodies[index % SOME]
+            path.write_bytes(body[:2] + comment + body[2:])
             continue
         width = int(chance.integers(200, 500))
         height = width * 3 // 4
         x, y = int(chance.integers(0, 640 - width + 1)), int(chance.integers(0, 427 - height + 1))
         cut = photographs[index % 2].crop((x, y, x + width, y + height)).resize((500, 375), Image.Resampling.BICUBIC)
         cut.save(path, "JPEG", quality=85)
-        files.append(path)
+        bodies.append(path.read_bytes())
 
 
-def watch(arguments: Sequence[str]) -> dict[str, Any]:
-    """Runs train.py; its summary, the resident memory at its highest, and whether it said that the images stream."""
-    command = [sys.executable, "train.py", "--json", *arguments]
+def watch(arguments: Sequence[str], processes: int) -> dict[str, Any]:
+    """Runs train.py; its summary, and the resident memory of the largest process at its highest."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else ()), "train.py", "--json", *arguments]
     with tempfile.TemporaryFile("w+") as said:
         child = psutil.Popen(command, cwd=PROJECT, stdout=said)
         peak = 0
         while child.poll() is None:
-            try:
-                peak = max(peak, child.memory_info().rss)
-            except psutil.Error:
-                break
-            time.sleep(0.02)
+            with contextlib.suppress(psutil.Error):  # one that has ended meanwhile
+                family = child.children(recursive=True) if processes > 1 else [child]
+                peak = max((peak, *(one.memory_info().rss for one in family)))
+            time.sleep(0.05)
         if child.wait():
             raise subprocess.CalledProcessError(child.returncode, command)
         said.seek(0)
         lines = said.read().splitlines()
     trained = json.loads(lines[-1])["train"]
-    return {"mebibytes": peak / 2**20, "streams": any("they stream from" in line for line in lines), **trained}
+    return {"mebibytes": peak / 2**20, **trained}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,17 +112,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make_images(folder / "all", options.images)
         make_images(folder / "some", IN_MEMORY)
         for name in wanted:
-            data, arch = RUNS[name]
-            given = ["--data", str(folder / data), "--arch", arch, "--minutes", f"{options.minutes:g}"]
-            row = watch([*given, *CUTS, "--out", str(folder / "run"), "--overwrite"])
-            row["reading_per_second"] = row["images"] / row["data_seconds"]
+            data, processes, where = RUNS[name]
+            store = "memory" if where == "memory" else str(folder / where)
+            given = ["--data", str(folder / data), "--store", store, "--minutes", f"{options.minutes:g}"]
+            row = watch([*given, *TRAINING, "--out", str(folder / "run"), "--overwrite"], processes)
             results[name] = row
             keep(options.json, machine, "results", results)
             print(f"{name}: {json.dumps(row)}", flush=True)
     print(json.dumps(machine))
     for name, row in results.items():
-        rates = f"{row['reading_per_second']:.0f}/s read, {row['images_per_second']:.0f}/s trained"
-        print(f"{name:22} {row['mebibytes']:6.0f} MiB resident; {rates}")
+        read = f"{row['data_seconds']:.1f} s until training, {row['images_per_second']:.1f} images/s trained"
+        print(f"{name:15} {row['mebibytes']:6.0f} MiB resident; {read}")
     return 0
 
 

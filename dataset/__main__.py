@@ -1,9 +1,9 @@
 """Looks after what is kept of data sets on this machine.
 
-python -m dataset store                    lists the stores of decoded training images, with their size
+python -m dataset store                    lists the stores of decoded images, with their size
 python -m dataset store --clear NAME       removes one of them, or all
 
-The frames of images that have changed or were removed stay in a store until it is cleared.
+What was kept of images that have changed or were removed stays in a store until it is cleared.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for one in found:
         print(("removed " if options.clear else "") + told(one))
     if found and not options.clear:
-        print("frames of images that have changed or were removed count too, until their store is cleared")
+        print("images that have changed or were removed count too, until their store is cleared")
     return 0
 
 
@@ -48,7 +48,7 @@ def told(store: Found) -> str:
     if store.version not in (0, VERSION):
         about += " (of another version of this program: not read)"
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(store.used))
-    return f"{store.name}  {store.frames:,} frames  {store.bytes / 1e9:.2f} GB  last used {used}  {about}"
+    return f"{store.name}  {store.images:,} images  {store.bytes / 1e9:.2f} GB  last used {used}  {about}"
 
 
 if __name__ == "__main__":

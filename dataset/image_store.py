@@ -1,4 +1,4 @@
-"""Decoded images and where they lie: in memory, in a temporary file that streams, or on a GPU."""
+"""Decoded images and where they lie: in memory, on disk, from where they stream, or on a GPU."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import shutil
 import tempfile
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -23,26 +25,26 @@ READERS = 8  # threads that read rows of a file
 logger = logging.getLogger(__name__)
 
 
-class FilePixels:
-    """uint8 (N, H, W, 3) in a file without a name, which ends with the program. Rows are read when they are asked for.
+class StreamedPixels(ABC):
+    """uint8 (N, H, W, 3) on disk, of which rows are read when they are asked for.
 
     They are read, and not mapped into memory: what is mapped counts as the program's own memory until it is needed for
     something else, and a container's limit does not wait for that.
     """
 
-    def __init__(self, count: int, height: int, width: int, folder: Path | None) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        weakref.finalize(self, self._file.close)
-        self._row_bytes, self.shape = height * width * 3, (count, height, width, 3)
-        self._file.truncate(count * self._row_bytes)
+    def __init__(self, count: int, height: int, width: int) -> None:
+        self.shape = (count, height, width, 3)
         self._readers = ThreadPoolExecutor(READERS)
         self._ahead = ThreadPoolExecutor(1)
         self._coming: tuple[Tensor, Future[Tensor]] | None = None
 
+    @abstractmethod
     def __setitem__(self, row: int, crop: Tensor) -> None:
-        written = os.pwrite(self._file.fileno(), crop.contiguous().numpy().data, row * self._row_bytes)
-        if written != self._row_bytes:
-            raise OSError("no space is left for the temporary file of the images")
+        """Writes a row, uint8 (H, W, 3)."""
+
+    @abstractmethod
+    def _read_row(self, row: int, view: np.ndarray) -> None:
+        """Reads a row into `view`, uint8 (H, W, 3)."""
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         coming, self._coming = self._coming, None
@@ -58,12 +60,28 @@ class FilePixels:
         images = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
         views = images.numpy()
 
-        def read(i: int, row: int) -> None:
-            if os.preadv(self._file.fileno(), [views[i].data], row * self._row_bytes) != self._row_bytes:
-                raise OSError("the temporary file of the images is cut short; is the disk full?")
-
-        list(self._readers.map(read, range(len(rows)), rows.tolist()))
+        list(self._readers.map(lambda i, row: self._read_row(row, views[i]), range(len(rows)), rows.tolist()))
         return images
+
+
+class FilePixels(StreamedPixels):
+    """`StreamedPixels` in a file without a name, which ends with the program."""
+
+    def __init__(self, count: int, height: int, width: int, folder: Path | None) -> None:
+        super().__init__(count, height, width)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._row_bytes = height * width * 3
+        self._file.truncate(count * self._row_bytes)
+
+    def __setitem__(self, row: int, crop: Tensor) -> None:
+        written = os.pwrite(self._file.fileno(), crop.contiguous().numpy().data, row * self._row_bytes)
+        if written != self._row_bytes:
+            raise OSError("no space is left for the temporary file of the images")
+
+    def _read_row(self, row: int, view: np.ndarray) -> None:
+        if os.preadv(self._file.fileno(), [view.data], row * self._row_bytes) != self._row_bytes:
+            raise OSError("the temporary file of the images is cut short; is the disk full?")
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,7 @@ class Split:
     Of a training split that random crops are cut out of, they are whole frames; the rule's crops are made of these.
     """
 
-    pixels: Tensor | FilePixels | FrameSquares
+    pixels: Tensor | StreamedPixels | FrameSquares
     rows: Tensor
     targets: Tensor
     names: list[str]  # as Entry.key
@@ -89,8 +107,8 @@ class Split:
         return self.pixels.frames if isinstance(self.pixels, FrameSquares) else None
 
     def read_ahead(self, chosen: Tensor) -> None:
-        """Says that these are wanted next: where images stream from a file, they are read meanwhile."""
-        if isinstance(self.pixels, FilePixels):
+        """Says that these are wanted next: where images stream from disk, they are read meanwhile."""
+        if isinstance(self.pixels, StreamedPixels):
             self.pixels.read_ahead(self.rows[chosen])
 
     def __len__(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,25 +12,15 @@ from torch import Tensor
 
 from dataset import splits
 from dataset.decoding import as_file, decode_each, name_unreadable, square, unreadable_images
-from dataset.frames import Frames, FrameSquares, MemoryBodies, make_frame
-from dataset.image_store import Data, FilePixels, Split, allocate
+from dataset.frames import Frames, FrameSquares, make_frame
+from dataset.image_store import Data, Split, StreamedPixels, allocate
+from dataset.placement import Wanted, bodies_for
 from dataset.sample_images import choose_samples, name_samples
 from dataset.sources import DataError, Source, open_source, printable
-from dataset.store import StoredBodies, bodies_for
+from dataset.store import StoredBodies, StoredCrops
 from predictor.spec import PixelRule
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FrameOptions:
-    """How the training images are kept as whole frames.
-
-    edge: px, their short edge at the most; store: where, as `dataset.store.bodies_for` takes it.
-    """
-
-    edge: int
-    store: str = "auto"
 
 
 def load(
@@ -42,7 +31,8 @@ def load(
     test_fraction: float = 0.1,
     split_seed: int = 0,
     known: Mapping[str, str] | None = None,
-    frames: FrameOptions | None = None,
+    edge: int | None = None,
+    store: str = "auto",
     skip_bad: bool = False,
     download_dir: str = "data",
     source: Source | None = None,
@@ -56,11 +46,12 @@ def load(
 
     Args:
         known: of a run that goes on: the splits that its images have, by name.
-        frames: keep the training images as whole frames, which random crops are cut out of; else all images become
-            squares by the rule.
+        edge: px: keep the training images as whole frames with a short edge of at most so many, which random crops are
+            cut out of; else all images become crops by the rule.
+        store: where they are kept, as `dataset.placement.bodies_for` takes it.
         skip_bad: leave images out that cannot be read.
         source: of `data`, where it is open already.
-        scratch: folder for a temporary file, used where the images would fill the memory.
+        scratch: folder for a temporary file, used where the images would fill the memory and have no store.
         workers: threads that decode, and that cut crops out of frames.
         processes: how many on this machine hold the images at once.
         say: is told what the user should know, a line at a time: classes without a val or test image, images that
@@ -74,7 +65,7 @@ def load(
     assigned = splits.cut_splits(source.entries, val_fraction, test_fraction, split_seed, known)
     for warning in splits.check_splits(source.name, source.entries, assigned):
         say(warning)
-    kept = _Kept(data, source, assigned, rule, frames, scratch=scratch, processes=processes, say=say)
+    kept = _Kept(data, source, assigned, rule, edge, store=store, scratch=scratch, processes=processes, say=say)
     with kept.bodies.filling(say):
         unreadable = decode_each(source, kept.missing(), kept.keep, workers=workers, progress=progress)
         kept.leave_out(unreadable)
@@ -88,7 +79,7 @@ def load(
 
 
 class _Kept:
-    """The decoded images: squares by the rule; with `frames` the training images as whole frames.
+    """The decoded images: crops by the rule; with `edge` the training images as whole frames.
 
     rows: of each image its row among those of its kind, by its index.
     files: of the samples, by their index.
@@ -100,73 +91,74 @@ class _Kept:
         source: Source,
         assigned: Sequence[str],
         rule: PixelRule,
-        frames: FrameOptions | None,
+        edge: int | None,
         *,
+        store: str,
         scratch: Path | None,
         processes: int,
         say: Callable[[str], None],
     ) -> None:
-        self._data, self._rule, self._frames = data, rule, frames
-        self._whole = [index for index, split in enumerate(assigned) if frames and split == "train"]
-        self._squares = sorted(set(range(len(assigned))) - set(self._whole))
-        self.rows = {index: row for indices in (self._whole, self._squares) for row, index in enumerate(indices)}
+        self._data, self._rule, self._edge = data, rule, edge
+        self._whole = [index for index, split in enumerate(assigned) if edge and split == "train"]
+        self._crops = sorted(set(range(len(assigned))) - set(self._whole))
+        self.rows = {index: row for indices in (self._whole, self._crops) for row, index in enumerate(indices)}
         self._is_whole = set(self._whole)
         self._sampled = choose_samples(source.entries, assigned)
         self.files: dict[int, bytes] = {}
-        count = len(self._squares)
-        self._crops = allocate(count, rule.height, rule.width, scratch, processes=processes, say=say)
-        self.bodies: MemoryBodies | StoredBodies = MemoryBodies(0, "raw")
-        if frames:
-            self.bodies = bodies_for(
-                data,
-                source,
-                self._whole,
-                frames.edge,
-                frames.store,
-                colour=rule.colour,
-                processes=processes,
-                say=say,
-            )
+        wanted = Wanted(self._whole, self._crops, edge or max(rule.height, rule.width), rule)
+        self.bodies = bodies_for(data, source, wanted, store, processes=processes, say=say)
+        self._cropped: Tensor | StreamedPixels
+        if isinstance(self.bodies, StoredBodies):
+            self._cropped = StoredCrops(self.bodies, len(self._whole), rule)
+        else:
+            count = len(self._crops)
+            self._cropped = allocate(count, rule.height, rule.width, scratch, processes=processes, say=say)
 
     def missing(self) -> set[int]:
-        """The images that are still to be decoded."""
-        return {*self._squares, *(self._whole[row] for row in self.bodies.missing)}
+        """The images that are still to be read."""
+        return {*self._without_pixels(), *self._sampled}
 
     def keep(self, index: int, image: bytes | Image.Image) -> None:
-        if self._frames and index in self._is_whole:
-            self.bodies[self.rows[index]] = make_frame(image, self._frames.edge, self._rule.colour)
+        if self._edge and index in self._is_whole:
+            self.bodies[self.rows[index]] = make_frame(image, self._edge, self._rule.colour)
         else:
-            self._crops[self.rows[index]] = square(image, self._rule)
+            self._cropped[self.rows[index]] = square(image, self._rule)
         if index in self._sampled:
             self.files[index] = as_file(image)
 
     def leave_out(self, unreadable: Collection[int]) -> None:
-        """Says which of the images cannot be read, while frames are added."""
-        self.bodies.leave_out([self.rows[index] for index in unreadable if index in self._is_whole])
+        """Says which of the images cannot be read, while some are added."""
+        order = [*self._whole, *self._crops]
+        self.bodies.leave_out([row for row, index in enumerate(order) if index in unreadable])
 
     def check(self, unreadable: Collection[int]) -> None:
         """
         Raises:
-            DataError: frames of readable images are missing, which would be trained on as black.
+            DataError: pixels of readable images are missing, which would be trained on as black.
         """
-        if lost := {self._whole[row] for row in self.bodies.missing}.difference(unreadable):
+        if isinstance(self.bodies, StoredBodies) and (lost := self._without_pixels().difference(unreadable)):
             raise DataError(
-                f"{self._data}: the frames of {len(lost):,} training images are gone from their store, as if it had "
-                "been removed meanwhile; start again, or give another --store DIR"
+                f"{self._data}: {len(lost):,} images are gone from their store, as if it had been removed meanwhile; "
+                "start again, or give another --store DIR"
             )
 
-    def pixels(self, workers: int) -> dict[str, Tensor | FilePixels | FrameSquares]:
+    def pixels(self, workers: int) -> dict[str, Tensor | StreamedPixels | FrameSquares]:
         """By split."""
-        found: dict[str, Tensor | FilePixels | FrameSquares] = dict.fromkeys(splits.SPLITS, self._crops)
-        if self._frames:
+        found: dict[str, Tensor | StreamedPixels | FrameSquares] = dict.fromkeys(splits.SPLITS, self._cropped)
+        if self._edge:
             found["train"] = FrameSquares(Frames(self.bodies, workers, self._rule.interpolation), self._rule)
         return found
+
+    def _without_pixels(self) -> set[int]:
+        order = [*self._whole, *self._crops]
+        missing = {order[row] for row in self.bodies.missing}
+        return missing if isinstance(self.bodies, StoredBodies) else {*missing, *self._crops}
 
 
 def _by_split(
     source: Source,
     assigned: Sequence[str],
-    pixels: Mapping[str, Tensor | FilePixels | FrameSquares],
+    pixels: Mapping[str, Tensor | StreamedPixels | FrameSquares],
     rows: Mapping[int, int],
     unreadable: Mapping[int, str],
 ) -> dict[str, Split]:

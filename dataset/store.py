@@ -1,17 +1,19 @@
-"""Stores of frames on disk, which all processes and runs of a machine share: what one has decoded no other decodes.
+"""Stores on disk, which all processes and runs of a machine share: what one has decoded no other decodes.
 
-A store is a folder below STORES, of one data set, one short edge and one encoding:
+A store is a folder of one data set: of whole frames of one short edge and one encoding, and of the crops that pixel
+rules make of other images, as pixels.
 
     store.json                what it is of
     lock                      held by the process that adds to it; the others wait, and find what it added
-    part-0.bin, part-1.bin    frames one after the other, each file up to PART_BYTES; nothing in them is ever changed
-    part-0.idx, part-1.idx    RECORDs of the frames in the part of that number
+    part-0.bin, part-1.bin    images one after the other, each file up to PART_BYTES; nothing in them is ever changed
+    part-0.idx, part-1.idx    RECORDs of the images in the part of that number
 
-A frame is found by the digest of its image's name and stamp (its file's size and time, or what an archive says of it):
-of an image that has changed no frame is found, and it is decoded anew. The frame that it had stays until the store is
-cleared. A record without a frame says that the image could not be read: it is tried again, but nobody waits for it.
+An image is found by the digest of its name and stamp (its file's size and time, or what an archive says of it), and of
+the rule if it is a crop: of one that has changed nothing is found, and it is decoded anew. What there was of it stays
+until the store is cleared. A record without pixels says that the image could not be read: it is tried again, but
+nobody waits for it.
 
-Frames are written and flushed to disk in chunks before their records are, so a kill costs no more than the chunk under
+Images are written and flushed to disk in chunks before their records are, so a kill costs no more than the chunk under
 way. What it leaves unfinished is passed over by readers, and cut off by who adds next.
 """
 
@@ -22,7 +24,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import threading
 import weakref
 import zlib
@@ -31,19 +32,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image
+from torch import Tensor
 
-from dataset.frames import ENCODINGS, MemoryBodies, encode
-from dataset.image_store import free_memory
+from dataset.frames import encode
+from dataset.image_store import StreamedPixels
 from dataset.sources import DataError, Source
 from dataset.store_files import check_folder, explained, locked, open_own, read_own
 from predictor.files import sync_folder, write_text
+from predictor.spec import PixelRule
 
 VERSION = 2  # of the files, and of what a frame is
 PART_BYTES = 4 << 30
-CHUNK_BYTES = 64 << 20  # of frames that are written, and flushed, together
-ASPECT = 4 / 3  # of photographs: what space is reckoned with before any is decoded
-JPEG_FACTOR = 4  # photographs take a sixth to a tenth of their pixels' bytes; this is to be safe
+CHUNK_BYTES = 64 << 20  # of images that are written, and flushed, together
 ABOUT = "store.json"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*-[0-9]+px-(raw|jpeg)-[0-9a-f]{8}")  # as `store_folder` makes them
 DIGEST_BYTES = 16
@@ -61,11 +63,11 @@ def default_root() -> Path:
 
 
 def store_folder(root: Path, data: str, name: str, edge: int, encoding: str, colour: str) -> Path:
-    """The folder of the frames of a data set.
+    """The folder of the store of a data set.
 
     Args:
         data: as --data has it; name: the data set's, for people.
-        edge: px; encoding: as `dataset.frames` has them.
+        edge: px; encoding: of its frames, as `dataset.frames` has them.
         colour: as the pixel rule has it.
     """
     path = str(Path(data).resolve()) if Path(data).exists() else data
@@ -75,107 +77,25 @@ def store_folder(root: Path, data: str, name: str, edge: int, encoding: str, col
     return root / f"{plain[:40]}-{edge}px-{encoding}-{digest}"
 
 
-def image_digests(source: Source, indices: Sequence[int]) -> list[bytes] | None:
-    """What identifies each of some images, as it is now; None for a source whose images cannot be told apart so."""
+def image_digests(source: Source, indices: Sequence[int], rule: PixelRule | None = None) -> list[bytes] | None:
+    """What identifies each of some images, as it is now; None for a source whose images cannot be told apart so.
+
+    Args:
+        rule: of their crops; without it they are whole frames.
+    """
     stamps = source.stamps(indices)
     if stamps is None:
         return None
-    texts = (f"{source.entries[i].name}\0{stamp}" for i, stamp in zip(indices, stamps, strict=True))
+    # Crops are those of the endpoint to the bit; and a decoder's next version may round otherwise.
+    kind = f"\0{rule!r} Pillow {PIL.__version__}" if rule else ""
+    texts = (f"{source.entries[i].name}\0{stamp}{kind}" for i, stamp in zip(indices, stamps, strict=True))
     return [hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=DIGEST_BYTES).digest() for text in texts]
 
 
-def bodies_for(
-    data: str,
-    source: Source,
-    indices: Sequence[int],
-    edge: int,
-    where: str,
-    *,
-    colour: str,
-    processes: int,
-    say: Callable[[str], None],
-) -> MemoryBodies | StoredBodies:
-    """Where the frames of some images are kept: in memory, or in a store on disk; it is said before it is written.
-
-    Args:
-        data: as --data has it.
-        indices: of the images, one for each row.
-        edge: px, of the frames' short edges.
-        where: "memory"; the folder of the stores; or "auto", for memory where half of what is free is enough, else the
-            default folder.
-        colour: as the pixel rule has it.
-        processes: how many on this machine keep the same frames in memory; on disk they share them.
-
-    Raises:
-        DataError: they have no room, or a store of such images cannot be had.
-    """
-    raw, free = len(indices) * 3 * edge * round(edge * ASPECT), free_memory(processes)
-    sizes = {"raw": raw, "jpeg": raw // JPEG_FACTOR}
-    can_be_stored = source.stamps([]) is not None
-    if where == "memory" or (where == "auto" and (raw <= free // 2 or not can_be_stored)):
-        return _in_memory(len(indices), sizes, free, say, can_be_stored)
-    digests = image_digests(source, indices)
-    if digests is None:
-        raise DataError(f"--store {where}: is for folders, archives and tables of images; leave it out for {data}")
-    root = default_root() if where == "auto" else Path(where)
-    folders = {encoding: store_folder(root, data, source.name, edge, encoding, colour) for encoding in ENCODINGS}
-    known = next((encoding for encoding, folder in folders.items() if (folder / ABOUT).exists()), None)
-    encoding = known or ("raw" if sizes["raw"] <= _free_disk(root) // 2 else "jpeg")
-    bodies = StoredBodies(folders[encoding], digests, encoding, data)
-    _say_what_is_added(bodies, root, sizes[encoding], say)
-    return bodies
-
-
-def _say_what_is_added(bodies: StoredBodies, root: Path, size: int, say: Callable[[str], None]) -> None:
-    """
-    Args:
-        size: bytes that all frames take.
-
-    Raises:
-        DataError: the disk has no room for what is missing.
-    """
-    space, count, added = _free_disk(root), len(bodies.shapes), len(bodies.fresh)
-    needed = size * added // max(1, count)
-    if needed > space:
-        raise DataError(
-            f"{root}: has room for {space / 1e9:.1f} GB, and {added:,} training images take about "
-            f"{needed / 1e9:.1f} GB as whole frames; give --store DIR on another disk, or a smaller --size"
-        )
-    kind = {"raw": "as pixels", "jpeg": "as JPEG"}[bodies.encoding]
-    rest = f"; {added:,} are added {kind}, about {needed / 1e9:.1f} GB of the {space / 1e9:.1f} GB that are free"
-    say(
-        f"whole frames of {count - len(bodies.missing):,} training images lie in {bodies.folder}{rest if added else ''}"
-    )
-
-
-def _in_memory(
-    count: int, sizes: dict[str, int], free: int, say: Callable[[str], None], can_be_stored: bool
-) -> MemoryBodies:
-    encoding = "raw" if sizes["raw"] <= free // 2 else "jpeg"
-    if sizes[encoding] > free // 2:
-        way_out = "pass --store DIR" if can_be_stored else "save the images as a folder of class folders, for --store"
-        raise DataError(
-            f"the training images take about {sizes[encoding] / 1e9:.1f} GB as JPEG, over half of the free memory "
-            f"({free / 1e9:.1f} GB); {way_out}, or pass a smaller --size"
-        )
-    if encoding == "jpeg":
-        say(
-            f"the training images would take about {sizes['raw'] / 1e9:.1f} GB as pixels, over half of the free memory "
-            f"({free / 1e9:.1f} GB): they are kept in memory as JPEG, about {sizes['jpeg'] / 1e9:.1f} GB"
-        )
-    return MemoryBodies(count, encoding)
-
-
-def _free_disk(folder: Path) -> int:
-    """Bytes on the disk that a folder is on, or will be."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    return shutil.disk_usage(there).free
-
-
 class StoredBodies:
-    """`dataset.frames.Bodies` in a store, read when they are asked for; in a `filling` block frames may be added.
+    """`dataset.frames.Bodies` in a store, read when they are asked for; in a `filling` block some may be added.
 
-    They are read, and not mapped into memory: see `FilePixels`.
+    They are read, and not mapped into memory: see `StreamedPixels`.
 
     Args:
         digests: of the image of each row, as `image_digests` gives them.
@@ -198,7 +118,7 @@ class StoredBodies:
 
     @property
     def missing(self) -> list[int]:
-        """The rows of which there is no frame."""
+        """The rows of which the store holds nothing."""
         return np.flatnonzero(self.shapes[:, 0] == 0).tolist()
 
     @property
@@ -214,8 +134,14 @@ class StoredBodies:
         return body
 
     def __setitem__(self, row: int, frame: Image.Image) -> None:
-        body = encode(frame, self.encoding)
-        self._writing().add(self._digests[row], body, frame.height, frame.width)
+        self.add(row, encode(frame, self.encoding), frame.height, frame.width)
+
+    def add(self, row: int, body: bytes, height: int, width: int) -> None:
+        """
+        Args:
+            body: as `__getitem__` will return it.
+        """
+        self._writing().add(self._digests[row], body, height, width)
 
     def leave_out(self, rows: Sequence[int]) -> None:
         """Keeps in mind that the images of these rows cannot be read, in a `filling` block."""
@@ -224,7 +150,7 @@ class StoredBodies:
 
     @contextmanager
     def filling(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Lets frames be added in the block; `missing` is up to date from its beginning on.
+        """Lets images be added in the block; `missing` is up to date from its beginning on.
 
         By this process alone if there are fresh rows; else the others need not wait, unless one is added.
 
@@ -269,7 +195,7 @@ class StoredBodies:
                     self._look()
 
     def _look(self) -> None:
-        """Finds the frames of all rows in the indices."""
+        """Finds all rows in the indices."""
         _close(self._files)  # the store may have been cleared, and another be in its place
         self.shapes[:], self._bad[:] = 0, False
         for part, records in read_indices(self.folder):
@@ -291,8 +217,24 @@ class StoredBodies:
             self._parts[rows], self._bad[rows] = part, records["height"] == 0
 
 
+class StoredCrops(StreamedPixels):
+    """`StreamedPixels` among the images of a store: what the pixel rule makes of those from row `first` on."""
+
+    def __init__(self, bodies: StoredBodies, first: int, rule: PixelRule) -> None:
+        super().__init__(len(bodies.shapes) - first, rule.height, rule.width)
+        self._bodies, self._first = bodies, first
+
+    def __setitem__(self, row: int, crop: Tensor) -> None:
+        height, width, _ = crop.shape
+        if not self._bodies.shapes[self._first + row].any():  # else it is there
+            self._bodies.add(self._first + row, crop.contiguous().numpy().tobytes(), height, width)
+
+    def _read_row(self, row: int, view: np.ndarray) -> None:
+        view[:] = np.frombuffer(self._bodies[self._first + row], np.uint8).reshape(view.shape)
+
+
 class _Writer:
-    """Adds frames at the end of a store; for a process that holds its lock, and for several threads of it."""
+    """Adds images at the end of a store; for a process that holds its lock, and for several threads of it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._mutex = folder, threading.Lock()

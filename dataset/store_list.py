@@ -1,4 +1,4 @@
-"""The stores of frames that are on this machine: what they are of, and how they are cleared."""
+"""The stores of decoded images that are on this machine: what they are of, and how they are cleared."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Found:
     name: str
     data: str
     version: int
-    frames: int  # those of images that have changed or gone among them
+    images: int  # those of images that have changed or gone among them
     bytes: int
     used: float
 
@@ -42,9 +42,9 @@ def list_stores(root: Path) -> list[Found]:
             if NAME.fullmatch(folder.name):
                 check_folder(folder)
                 version, data = _read_about(about)
-                frames = sum(int((records["height"] > 0).sum()) for _, records in read_indices(folder))
+                images = sum(int((records["height"] > 0).sum()) for _, records in read_indices(folder))
                 size = sum(path.lstat().st_size for path in folder.iterdir())
-                found.append(Found(folder.name, data, version, frames, size, about.lstat().st_mtime))
+                found.append(Found(folder.name, data, version, images, size, about.lstat().st_mtime))
     return sorted(found, key=lambda store: -store.used)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks import resume as kills
 from dataset import frames as frames_module
 from dataset.frames import Frames, MemoryBodies, edge_for, encode, make_frame, resized_box, view
-from dataset.loading import FrameOptions, load
+from dataset.loading import load
 from predictor.pillow_preprocessing import crop, crop_box, decode, pad_box
 from predictor.spec import PixelRule
 from tests.folders import COLOURS, image, make_folder
@@ -118,7 +118,7 @@ def test_crops_are_as_sharp_as_what_the_rule_makes(folder, interpolation):
     frames, row, whole = Frames(bodies, 1, interpolation), torch.tensor([0]), torch.tensor([[0.0, 0, 1, 1]])
     got, own = frames.crops(row, whole, 16).int(), frames.squares(row, rule).int()
     assert (got - own).abs().max() <= 1
-    loaded = load(str(folder), rule=rule, frames=FrameOptions(edge_for(16, rule))).train.frames
+    loaded = load(str(folder), rule=rule, edge=edge_for(16, rule)).train.frames
     expected = resized_box(np.asarray(loaded.frame(0)), (0, 0, 1, 1), 16, interpolation)
     np.testing.assert_array_equal(loaded.crops(row, whole, 16)[0].numpy(), expected)
 
@@ -164,7 +164,7 @@ def test_what_the_rule_makes_of_a_frame_is_never_enlarged(rule, size):
 
 def test_a_run_keeps_frames_for_the_larger_of_what_it_trains_at_and_what_it_serves_at(folder, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(start, "load", lambda *_, frames, **options: seen.append((frames.edge, options["rule"].resize)))
+    monkeypatch.setattr(start, "load", lambda *_, edge, **options: seen.append((edge, options["rule"].resize)))
     for sizes in ({"size": 48, "train_size": 24}, {"size": 48}):
         options = TrainOptions(data=str(folder), out=str(tmp_path), arch="fastnet_small", crop_scale=0.5, **sizes)
         start.read_data(options, resolve_reading(options))
@@ -179,7 +179,7 @@ def test_the_colours_of_frames_are_those_of_the_rule(tmp_path):
     frames = {}
     for colour in ("srgb", "as-stored"):
         rule = replace(PixelRule.square(16), colour=colour)
-        data = load(str(folder), rule=rule, frames=FrameOptions(64))
+        data = load(str(folder), rule=rule, edge=64)
         frames[colour] = np.asarray(data.train.frames.frame(0))
         np.testing.assert_array_equal(frames[colour], np.asarray(decode(path.read_bytes(), colour=colour)))
     assert (frames["srgb"] != frames["as-stored"]).any()
@@ -212,7 +212,7 @@ def test_frames_survive_as_bytes():
 def test_only_the_training_split_becomes_frames_and_val_and_test_keep_their_pixels(tmp_path):
     folder = make_folder(tmp_path, count=8)
     rule = PixelRule.square(16, 20)
-    squares, whole = load(str(folder), rule=rule), load(str(folder), rule=rule, frames=FrameOptions(19))
+    squares, whole = load(str(folder), rule=rule), load(str(folder), rule=rule, edge=19)
     for split in ("val", "test"):
         expected, got = getattr(squares, split), getattr(whole, split)
         assert torch.equal(got.crops(slice(None)), expected.crops(slice(None)))
@@ -227,14 +227,14 @@ def test_only_the_training_split_becomes_frames_and_val_and_test_keep_their_pixe
 def test_squares_of_frames_that_were_not_reduced_are_exact(tmp_path):
     folder = make_folder(tmp_path, count=8)
     rule = PixelRule.square(16, 20)
-    squares, whole = load(str(folder), rule=rule), load(str(folder), rule=rule, frames=FrameOptions(64))
+    squares, whole = load(str(folder), rule=rule), load(str(folder), rule=rule, edge=64)
     assert torch.equal(whole.train.crops(slice(None)), squares.train.crops(slice(None)))
 
 
 def test_an_unreadable_training_image_is_left_out(tmp_path):
     folder = make_folder(tmp_path, count=8, splits=("train", "test"))
     (folder / "train" / "red" / "0.jpg").write_bytes(b"nothing")
-    data = load(str(folder), rule=PixelRule.square(16), frames=FrameOptions(19), skip_bad=True)
+    data = load(str(folder), rule=PixelRule.square(16), edge=19, skip_bad=True)
     assert "train/red/0.jpg" not in data.train.names
     assert (data.train.frames.shapes(data.train.rows) > 0).all()
 
@@ -263,7 +263,7 @@ def batches(data, **options):
 
 
 def test_preparing_changes_no_batch(folder, monkeypatch):
-    data = load(str(folder), rule=PixelRule.square(32), frames=FrameOptions(37))
+    data = load(str(folder), rule=PixelRule.square(32), edge=37)
     expected = batches(data, jitter=0.1)
     taken = []
     monkeypatch.setattr(Frames, "prepare", lambda self, *_: taken.append(self))
@@ -273,7 +273,7 @@ def test_preparing_changes_no_batch(folder, monkeypatch):
 
 
 def test_two_processes_cut_the_crops_of_one(folder, monkeypatch):
-    data = load(str(folder), rule=PixelRule.square(32), frames=FrameOptions(37))
+    data = load(str(folder), rule=PixelRule.square(32), edge=37)
 
     def shares(world, rank):
         """This process's images of each batch of an epoch, without the neighbours."""
@@ -304,7 +304,7 @@ def test_a_run_with_random_crops_resumes_bit_for_bit(folder, tmp_path):
 
 def test_the_crops_may_be_smaller_than_what_is_evaluated(folder):
     rule = PixelRule.square(32)
-    data = load(str(folder), rule=rule, frames=FrameOptions(edge_for(24, rule)))
+    data = load(str(folder), rule=rule, edge=edge_for(24, rule))
     seen = batches(data, arch="fastnet_small", train_size=24, mixup=0.2)
     assert seen.shape[1:] == (3, 24, 24)
 
@@ -313,7 +313,6 @@ def test_the_crops_may_be_smaller_than_what_is_evaluated(folder):
     ("options", "words"),
     [
         ({"train_size": 24}, "--train-size 24: is the side of random crops; pass --crop-scale too"),
-        ({"store": "memory"}, "--store memory: keeps whole images for random crops; pass --crop-scale too"),
         ({"crop_scale": 0.5, "crop_padding": 4}, "--crop-padding 4: --crop-scale takes its place"),
         ({"crop_scale": 0.5, "freeze": True, "pretrained": True}, "--crop-scale 0.5: --freeze computes the features"),
     ],

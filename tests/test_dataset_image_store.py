@@ -29,7 +29,7 @@ def test_what_does_not_fit_in_memory_is_kept_in_a_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(image_store.psutil, "virtual_memory", lambda: Little)
     said = []
-    got = load(str(folder), rule=PixelRule.square(16), scratch=tmp_path, say=said.append)
+    got = load(str(folder), rule=PixelRule.square(16), store="memory", scratch=tmp_path, say=said.append)
     assert f"they stream from a temporary file in {tmp_path}" in said[-1]
     assert torch.equal(got.train.crops(slice(None)), expected.train.crops(slice(None)))
 
@@ -43,7 +43,7 @@ def test_a_disk_without_room_for_the_file_is_an_error_before_anything_is_read(tm
 
     monkeypatch.setattr(image_store.shutil, "disk_usage", lambda folder: Full)
     with pytest.raises(DataError, match=r"has room for 0.0 GB; choose another disk \(--out\)"):
-        load(str(folder), rule=PixelRule.square(16), scratch=tmp_path)
+        load(str(folder), rule=PixelRule.square(16), store="memory", scratch=tmp_path)
 
 
 def test_a_run_that_streams_ends_with_the_bits_of_one_that_does_not(tmp_path, monkeypatch):

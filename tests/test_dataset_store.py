@@ -16,22 +16,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset import loading, store, store_list
+from dataset import loading, placement, store, store_list
 from dataset.__main__ import main as dataset_command
 from dataset.frames import MemoryBodies, make_frame
-from dataset.loading import FrameOptions, load
+from dataset.loading import load
+from dataset.placement import Wanted, bodies_for
 from dataset.sources import DataError, open_source
-from dataset.store import StoredBodies, bodies_for
+from dataset.store import StoredBodies
 from dataset.store_files import locked
 from dataset.store_list import list_stores
 from model import checkpoint
 from predictor.image_headers import ImageError
 from predictor.spec import PixelRule
 from tests.conftest import PROJECT
-from tests.folders import as_zip, image, make_folder
+from tests.folders import as_tar, as_zip, image, make_folder
 from train import main
 
-EDGE, TRAIN = 20, 18  # px; training images of `folder`
+EDGE, TRAIN, IMAGES = 20, 18, 54  # px; training images of `folder`, and all of them
 
 
 @pytest.fixture
@@ -58,10 +59,18 @@ def decoded(monkeypatch):
     return made
 
 
+@pytest.fixture
+def cropped(monkeypatch):
+    """The rules by which images were cropped, one for each."""
+    made, real = [], loading.square
+    monkeypatch.setattr(loading, "square", lambda image, rule: made.append(rule) or real(image, rule))
+    return made
+
+
 def read(data, where, say=lambda line: None, **options):
     """All frames of the training split as bytes, by name, and the data."""
-    frames = FrameOptions(EDGE, str(where))
-    options = {"rule": PixelRule.square(16), "frames": frames, "workers": 2, "say": say} | options
+    kept = {"edge": EDGE, "store": str(where), "workers": 2, "say": say}
+    options = {"rule": PixelRule.square(16)} | kept | options
     got = load(str(data), **options)
     rows = zip(got.train.names, got.train.rows.tolist(), strict=True)
     return {name: got.train.frames.frame(row).tobytes() for name, row in rows}, got
@@ -70,6 +79,12 @@ def read(data, where, say=lambda line: None, **options):
 def only_store(root):
     (found,) = list_stores(root)
     return root / found.name
+
+
+def frames_in(root):
+    """The records of frames, among those of crops, in a store of one part."""
+    ((_, records),) = store.read_indices(only_store(root))
+    return records[records["height"] >= EDGE]
 
 
 def test_frames_in_a_store_are_those_in_memory(folder, root):
@@ -91,7 +106,43 @@ def test_a_second_start_decodes_no_training_image(folder, root, decoded, monkeyp
     assert got == expected
     assert len(decoded) == TRAIN
     assert not [path for path in files if folder / "train" in path.parents]  # nor read
-    assert said == [f"whole frames of {TRAIN} training images lie in {only_store(root)}"]
+    assert said == [f"{IMAGES} images lie decoded in {only_store(root)}"]
+
+
+@pytest.mark.parametrize("edge", [EDGE, None], ids=["with frames", "crops alone"])
+def test_crops_in_a_store_are_those_in_memory_and_made_once(folder, root, cropped, edge):
+    """But for the samples, whose files are wanted each time."""
+    rule = PixelRule(height=12, width=16, resize=14, interpolation="bicubic")
+    found = {}
+    for start, where in enumerate(("memory", root, root)):
+        cropped.clear()
+        data = load(str(folder), rule=rule, edge=edge, store=str(where), say=lambda line: None)
+        found[start] = [getattr(data, split).crops(slice(None)) for split in ("val", "test", "train")]
+        assert len(cropped) == (IMAGES - (TRAIN if edge else 0) if start < 2 else len(data.samples))
+    assert all(torch.equal(a, b) for start in (1, 2) for a, b in zip(found[0], found[start], strict=True))
+    assert data.samples
+
+
+def test_crops_follow_the_rule_and_the_image_while_frames_stay(folder, root, decoded, cropped):
+    read(folder, root)
+    cropped.clear()
+    image((9, 9, 9), 1, (64, 20)).save(folder / "test" / "red" / "3.jpg")
+    samples = len(read(folder, root)[1].samples)
+    assert len(cropped) == samples + 1
+    rule = PixelRule.square(12)
+    _, data = read(folder, root, rule=rule)
+    expected = read(folder, "memory", rule=rule)[1]
+    assert cropped.count(rule) == 2 * (IMAGES - TRAIN)
+    assert torch.equal(data.test.crops(slice(None)), expected.test.crops(slice(None)))
+    assert len(decoded) == 2 * TRAIN  # once for the store, and once in memory
+
+
+def test_processes_of_one_training_share_a_store_even_if_each_had_the_memory(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    frames, _ = place(folder, "auto", monkeypatch, memory=100 * RAW, disk=100 * RAW, processes=2)
+    assert isinstance(frames, StoredBodies)
+    alone, _ = place(folder, "auto", monkeypatch, memory=100 * RAW, disk=100 * RAW)
+    assert isinstance(alone, MemoryBodies)
 
 
 def test_only_an_image_that_has_changed_is_decoded_anew(folder, root, decoded):
@@ -119,19 +170,23 @@ def test_of_a_table_only_an_image_that_has_changed_is_decoded_anew(folder, root,
     assert decoded == [(64, 20)]
 
 
-def test_a_changed_member_of_an_archive_is_decoded_anew(folder, root, tmp_path, decoded):
-    archive = as_zip(folder, tmp_path / "images.zip", wrapped=True)
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_a_changed_member_of_an_archive_is_decoded_anew(folder, root, tmp_path, decoded, kind):
+    def pack(archive):
+        return as_zip(folder, archive, wrapped=True) if kind == "zip" else as_tar(folder, archive, "gz", wrapped=True)
+
+    archive = pack(tmp_path / f"images.{kind}")
     read(archive, root)
     decoded.clear()
     image((9, 9, 9), 1, (64, 20)).save(folder / "train" / "red" / "3.jpg")
-    as_zip(folder, archive, wrapped=True)
+    pack(archive)
     read(archive, root)
     assert decoded == [(64, 20)]
 
 
 def test_frames_of_another_size_or_colour_rule_are_another_store(folder, root):
     read(folder, root)
-    read(folder, root, frames=FrameOptions(24, str(root)))
+    read(folder, root, edge=24, store=str(root))
     read(folder, root, rule=replace(PixelRule.square(16), colour="as-stored"))
     assert len(list_stores(root)) == 3
 
@@ -139,7 +194,7 @@ def test_frames_of_another_size_or_colour_rule_are_another_store(folder, root):
 BUILD = """
 import sys, time
 from dataset import loading, store
-from dataset.loading import FrameOptions, load
+from dataset.loading import load
 from predictor.spec import PixelRule
 
 store.CHUNK_BYTES, made, make = 1, 0, loading.make_frame
@@ -153,7 +208,7 @@ def slowly(body, edge, colour):
     return make(body, edge, colour)
 
 loading.make_frame = slowly
-load(sys.argv[1], rule=PixelRule.square(16), frames=FrameOptions(20, sys.argv[2]), workers=1, say=lambda line: None)
+load(sys.argv[1], rule=PixelRule.square(16), edge=20, store=sys.argv[2], workers=1, say=lambda line: None)
 """
 
 
@@ -164,7 +219,7 @@ def test_a_kill_while_a_store_is_built_costs_what_was_under_way(folder, root, de
             assert building.stdout.readline() == "five\n"
         finally:
             os.kill(building.pid, signal.SIGKILL)
-    assert list_stores(root)[0].frames == 5
+    assert len(frames_in(root)) == 5
     got, _ = read(folder, root)
     assert len(decoded) == TRAIN - 5
     assert got == read(folder, "memory")[0]
@@ -187,8 +242,8 @@ def test_what_a_kill_left_unfinished_is_dropped(folder, root, decoded, tail):
 
 def test_frames_whose_file_is_cut_short_are_made_anew(folder, root, decoded):
     expected, _ = read(folder, root)
-    part = only_store(root) / "part-0.bin"
-    os.truncate(part, part.stat().st_size - 1)
+    last = frames_in(root)[-1]
+    os.truncate(only_store(root) / "part-0.bin", last["offset"] + last["length"] - 1)
     assert read(folder, root)[0] == expected
     assert len(decoded) == TRAIN + 1
 
@@ -219,7 +274,7 @@ def test_a_full_disk_is_one_line_and_leaves_a_usable_store(folder, root, decoded
         read(folder, root)
     assert "\n" not in str(error.value)
     monkeypatch.setattr(store, "_append", append)
-    kept = list_stores(root)[0].frames
+    kept = len(frames_in(root))
     assert kept > 0
     decoded.clear()
     assert read(folder, root)[0] == read(folder, "memory")[0]
@@ -266,18 +321,15 @@ def test_two_that_build_at_once_decode_each_image_once(folder, root, decoded):
 
 def place(folder, where, monkeypatch, memory, disk, processes=1):
     """What `bodies_for` chooses with so many bytes free, and says."""
-    monkeypatch.setattr(store, "free_memory", lambda processes: memory // processes)
-    monkeypatch.setattr(store, "_free_disk", lambda folder: disk)
+    monkeypatch.setattr(placement, "free_memory", lambda processes: memory // processes)
+    monkeypatch.setattr(placement, "free_disk", lambda folder: disk)
     said = []
     source = open_source(str(folder))
-    indices = range(len(source.entries))
-    bodies = bodies_for(
-        *(str(folder), source, indices, EDGE, where), colour="srgb", processes=processes, say=said.append
-    )
-    return bodies, said
+    wanted = Wanted(range(len(source.entries)), (), EDGE, PixelRule.square(16))
+    return bodies_for(str(folder), source, wanted, where, processes=processes, say=said.append), said
 
 
-RAW = 3 * TRAIN * 3 * EDGE * round(EDGE * 4 / 3)  # bytes that are reckoned for all images of `folder`
+RAW = IMAGES * 3 * EDGE * round(EDGE * 4 / 3)  # bytes that are reckoned for all images of `folder` as frames
 
 
 def test_memory_is_taken_if_half_of_it_is_enough_else_the_users_cache(folder, tmp_path, monkeypatch):
@@ -287,9 +339,7 @@ def test_memory_is_taken_if_half_of_it_is_enough_else_the_users_cache(folder, tm
     bodies, said = place(folder, "auto", monkeypatch, memory=2 * RAW, disk=2 * RAW, processes=2)
     assert (type(bodies), bodies.encoding) == (StoredBodies, "raw")
     assert bodies.folder.parent == tmp_path / "cache" / "classify-and-serve" / "store"
-    assert said[0].startswith(
-        f"whole frames of 0 training images lie in {bodies.folder}; 54 are added as pixels, about"
-    )
+    assert said[0].startswith(f"0 images lie decoded in {bodies.folder}; 54 are added as pixels, about")
     assert "GB of the 0.0 GB that are free" in said[0]
     assert not bodies.folder.exists()  # it is said before it is written
 
@@ -297,22 +347,22 @@ def test_memory_is_taken_if_half_of_it_is_enough_else_the_users_cache(folder, tm
 def test_a_small_disk_gets_jpeg_and_a_smaller_one_an_error(folder, root, monkeypatch):
     bodies, _ = place(folder, str(root), monkeypatch, memory=0, disk=RAW)
     assert bodies.encoding == "jpeg"
-    with pytest.raises(DataError, match=r"has room for 0.0 GB, and 54 training images take about 0.0 GB"):
+    with pytest.raises(DataError, match=r"has room for 0.0 GB, and 54 images take about 0.0 GB"):
         place(folder, str(root), monkeypatch, memory=0, disk=RAW // 5)
 
 
 def test_memory_alone_gets_jpeg_where_pixels_would_fill_it(folder, monkeypatch):
     bodies, said = place(folder, "memory", monkeypatch, memory=RAW, disk=0)
     assert (type(bodies), bodies.encoding) == (MemoryBodies, "jpeg")
-    assert "they are kept in memory as JPEG" in said[0]
+    assert "the training images are kept in memory as JPEG" in said[0]
     with pytest.raises(DataError, match=r"over half of the free memory .*; pass --store DIR"):
         place(folder, "memory", monkeypatch, memory=RAW // 4, disk=0)
 
 
 def test_a_store_of_jpeg_files_is_found_again_with_more_room(folder, root, monkeypatch, decoded):
-    monkeypatch.setattr(store, "_free_disk", lambda folder: RAW // 2)
+    monkeypatch.setattr(placement, "free_disk", lambda folder: RAW // 2)
     first, _ = read(folder, root)
-    monkeypatch.setattr(store, "_free_disk", lambda folder: 100 * RAW)
+    monkeypatch.setattr(placement, "free_disk", lambda folder: 100 * RAW)
     second, data = read(folder, root)
     assert first == second
     assert data.train.frames._bodies.encoding == "jpeg"
@@ -321,14 +371,14 @@ def test_a_store_of_jpeg_files_is_found_again_with_more_room(folder, root, monke
 
 def test_a_data_set_without_files_stays_in_memory(root, monkeypatch):
     with pytest.raises(DataError, match=r"--store .*: is for folders, archives and tables"):
-        load("digits", rule=PixelRule.square(8), frames=FrameOptions(10, str(root)))
-    monkeypatch.setattr(store, "free_memory", lambda processes: 1000)
+        load("digits", rule=PixelRule.square(8), edge=10, store=str(root))
+    monkeypatch.setattr(placement, "free_memory", lambda processes: 1000)
     for where in ("auto", "memory"):
         with pytest.raises(DataError, match=r"over half of the free memory .*; save the images as a folder") as error:
-            load("digits", rule=PixelRule.square(8), frames=FrameOptions(10, where))
+            load("digits", rule=PixelRule.square(8), edge=10, store=where)
         assert "--store DIR" not in str(error.value)  # which says that it is for folders
-    monkeypatch.setattr(store, "free_memory", lambda processes: 2 * 1200 * 3 * 10 * 13)
-    data = load("digits", rule=PixelRule.square(8), frames=FrameOptions(10), say=lambda line: None)
+    monkeypatch.setattr(placement, "free_memory", lambda processes: 2 * 1200 * 3 * 10 * 13)
+    data = load("digits", rule=PixelRule.square(8), edge=10, say=lambda line: None)
     assert data.train.frames._bodies.encoding == "jpeg"
 
 
@@ -351,8 +401,8 @@ def test_an_unreadable_image_is_left_out_each_time_and_nobody_waits_for_it_again
         read(folder, root)
     assert len(decoded) == TRAIN - 1
     assert len(locks) == 1
-    assert said[1] == said[2] == f"whole frames of {TRAIN - 1} training images lie in {only_store(root)}"
-    assert list_stores(root)[0].frames == TRAIN - 1
+    assert said[1] == said[2] == f"{IMAGES - 1} images lie decoded in {only_store(root)}"
+    assert list_stores(root)[0].images == IMAGES - 1
 
 
 def test_an_image_that_becomes_readable_is_added(folder, root, decoded, locks, monkeypatch):
@@ -389,13 +439,13 @@ def test_the_lock_is_given_back_before_other_images_are_decoded_if_nothing_is_mi
 
 def test_stores_are_listed_and_cleared(folder, root, capsys):
     read(folder, root)
-    read(folder, root, frames=FrameOptions(24, str(root)))
+    read(folder, root, edge=24, store=str(root))
     names = [found.name for found in list_stores(root)]
     assert dataset_command(["store", "--store", str(root)]) == 0
     said = capsys.readouterr().out
-    assert all(f"{name}  {TRAIN} frames  0.00 GB  last used 20" in said for name in names)
+    assert all(f"{name}  {IMAGES} images  0.00 GB  last used 20" in said for name in names)
     assert str(folder) in said
-    assert "frames of images that have changed or were removed count too" in said
+    assert "images that have changed or were removed count too" in said
     assert dataset_command(["store", "--store", str(root), "--clear", "other"]) == 2
     assert f"has no store other; there are: {', '.join(names)}" in capsys.readouterr().err
     assert dataset_command(["store", "--store", str(root), "--clear", names[0]]) == 0
@@ -431,7 +481,7 @@ def test_a_damaged_store_is_listed_and_cleared_by_its_name(folder, root, capsys,
     found = only_store(root)
     (found / "store.json").write_bytes(body)
     assert dataset_command(["store", "--store", str(root)]) == 0
-    assert f"{found.name}  {TRAIN} frames" in (out := capsys.readouterr().out)
+    assert f"{found.name}  {IMAGES} images" in (out := capsys.readouterr().out)
     assert "store.json is damaged: clear it by its name" in out
     store_list.clear(root, "all")
     assert found.exists()
@@ -524,7 +574,7 @@ def test_who_waits_for_a_store_that_is_cleared_makes_it_anew(folder, root):
 def test_frames_that_are_gone_after_all_are_an_error_and_not_black(folder, root, monkeypatch):
     append = store._append
     monkeypatch.setattr(store, "_append", lambda path, bodies: append(path, bodies if path.suffix == ".bin" else []))
-    with pytest.raises(DataError, match="the frames of 18 training images are gone from their store") as error:
+    with pytest.raises(DataError, match="54 images are gone from their store") as error:
         read(folder, root)
     assert "\n" not in str(error.value)
 

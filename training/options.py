@@ -96,8 +96,8 @@ class TrainOptions:
     store: str = _option(
         "auto",
         "data",
-        "where --crop-scale keeps whole training images: memory; DIR, for all runs; auto: memory, or a folder in the "
-        "user's cache where they would fill it (python -m dataset store lists what is there)",
+        "where decoded images are kept: memory; DIR, for all runs; auto: memory, or a folder in the user's cache where "
+        "they would fill it (python -m dataset store lists what is there)",
         resumable=True,
     )
     workers: int | None = _option(

@@ -134,8 +134,6 @@ def resolve_reading(options: TrainOptions, weights: Pretrained | None = None) ->
     network = registry.build(options.arch, 2, size)
     if options.train_size and not options.crop_scale:
         raise ValueError(f"--train-size {options.train_size}: is the side of random crops; pass --crop-scale too")
-    if options.store != "auto" and not options.crop_scale:
-        raise ValueError(f"--store {options.store}: keeps whole images for random crops; pass --crop-scale too")
     seen = options.train_size or size
     if seen != size and not registry.takes(network, 2, seen):
         raise ValueError(f"--train-size {seen}: {options.arch} of {size} px cannot take {seen} px; leave it out")

@@ -11,7 +11,7 @@ from torch import nn
 
 from dataset.frames import edge_for
 from dataset.image_store import Data, on_device
-from dataset.loading import FrameOptions, load
+from dataset.loading import load
 from dataset.sources import BUILT_IN, Source
 from model import registry
 from model.fastnet import FastNet
@@ -88,8 +88,6 @@ def read_data(
     """The images, decoded; see dataset.loading.load."""
     out = Path(options.out).absolute()
     alone = distributed.first_alone() if options.data in BUILT_IN else nullcontext()  # it may be downloaded
-    edge = edge_for(reading.train_size, reading.rule)
-    frames = FrameOptions(edge, options.store) if options.crop_scale else None
     with alone, image_progress("reading") as progress:
         return load(
             options.data,
@@ -101,7 +99,8 @@ def read_data(
             skip_bad=options.skip_bad,
             workers=reading.workers,
             download_dir=options.download_dir,
-            frames=frames,
+            edge=edge_for(reading.train_size, reading.rule) if options.crop_scale else None,
+            store=options.store,
             scratch=next(folder for folder in (out, *out.parents) if folder.is_dir()),
             processes=distributed.local_world(),
             known=known,

@@ -108,7 +108,11 @@ class TarSource:
         yield from (io.BytesIO(body) for body in islice(bodies, len(indices)))
 
     def stamps(self, indices: Sequence[int]) -> list[str]:
-        return [file_stamp(self._path)] * len(indices)
+        if self._kept:
+            names = (self.entries[i].name for i in indices)
+            bodies = (self._kept.get(self._linked.get(name, name), b"") for name in names)
+            return [f"{len(body)} {zlib.crc32(body)}" for body in bodies]
+        return [file_stamp(self._path)] * len(indices)  # what the archive says of its members is often made up
 
     def _members(self, wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
         """Files, hard links and folders, one after the other, with the bytes of those files that are wanted; symbolic
