@@ -21,8 +21,10 @@ from tests.learning import Training, make_plan
 from tests.test_colour_profiles import P3
 from train import main
 from training import ahead, start
+from training.augmentation import Draws, random_boxes
 from training.epoch import shuffled
 from training.options import TrainOptions
+from training.randomness import crop_generator
 from training.resolve import resolve_reading
 
 
@@ -309,10 +311,39 @@ def test_the_crops_may_be_smaller_than_what_is_evaluated(folder):
     assert seen.shape[1:] == (3, 24, 24)
 
 
+def aspects(data, **options):
+    """Width / height of random crops, px; and their boxes."""
+    plan, order = (
+        make_plan(len(data.train), size=32, crop_scale=0.1, **options),
+        torch.arange(len(data.train)).repeat(20),
+    )
+    rows = torch.arange(len(order))
+    boxes = ahead.draw_boxes(data.train, order, rows, plan, epoch=2, step=3)
+    height, width = data.train.frames.shapes(data.train.rows[order]).T
+    return (boxes[:, 2] - boxes[:, 0]) * width / ((boxes[:, 3] - boxes[:, 1]) * height), boxes
+
+
+def test_random_crops_are_as_wide_and_as_high_as_the_ratio_and_by_default_as_ever(folder):
+    data = load(str(folder), rule=PixelRule.square(32), frames=FrameOptions(50))
+    default, boxes = aspects(data)
+    draws = Draws(crop_generator(0, 2, 3), len(boxes), torch.arange(len(boxes)))
+    shapes = data.train.frames.shapes(data.train.rows).repeat(20, 1)
+    assert torch.equal(boxes, random_boxes(shapes, 0.1, (3 / 4, 4 / 3), draws))
+    assert 0.749 < default.min() < 0.8
+    assert 1.25 < default.max() < 1.334
+    wide, _ = aspects(data, crop_ratio=2.0)
+    assert 0.499 < wide.min() < 0.6
+    assert 1.7 < wide.max() < 2.001
+    squares, _ = aspects(data, crop_ratio=1.0)
+    torch.testing.assert_close(squares, torch.ones(len(squares)), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"train_size": 24}, "--train-size 24: is the side of random crops; pass --crop-scale too"),
+        ({"crop_ratio": 2.0}, "--crop-ratio 2: is the shape of random crops; pass --crop-scale too"),
+        ({"crop_scale": 0.5, "crop_ratio": 0.75}, "--crop-ratio 0.75: must be from 1 to 10"),
         ({"crop_scale": 0.5, "crop_padding": 4}, "--crop-padding 4: --crop-scale takes its place"),
         ({"crop_scale": 0.5, "freeze": True, "pretrained": True}, "--crop-scale 0.5: --freeze computes the features"),
     ],

@@ -14,8 +14,6 @@ from training.randomness import crop_generator
 from training.resolve import Plan
 from training.step import share_of
 
-RATIO = (3 / 4, 4 / 3)  # of the random crops, width / height
-
 
 class Ahead:
     """Has the images of coming batches read, and their random crops cut out, before they are asked for."""
@@ -59,4 +57,5 @@ def draw_boxes(split: Split, indices: Tensor, rows: Tensor, plan: Plan, epoch: i
     if not (split.frames and plan.crop_scale):
         return None
     draws = Draws(crop_generator(plan.seed, epoch, step), len(indices), rows)
-    return random_boxes(split.frames.shapes(split.rows[indices[rows]]), plan.crop_scale, RATIO, draws)
+    ratio = 1 / plan.crop_ratio, plan.crop_ratio
+    return random_boxes(split.frames.shapes(split.rows[indices[rows]]), plan.crop_scale, ratio, draws)

@@ -26,6 +26,7 @@ DEFAULT_EPOCHS = 10
 DEFAULT_LR = {"adam": 3e-3, "adamw": 3e-3, "sgd": 0.05, "muon": 0.24}
 FINE_TUNING_RATE = 0.1  # of these, for trained weights that are not frozen
 DEFAULT_BATCH, LARGER_BATCH = 32, 64  # images
+DEFAULT_CROP_RATIO = 4 / 3  # as torchvision's RandomResizedCrop
 MANY_IMAGES, LARGE_SIZE = 10_000, 128  # the larger batch: for so many training images, of fewer px than that
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
@@ -249,6 +250,15 @@ class TrainOptions:
         "side of the random crops of --crop-scale, px, which may be smaller than what is evaluated (default: --size)",
         low=1,
         high=4096,
+        card=IF_CHANGED,
+    )
+    crop_ratio: float = _option(
+        DEFAULT_CROP_RATIO,
+        "augmentation",
+        "largest aspect ratio of the random crops of --crop-scale, width to height and height to width; 1: squares "
+        "only (default: 4/3)",
+        low=1,
+        high=10,
         card=IF_CHANGED,
     )
     jitter: float = _option(

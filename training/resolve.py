@@ -21,6 +21,7 @@ from training import distributed
 from training.augmentation import shrunk
 from training.options import (
     DEFAULT_BATCH,
+    DEFAULT_CROP_RATIO,
     DEFAULT_EPOCHS,
     DEFAULT_LR,
     FINE_TUNING_RATE,
@@ -73,6 +74,7 @@ class Plan:
     crop_padding: int
     crop_scale: float
     train_size: int
+    crop_ratio: float
     jitter: float
     rotate: float
     trivial: bool
@@ -134,6 +136,8 @@ def resolve_reading(options: TrainOptions, weights: Pretrained | None = None) ->
     network = registry.build(options.arch, 2, size)
     if options.train_size and not options.crop_scale:
         raise ValueError(f"--train-size {options.train_size}: is the side of random crops; pass --crop-scale too")
+    if options.crop_ratio != DEFAULT_CROP_RATIO and not options.crop_scale:
+        raise ValueError(f"--crop-ratio {options.crop_ratio:g}: is the shape of random crops; pass --crop-scale too")
     seen = options.train_size or size
     if seen != size and not registry.takes(network, 2, seen):
         raise ValueError(f"--train-size {seen}: {options.arch} of {size} px cannot take {seen} px; leave it out")
