@@ -58,7 +58,7 @@ def prepared(data: Path, store: str, arch: str = "simplecnn") -> tuple[Learner, 
     options = TrainOptions(data=str(data), out="", arch=arch, **given)
     rule = PixelRule.square(SIZE)
     reading = resolve_reading(options)
-    kept: dict[str, Any] = {"edge": edge_for(SIZE, rule), "store": store, "workers": reading.workers}
+    kept: dict[str, Any] = {"edge": edge_for((SIZE, SIZE), rule), "store": store, "workers": reading.workers}
     split = load(str(data), rule=rule, **kept, say=lambda line: None).train
     plan = resolve(options, reading, images=len(split), flips=True, device=torch.device("cpu"))
     scale = torch.zeros(3), torch.ones(3)

@@ -111,7 +111,7 @@ def learns_first_layer(network: FastNet, images: Tensor) -> None:
     network.whitening.weight.requires_grad_(True)
 
 
-def cifar_resnet18(arch: str, classes: int, size: int) -> nn.Module:
+def cifar_resnet18(arch: str, classes: int, size: int, width: int | None) -> nn.Module:
     """In the place of `registry._build`: ResNet-18 with a first layer for 32 px, 3×3 without stride or pooling."""
     network = torchvision.models.resnet18(num_classes=classes)
     network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()

@@ -1,4 +1,4 @@
-"""Image files become the squares that the network sees; what a corrupt image gets: a reason, never pixels.
+"""Image files become what the network sees; what a corrupt image gets: a reason, never pixels.
 
 A corrupt image stops a run, with all such files named, or is left out where the user says so (`--skip-bad`).
 """

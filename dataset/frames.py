@@ -82,8 +82,8 @@ class _Crops:
     images: Tensor
     work: list[Future[None]]
 
-    def are_of(self, rows: Tensor, boxes: Tensor, size: int) -> bool:
-        wanted = (len(rows), size, size, 3)
+    def are_of(self, rows: Tensor, boxes: Tensor, size: tuple[int, int]) -> bool:
+        wanted = (len(rows), *size, 3)
         return self.images.shape == wanted and torch.equal(self.rows, rows) and torch.equal(self.boxes, boxes)
 
     def done(self) -> Tensor:
@@ -117,17 +117,17 @@ class Frames:
         """int64 (n, 2): height and width of these frames, px."""
         return torch.from_numpy(self._bodies.shapes[rows.numpy()].astype(np.int64))
 
-    def crops(self, rows: Tensor, boxes: Tensor, size: int) -> Tensor:
+    def crops(self, rows: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         """A box of each frame, resized with an antialiased filter.
 
         Args:
             rows: int64 (n,).
             boxes: float32 (n, 4): left, top, right, bottom, as shares 0..1 of the frame's width and height; rounded to
                 whole pixels.
-            size: side of the crops, px.
+            size: height and width of the crops, px.
 
         Returns:
-            uint8 (n, size, size, 3), RGB, on the CPU.
+            uint8 (n, height, width, 3), RGB, on the CPU.
         """
         while self._coming:
             crops = self._coming.popleft()
@@ -135,7 +135,7 @@ class Frames:
                 return crops.done()
         return self._begin(rows, boxes, size).done()
 
-    def prepare(self, rows: Tensor, boxes: Tensor, size: int) -> None:
+    def prepare(self, rows: Tensor, boxes: Tensor, size: tuple[int, int]) -> None:
         """Begins to make what `crops` will be asked for, in this order; of more than BATCHES_AHEAD the oldest is
         dropped."""
         if any(crops.are_of(rows, boxes, size) for crops in self._coming):
@@ -164,15 +164,16 @@ class Frames:
         height, width = self._bodies.shapes[row].tolist()
         return view(self._bodies[row], height, width, self._bodies.encoding)
 
-    def _begin(self, rows: Tensor, boxes: Tensor, size: int) -> _Crops:
-        images = torch.empty((len(rows), size, size, 3), dtype=torch.uint8, pin_memory=self._pinned)
+    def _begin(self, rows: Tensor, boxes: Tensor, size: tuple[int, int]) -> _Crops:
+        images = torch.empty((len(rows), *size, 3), dtype=torch.uint8, pin_memory=self._pinned)
         wanted = list(zip(images.numpy(), rows.tolist(), boxes.double().tolist(), strict=True))
         parts = (wanted[start : start + CUT_TOGETHER] for start in range(0, len(wanted), CUT_TOGETHER))
         return _Crops(rows, boxes, images, [self._pool.submit(self._cut, part) for part in parts])
 
     def _cut(self, wanted: Sequence[tuple[np.ndarray, int, Sequence[float]]]) -> None:
         for image, row, box in wanted:
-            image[:] = resized_box(self._pixels(row), box, len(image), self._interpolation)
+            height, width, _ = image.shape
+            image[:] = resized_box(self._pixels(row), box, (height, width), self._interpolation)
 
     def _pixels(self, row: int) -> np.ndarray:
         """A frame, uint8 (height, width, 3), read-only."""
@@ -192,11 +193,12 @@ class FrameSquares:
         return self.frames.squares(rows, self._rule)
 
 
-def resized_box(frame: np.ndarray, box: Sequence[float], size: int, interpolation: str) -> np.ndarray:
-    """uint8 (size, size, 3): a box of a frame, resized with an antialiased filter.
+def resized_box(frame: np.ndarray, box: Sequence[float], size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """uint8 (*size, 3): a box of a frame, resized with an antialiased filter.
 
     Args:
         frame: uint8 (height, width, 3).
+        size: height and width, px.
         box: left, top, right, bottom, as shares 0..1 of the frame; rounded to whole pixels.
         interpolation: one of Pillow's filters, as the pixel rule has it. Torch has no Lanczos: that is Pillow's work.
     """
@@ -205,9 +207,9 @@ def resized_box(frame: np.ndarray, box: Sequence[float], size: int, interpolatio
     top, bottom = _rounded(box[1] * height, box[3] * height, height)
     part = frame[top:bottom, left:right].copy()
     if interpolation == "lanczos":
-        return np.asarray(Image.fromarray(part).resize((size, size), FILTERS[interpolation]))
+        return np.asarray(Image.fromarray(part).resize(size[::-1], FILTERS[interpolation]))
     images = torch.from_numpy(part).permute(2, 0, 1)[None]
-    resized = functional.interpolate(images, (size, size), mode=interpolation, antialias=True)
+    resized = functional.interpolate(images, size, mode=interpolation, antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
@@ -223,11 +225,11 @@ def _compute_alone() -> None:
     threadpoolctl.threadpool_limits(1, user_api="openmp")
 
 
-def edge_for(size: int, rule: PixelRule) -> int:
-    """px: how long the short edge of frames need be for random crops of `size` px, and for the rule's own, which is
-    never enlarged then unless the image is small."""
+def edge_for(size: tuple[int, int], rule: PixelRule) -> int:
+    """px: how long the short edge of frames need be for random crops of `size`, height and width in px, and for the
+    rule's own, which is never enlarged then unless the image is small."""
     sides = rule.height, rule.width
-    return max(math.ceil(MARGIN * size), -(-rule.resize * max(sides) // min(sides)))
+    return max(math.ceil(MARGIN * max(size)), -(-rule.resize * max(sides) // min(sides)))
 
 
 def make_frame(image: bytes | Image.Image, edge: int, colour: str = "srgb") -> Image.Image:

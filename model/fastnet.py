@@ -39,7 +39,7 @@ class FastNet(nn.Module):
         """Sets the first layer so that its outputs are uncorrelated and of variance 1 on `images`.
 
         Args:
-            images: float32 (N, 3, S, S), normalised; a few thousand are enough.
+            images: float32 (N, 3, H, W), normalised; a few thousand are enough.
         """
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).double()
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))

@@ -41,7 +41,8 @@ class SimpleCNN(nn.Module):
         # Two 5×5 convolutions without padding, each halved by its pooling.
         height, width = (((side - 4) // 2 - 4) // 2 for side in (size, width or size))
         if min(height, width) < 1:
-            raise ValueError(f"simplecnn needs images of at least 16 px, not {size}; pass --size 16 or more")
+            least = min(size, width or size)
+            raise ValueError(f"simplecnn needs images of at least 16 px, not {least}; pass --size 16 or more")
         self.features = nn.Sequential(
             nn.Conv2d(3, 6, 5),
             nn.ReLU(),
@@ -114,8 +115,8 @@ def build(arch: str, classes: int, size: int, width: int | None = None) -> nn.Mo
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         best = preset(arch).size
-        shown = f"--size {size}" if width in (None, size) else f"{size}×{width} px"
-        raise ValueError(f"{shown}: {arch} cannot take it ({reason}); --size {best} is its own") from None
+        shown = size if width in (None, size) else f"{size}x{width}"
+        raise ValueError(f"--size {shown}: {arch} cannot take it ({reason}); --size {best} is its own") from None
     return network
 
 
@@ -132,22 +133,23 @@ def preset(arch: str) -> Preset:
     return Preset(found.crop_size[0], found.resize_size[0], mean, std, found.interpolation.value)
 
 
-def takes(network: nn.Module, classes: int, size: int) -> bool:
-    """Whether the network gives logits for images of `size` px, which may not be those that it was built for."""
+def takes(network: nn.Module, classes: int, height: int, width: int) -> bool:
+    """Whether the network gives logits for images of this size, px, which may not be the one that it was built for."""
     try:
-        _check_shapes(network, classes, size)
+        _check_shapes(network, classes, height, width)
     except (RuntimeError, ValueError, AssertionError, TypeError):
         return False
     return True
 
 
-def can_build(arch: str, size: int, other: int | None = None) -> bool:
-    """Whether there is such a network for images of `size` px; and whether that one takes images of `other` px too."""
+def can_build(arch: str, size: tuple[int, int], other: tuple[int, int] | None = None) -> bool:
+    """Whether there is such a network for images of `size`, height and width in px; and whether that one takes images
+    of the `other` size too."""
     try:
-        network = build(arch, 2, size)
+        network = build(arch, 2, *size)
     except ValueError:
         return False
-    return other in (None, size) or takes(network, 2, other)
+    return other is None or other == size or takes(network, 2, *other)
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,9 @@ def own_rule(arch: str, weights: Path | None = None) -> PixelRule:
     architecture's preset.
 
     Raises:
-        ValueError: the spec is damaged, or its images are no squares, which is all that training makes.
+        ValueError: the spec is damaged.
     """
     if made := spec_beside(weights):
-        if made.height != made.width:
-            raise ValueError(f"{weights}: made for {made.width}×{made.height} px; training makes squares only")
         return made.rule
     own = preset(arch)
     return replace(PixelRule.square(own.size, own.resize), interpolation=own.interpolation, fit=own.fit)

@@ -49,7 +49,7 @@ class Training:
     def __init__(self, data, network=None, **options):
         self.data, self.plan = data, make_plan(len(data.train), **options)
         torch.manual_seed(0)
-        network = network or registry.build(self.plan.arch, len(data.labels), self.plan.size)
+        network = network or registry.build(self.plan.arch, len(data.labels), *self.plan.size)
         self.scale = tuple(torch.full((3,), value, device=self.plan.device) for value in (0.5, 0.25))
         self.learner = make_learner(network.to(self.plan.device), self.scale, self.plan, data.train.targets)
         self.schedule = Schedule(self.learner.optimizer, self.plan, lambda: False)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional
 
-from training.augmentation import Draws, draw_mix, erase, flip_and_shift, jitter, random_boxes, rotate, turn
+from training.augmentation import Draws, draw_mix, erase, flip_and_shift, jitter, random_boxes, rotate, shrink, turn
 from training.trivial_augment import OPERATIONS, trivial_augment
 
 
@@ -18,11 +19,10 @@ def draws(count, seed=0, rows=slice(None)):
     return Draws(generator(seed), count, torch.arange(count)[rows])
 
 
-def numbered(count=6, size=8):
+def numbered(count=6, height=8, width=8):
     """Images whose red is the column and whose green is the row."""
-    steps = torch.arange(size, dtype=torch.uint8)
-    columns, rows = steps.expand(size, size), steps[:, None].expand(size, size)
-    return torch.stack([columns, rows, torch.zeros_like(rows)], dim=2).expand(count, size, size, 3)
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.uint8) for n in (height, width)), indexing="ij")
+    return torch.stack([columns, rows, torch.zeros_like(rows)], dim=2).expand(count, height, width, 3)
 
 
 def photographs(count, height=24, width=24):
@@ -50,15 +50,22 @@ def test_flip_mirrors_about_half_of_the_images_and_leaves_the_others():
     assert 150 < mirrored.sum() < 250
 
 
-@given(st.integers(1, 7), st.integers(0, 99))
-def test_a_shift_is_a_crop_of_the_image_padded_with_mirrored_edges(padding, seed):
-    crops = numbered(count=5)
+@given(st.integers(1, 7), st.integers(8, 11), st.integers(8, 11), st.integers(0, 99))
+def test_a_shift_is_a_crop_of_the_image_padded_with_mirrored_edges(padding, height, width, seed):
+    crops = numbered(5, height, width)
     got = flip_and_shift(crops, False, padding, draws(5, seed))
     padded = torch.nn.functional.pad(crops.permute(0, 3, 1, 2).float(), [padding] * 4, mode="reflect")
     padded = padded.permute(0, 2, 3, 1).to(torch.uint8)
     for before, after in zip(padded, got, strict=True):
-        windows = [before[y : y + 8, x : x + 8] for y in range(2 * padding + 1) for x in range(2 * padding + 1)]
+        corners = itertools.product(range(2 * padding + 1), repeat=2)
+        windows = [before[y : y + height, x : x + width] for y, x in corners]
         assert any(torch.equal(window, after) for window in windows)
+
+
+def test_an_oblong_image_is_mirrored_across_its_width():
+    crops = numbered(40, 8, 12)
+    got = flip_and_shift(crops, True, 1, draws(40))[:, 1:-1, 1:-1, 0].int().diff(dim=2)  # of columns, without edges
+    assert set(got.unique().tolist()) == {-1, 1}
 
 
 def test_every_shift_happens():
@@ -104,29 +111,32 @@ def test_a_part_of_a_batch_is_augmented_as_in_the_whole(augment):
 
 
 def test_mixup_blends_each_image_with_its_neighbour():
-    mix = draw_mix(0.4, 0, 8, generator())
+    mix = draw_mix(0.4, 0, 8, 8, generator())
     images, neighbours = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
     assert mix.box is None
     assert torch.allclose(mix(images, neighbours), torch.tensor(1 - mix.kept))
 
 
-def test_cutmix_counts_the_label_by_the_pixels():
-    images, neighbours = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)
-    kept = set()
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (6, 20)])
+def test_cutmix_counts_the_label_by_the_pixels(height, width):
+    images, neighbours = torch.zeros(2, 3, height, width), torch.ones(2, 3, height, width)
+    kept, ends = set(), []
     for seed in range(50):
-        mix = draw_mix(0, 1.0, 8, generator(seed))
+        mix = draw_mix(0, 1.0, height, width, generator(seed))
         assert float(mix(images, neighbours).mean()) == pytest.approx(1 - mix.kept)
         kept.add(round(mix.kept, 3))
+        ends.append((mix.box[1], mix.box[3]))
     assert len(kept) > 15
+    assert tuple(map(max, zip(*ends, strict=True))) == (height, width)  # boxes lie anywhere
     assert images.sum() == 0  # the batch itself is left alone
 
 
 def test_with_both_a_coin_decides_and_with_none_nothing_is_drawn():
     coin = generator()
-    cuts = [draw_mix(0.2, 1.0, 8, coin).box is not None for _ in range(200)]
+    cuts = [draw_mix(0.2, 1.0, 8, 8, coin).box is not None for _ in range(200)]
     assert 60 < sum(cuts) < 140
     state = coin.get_state()
-    assert draw_mix(0, 0, 8, coin) is None
+    assert draw_mix(0, 0, 8, 8, coin) is None
     assert torch.equal(coin.get_state(), state)
 
 
@@ -236,6 +246,10 @@ def test_images_are_erased_as_often_as_was_asked():
     crops = torch.zeros((400, 8, 8, 3), dtype=torch.uint8)
     erased = erase(crops, 0.25, draws(400)).flatten(1).any(dim=1).sum()
     assert 60 < erased < 140
+
+
+def test_a_smaller_image_keeps_its_shape():
+    assert shrink(torch.zeros(2, 3, 16, 40)).shape == (2, 3, 12, 30)
 
 
 def by_torchvision(name, image, level):

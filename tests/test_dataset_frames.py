@@ -13,7 +13,7 @@ from benchmarks import resume as kills
 from dataset import frames as frames_module
 from dataset.frames import Frames, MemoryBodies, edge_for, encode, make_frame, resized_box, view
 from dataset.loading import load
-from predictor.pillow_preprocessing import crop, crop_box, decode, pad_box
+from predictor.pillow_preprocessing import FILTERS, crop, crop_box, decode, pad_box
 from predictor.spec import PixelRule
 from tests.folders import COLOURS, image, make_folder
 from tests.kinds import gradient, save
@@ -51,14 +51,17 @@ def frames():
 BOXES = torch.tensor([[0.1, 0.2, 0.7, 0.9], [0.0, 0.0, 1.0, 1.0], [0.25, 0.25, 0.3, 0.3], [0.0, 0.5, 1.0, 1.0]])
 
 
-def test_a_crop_is_what_pillow_makes_of_the_box_in_whole_pixels(frames):
+@pytest.mark.parametrize("interpolation", ["bilinear", "lanczos"])
+@pytest.mark.parametrize("size", [(16, 16), (12, 20)], ids=str)
+def test_a_crop_is_what_pillow_makes_of_the_box_in_whole_pixels(frames, size, interpolation):
+    frames._interpolation = interpolation
     rows = torch.tensor([3, 0, 4, 1])
-    crops = frames.crops(rows, BOXES, 16)
-    assert crops.shape == (4, 16, 16, 3)
+    crops = frames.crops(rows, BOXES, size)
+    assert crops.shape == (4, *size, 3)
     boxes = [(9, 4, 63, 18), (0, 0, 60, 40), (2, 2, 3, 3), (0, 30, 40, 60)]
     for got, row, box in zip(crops, rows.tolist(), boxes, strict=True):
         whole = photograph([(60, 40), (40, 60), (33, 33), (90, 20), (8, 8)][row], row)
-        expected = whole.crop(box).resize((16, 16), Image.Resampling.BILINEAR)
+        expected = whole.crop(box).resize(size[::-1], FILTERS[interpolation])
         np.testing.assert_allclose(got.numpy().astype(int), np.asarray(expected), atol=1)
 
 
@@ -67,7 +70,7 @@ def test_a_box_of_no_pixels_is_one_pixel(encoding):
     bodies = MemoryBodies(1, encoding)
     bodies[0] = photograph((40, 30))
     corner = torch.tensor([[1.0, 1, 1, 1]])
-    crop = Frames(bodies, 1).crops(torch.tensor([0]), corner, 4)[0]
+    crop = Frames(bodies, 1).crops(torch.tensor([0]), corner, (4, 4))[0]
     assert (crop == torch.from_numpy(np.array(bodies_image(bodies))[-1, -1])).all()
 
 
@@ -93,21 +96,21 @@ def test_shapes_are_height_and_width(frames):
 
 def test_what_was_prepared_is_taken_and_is_the_same(frames, monkeypatch):
     rows = torch.tensor([0, 1, 2, 3])
-    expected = [frames.crops(rows, boxes, 12) for boxes in (BOXES, BOXES.flip(0))]
+    expected = [frames.crops(rows, boxes, (12, 12)) for boxes in (BOXES, BOXES.flip(0))]
     cut = []
     monkeypatch.setattr(frames_module, "resized_box", lambda *given: cut.append(given) or resized_box(*given))
     for boxes in (BOXES, BOXES.flip(0), BOXES):  # the last is on its way
-        frames.prepare(rows, boxes, 12)
-    assert torch.equal(frames.crops(rows, BOXES, 12), expected[0])
-    assert torch.equal(frames.crops(rows, BOXES.flip(0), 12), expected[1])
+        frames.prepare(rows, boxes, (12, 12))
+    assert torch.equal(frames.crops(rows, BOXES, (12, 12)), expected[0])
+    assert torch.equal(frames.crops(rows, BOXES.flip(0), (12, 12)), expected[1])
     assert len(cut) == 8
 
 
 def test_what_was_prepared_and_not_wanted_is_dropped(frames):
     rows = torch.tensor([0, 1, 2, 3])
-    frames.prepare(rows, BOXES, 12)
-    expected = torch.from_numpy(resized_box(np.asarray(frames.frame(4)), (0, 0, 1, 1), 12, "bilinear")[None])
-    assert torch.equal(frames.crops(torch.tensor([4]), torch.tensor([[0.0, 0, 1, 1]]), 12), expected)
+    frames.prepare(rows, BOXES, (12, 12))
+    expected = torch.from_numpy(resized_box(np.asarray(frames.frame(4)), (0, 0, 1, 1), (12, 12), "bilinear")[None])
+    assert torch.equal(frames.crops(torch.tensor([4]), torch.tensor([[0.0, 0, 1, 1]]), (12, 12)), expected)
     assert not frames._coming
 
 
@@ -118,17 +121,17 @@ def test_crops_are_as_sharp_as_what_the_rule_makes(folder, interpolation):
     bodies = MemoryBodies(1, "raw")
     bodies[0] = photograph((20, 20))
     frames, row, whole = Frames(bodies, 1, interpolation), torch.tensor([0]), torch.tensor([[0.0, 0, 1, 1]])
-    got, own = frames.crops(row, whole, 16).int(), frames.squares(row, rule).int()
+    got, own = frames.crops(row, whole, (16, 16)).int(), frames.squares(row, rule).int()
     assert (got - own).abs().max() <= 1
-    loaded = load(str(folder), rule=rule, edge=edge_for(16, rule)).train.frames
-    expected = resized_box(np.asarray(loaded.frame(0)), (0, 0, 1, 1), 16, interpolation)
-    np.testing.assert_array_equal(loaded.crops(row, whole, 16)[0].numpy(), expected)
+    loaded = load(str(folder), rule=rule, edge=edge_for((16, 16), rule)).train.frames
+    expected = resized_box(np.asarray(loaded.frame(0)), (0, 0, 1, 1), (16, 16), interpolation)
+    np.testing.assert_array_equal(loaded.crops(row, whole, (16, 16))[0].numpy(), expected)
 
 
 def test_a_mistake_in_a_thread_is_not_lost(frames):
-    frames.prepare(torch.tensor([9]), BOXES[:1], 12)
+    frames.prepare(torch.tensor([9]), BOXES[:1], (12, 12))
     with pytest.raises(IndexError):
-        frames.crops(torch.tensor([9]), BOXES[:1], 12)
+        frames.crops(torch.tensor([9]), BOXES[:1], (12, 12))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,7 @@ RULES = [
 @pytest.mark.parametrize("size", [(400, 300), (300, 400), (400, 400), (2000, 300)], ids=str)
 def test_what_the_rule_makes_of_a_frame_is_never_enlarged(rule, size):
     """Frames for random crops of 160 px; the images are larger."""
-    frame = make_frame(Image.new("RGB", size), edge_for(160, rule))
+    frame = make_frame(Image.new("RGB", size), edge_for((160, 160), rule))
     left, top, right, bottom = crop_box(*frame.size, rule)
     inner = pad_box(*frame.size, rule)
     assert right - left >= inner[2] - inner[0]
@@ -167,10 +170,10 @@ def test_what_the_rule_makes_of_a_frame_is_never_enlarged(rule, size):
 def test_a_run_keeps_frames_for_the_larger_of_what_it_trains_at_and_what_it_serves_at(folder, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(start, "load", lambda *_, edge, **options: seen.append((edge, options["rule"].resize)))
-    for sizes in ({"size": 48, "train_size": 24}, {"size": 48}):
+    for sizes in ({"size": 48, "train_size": 24}, {"size": 48}, {"size": "24x48", "train_size": "20x40"}):
         options = TrainOptions(data=str(folder), out=str(tmp_path), arch="fastnet_small", crop_scale=0.5, **sizes)
         start.read_data(options, resolve_reading(options))
-    assert seen == [(48, 48), (77, 48)]
+    assert seen == [(48, 48), (77, 48), (64, 24)]
 
 
 def test_the_colours_of_frames_are_those_of_the_rule(tmp_path):
@@ -287,7 +290,7 @@ def test_two_processes_cut_the_crops_of_one(folder, monkeypatch):
         coming, found = ahead.Ahead(learner, data.train, order, plan, 0), []
         for step, indices in enumerate(order):
             rows = data.train.rows[indices[ahead.share_of(len(indices))]]
-            found.append(data.train.frames.crops(rows, coming.boxes(step), 32)[1:])
+            found.append(data.train.frames.crops(rows, coming.boxes(step), (32, 32))[1:])
             coming.prepare(step)
         return found
 
@@ -306,25 +309,22 @@ def test_a_run_with_random_crops_resumes_bit_for_bit(folder, tmp_path):
 
 def test_the_crops_may_be_smaller_than_what_is_evaluated(folder):
     rule = PixelRule.square(32)
-    data = load(str(folder), rule=rule, edge=edge_for(24, rule))
+    data = load(str(folder), rule=rule, edge=edge_for((24, 24), rule))
     seen = batches(data, arch="fastnet_small", train_size=24, mixup=0.2)
     assert seen.shape[1:] == (3, 24, 24)
 
 
 def aspects(data, **options):
     """Width / height of random crops, px; and their boxes."""
-    plan, order = (
-        make_plan(len(data.train), size=32, crop_scale=0.1, **options),
-        torch.arange(len(data.train)).repeat(20),
-    )
-    rows = torch.arange(len(order))
-    boxes = ahead.draw_boxes(data.train, order, rows, plan, epoch=2, step=3)
+    plan = make_plan(len(data.train), **{"size": 32, "crop_scale": 0.1, **options})
+    order = torch.arange(len(data.train)).repeat(20)
+    boxes = ahead.draw_boxes(data.train, order, torch.arange(len(order)), plan, epoch=2, step=3)
     height, width = data.train.frames.shapes(data.train.rows[order]).T
     return (boxes[:, 2] - boxes[:, 0]) * width / ((boxes[:, 3] - boxes[:, 1]) * height), boxes
 
 
 def test_random_crops_are_as_wide_and_as_high_as_the_ratio_and_by_default_as_ever(folder):
-    data = load(str(folder), rule=PixelRule.square(32), frames=FrameOptions(50))
+    data = load(str(folder), rule=PixelRule.square(32), edge=50)
     default, boxes = aspects(data)
     draws = Draws(crop_generator(0, 2, 3), len(boxes), torch.arange(len(boxes)))
     shapes = data.train.frames.shapes(data.train.rows).repeat(20, 1)
@@ -336,6 +336,15 @@ def test_random_crops_are_as_wide_and_as_high_as_the_ratio_and_by_default_as_eve
     assert 1.7 < wide.max() < 2.001
     squares, _ = aspects(data, crop_ratio=1.0)
     torch.testing.assert_close(squares, torch.ones(len(squares)), rtol=1e-4, atol=0)
+
+
+def test_the_ratio_is_that_to_the_networks_own_shape(folder):
+    data = load(str(folder), rule=PixelRule.square(32), edge=50)
+    shaped, _ = aspects(data, size="32x40", crop_ratio=1.0)
+    torch.testing.assert_close(shaped, torch.full((len(shaped),), 40 / 32), rtol=1e-4, atol=0)
+    around, _ = aspects(data, size="40x20", arch="fastnet_small", train_size="32x16")
+    assert 0.374 < around.min() < 0.4
+    assert 0.62 < around.max() < 0.667
 
 
 @pytest.mark.parametrize(

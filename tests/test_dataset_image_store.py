@@ -17,6 +17,7 @@ from train import main
 from training.evaluation import read_images
 from training.options import TrainOptions
 from training.resolve import Reading
+from training.size import ImageSize
 from training.start import read_data
 
 
@@ -79,7 +80,7 @@ def test_training_tells_how_many_processes_share_the_memory(tmp_path, monkeypatc
     told = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(image_store, "free_memory", lambda processes: told.append(processes) or 1 << 40)
-    reading = Reading(rule=PixelRule.square(16), train_size=16, crop_padding=0, workers=1)
+    reading = Reading(rule=PixelRule.square(16), train_size=ImageSize(16, 16), crop_padding=0, workers=1)
     read_data(TrainOptions(data="digits", out=str(tmp_path)), reading)
     assert told == [3]
 

@@ -206,10 +206,12 @@ def test_a_recipes_size_stands_below_that_of_weights_that_were_trained_here(reci
     assert resolve_reading(options, read_weights(options)).rule == RULE
 
 
-def test_weights_of_images_that_are_no_squares_are_one_line(tmp_path, capsys):
-    weights = trained_here(tmp_path, replace(RULE, width=64))
-    assert main(["--data", "digits", "--weights", weights, "--out", str(tmp_path / "run")]) == 2
-    assert "made for 64×48 px; training makes squares only" in capsys.readouterr().err
+@pytest.mark.parametrize("recipe", [None, "photos"])
+def test_weights_of_oblong_images_bring_that_shape(recipe, tmp_path):
+    rule = replace(RULE, width=64)
+    weights = trained_here(tmp_path, rule, "fastnet_small")
+    options = make_options(None, {"data": "digits", "out": "x", "arch": "fastnet_small", "weights": weights}, recipe)
+    assert resolve_reading(options, read_weights(options)).rule == rule
 
 
 def test_a_run_keeps_the_mean_and_std_of_the_weights_that_it_began_with(run, tmp_path):

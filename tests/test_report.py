@@ -69,6 +69,15 @@ def test_a_mistake_has_its_image_its_labels_and_its_files_name(tmp_path):
         assert sheet.crop((3 * TILE, 0, 4 * TILE, TILE)).getcolors() == [(TILE * TILE, (255, 255, 255))]
 
 
+def test_oblong_images_keep_their_shape_in_their_tiles(tmp_path):
+    images = torch.full((1, 8, 16, 3), 180, dtype=torch.uint8)
+    report(tmp_path / "run", LABELS, batch=(images, ["猫"]))
+    with Image.open(tmp_path / "run" / "report" / "batch.png") as sheet:
+        tile = sheet.crop((0, 0, TILE, TILE))
+    assert sorted(tile.getcolors()) == [(TILE * TILE // 2, (180,) * 3), (TILE * TILE // 2, (255,) * 3)]
+    assert (tile.getpixel((0, TILE // 2)), tile.getpixel((TILE // 2, 0))) == ((180,) * 3, (255,) * 3)
+
+
 def test_no_mistakes(tmp_path):
     page = report(tmp_path / "run", LABELS, wrong=0)
     assert "<figure>" not in page

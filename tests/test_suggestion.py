@@ -31,7 +31,9 @@ def test_photographs_begin_with_the_installed_weights():
     assert options.arch == "timm/tf_efficientnet_lite0"
 
 
-@pytest.mark.parametrize(("size", "given"), [((32, 32), {}), ((400, 64), {}), ((400, 300), {"size": 32})])
+@pytest.mark.parametrize(
+    ("size", "given"), [((32, 32), {}), ((400, 64), {}), ((400, 300), {"size": 32}), ((400, 300), {"size": "32x80"})]
+)
 def test_small_images_are_trained_as_ever(size, given):
     suggestion = suggest(overview(*size), DATA | given)
     assert suggestion.recipe is None
@@ -55,6 +57,13 @@ def test_the_recipes_lengths_follow_another_size(given):
     options = make_options(None, DATA | given, RECIPE)
     assert options.resize == options.size == given["size"]
     assert options.train_size == round(given["size"] * 160 / 192)
+
+
+def test_the_recipes_lengths_follow_each_side_of_an_oblong_size():
+    options = make_options(None, DATA | {"size": "160x224"}, RECIPE)
+    assert (options.size, options.resize, options.train_size) == ("160x224", 160, "133x187")
+    reading = resolve_reading(options)
+    assert ((reading.rule.height, reading.rule.width), reading.train_size) == ((160, 224), (133, 187))
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,11 @@ def test_the_head_is_what_depends_on_the_labels(name, heads):
             registry.head_name(network)
 
 
+def test_a_vit_is_built_for_oblong_images():
+    network = registry.build("timm/vit_tiny_patch16_224", 5, 64, 96)
+    assert network.pos_embed.shape[1] == 1 + 4 * 6
+
+
 @pytest.mark.parametrize(("arch", "size"), [(SMALL, 32), ("timm/vit_tiny_patch16_224", 64)])
 def test_every_parameter_gets_a_gradient(arch, size):
     torch.manual_seed(0)

@@ -193,11 +193,11 @@ def test_a_loss_of_nan_stops_the_run_with_its_place(tmp_path):
         (["--data", "digits", "--arch", "resnet19"], "did you mean resnet18"),
         (["--data", "digits", "--epochs", "0"], "--epochs 0"),
         (["--data", "digits", "--size", "12"], "at least 16 px"),
-        (["--data", "digits", "--resize", "8"], "--resize 8: must be at least --size 32"),
+        (["--data", "digits", "--resize", "8"], "--resize 8: must be at least the short edge of --size 32"),
         (["--data", "digits", "--device", "cuda:99"], "--device cuda:99"),
         (["--data", "digits", "--weights", "none.pt"], "none.pt: no such file"),
         (["--data", "digits", "--pretrained"], "no published weights of simplecnn"),
-        (["--data", "digits", "--crop-padding", "40"], "--crop-padding 40: must be below --size 32"),
+        (["--data", "digits", "--crop-padding", "40"], "--crop-padding 40: must be below the short edge of --size 32"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, words):

@@ -11,6 +11,7 @@ from predictor.files import sha256
 from tests.conftest import PROJECT
 from tests.learning import make_plan
 from train import main
+from training.command_line import parse
 from training.evaluation import evaluate_run
 from training.options import (
     TrainOptions,
@@ -18,10 +19,11 @@ from training.options import (
     make_options,
     option_names,
     read_config,
+    resumed_options,
     scoring,
     shown_on_card,
 )
-from training.resolve import Plan, recorded
+from training.resolve import Plan, recorded, resolve_reading
 
 
 def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
@@ -51,6 +53,8 @@ def test_a_runs_config_repeats_the_run(tmp_path, capsys):
         ("epochs: 1.5", "'epochs' is 1.5; it must be a whole number"),
         ("epochs: true", "'epochs' is True; it must be a whole number"),
         ("accumulate: null", "'accumulate' is None; it must be a whole number"),
+        ("size: 1.5", "'size' is 1.5; it must be a whole number or HEIGHTxWIDTH"),
+        ("size: 160-224", "--size 160-224: must be N, or HEIGHTxWIDTH such as 160x224, px"),
         ("lr: fast", "'lr' is 'fast'; it must be a number"),
         ("freeze: 1", "'freeze' is 1; it must be true or false"),
         ("arch: 18", "'arch' is 18; it must be a text"),
@@ -162,9 +166,52 @@ def test_pixels_are_padded_and_normalised_as_asked():
         make_plan(fill="1,2,3")
 
 
+@pytest.mark.parametrize(("typed", "height", "width"), [("32", 32, 32), ("24x40", 24, 40), ("24x24", 24, 24)])
+def test_a_size_is_a_side_or_height_and_width_and_is_recorded_as_it_is_typed(typed, height, width, tmp_path):
+    _, given = parse(["--data", "digits", "--out", "x", "--size", typed], None)
+    plan = make_plan(**given)
+    assert (plan.rule.height, plan.rule.width, plan.train_size) == (height, width, plan.size)
+    assert (plan.rule.resize, plan.crop_padding) == (min(height, width), min(height, width) // 8)
+    kept = recorded(TrainOptions(**given), plan)
+    assert kept.size == (height if height == width else typed)
+    kept.save(tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml")["size"] == kept.size
+    assert resolve_reading(resumed_options(tmp_path, None, {})).rule == plan.rule
+    assert f"simplecnn at {kept.size} px" == f"{plan.arch} at {plan.size} px"
+
+
+@pytest.mark.parametrize("name", ["size", "train_size"])
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        *((text, "must be N, or HEIGHTxWIDTH such as 160x224, px") for text in ("a", "160x", "x160", "1x2x3", "-8")),
+        *((text, "must be from 1 to 4096") for text in (0, "0x32", "32x0", "32x4097")),
+    ],
+)
+def test_what_is_no_size_is_one_line(name, typed, words):
+    with pytest.raises(ValueError, match=f"^{flag(name)} {typed}: {words}$"):
+        make_plan(crop_scale=0.5, **{name: typed})
+
+
+def test_the_lengths_of_an_oblong_network_belong_to_its_short_edge():
+    plan = make_plan(arch="resnet18", size="160x224", fit="crop")
+    assert (plan.rule.resize, plan.crop_padding) == (round(160 * 256 / 224), 20)
+    assert make_plan(arch="resnet18", size="160x224", fit="pad").rule.resize == 160
+    assert make_plan(images=10_000, size="32x128").batch_size == 32  # not below 128 px
+    for given in ({"resize": 159}, {"crop_padding": 160}):
+        with pytest.raises(ValueError, match="the short edge of --size 160x224"):
+            make_plan(arch="resnet18", size="160x224", **given)
+
+
 def test_a_plan_is_what_the_options_left_open():
     plan = make_plan(images=9_999, flips=True, arch="resnet18")
-    assert (plan.size, plan.rule.resize, plan.crop_padding, plan.flip, plan.batch_size) == (224, 256, 28, True, 32)
+    assert (plan.size, plan.rule.resize, plan.crop_padding, plan.flip, plan.batch_size) == (
+        (224, 224),
+        256,
+        28,
+        True,
+        32,
+    )
     assert (plan.lr, plan.epochs, plan.seconds, plan.amp) == (3e-3, 10, math.inf, torch.float32)
     many = make_plan(images=10_000, size=32, arch="resnet18", weights="w.pt", optimizer="sgd", minutes=2.0)
     assert (many.batch_size, many.rule.resize, many.epochs, many.seconds) == (64, 37, math.inf, 120)

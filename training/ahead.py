@@ -57,5 +57,6 @@ def draw_boxes(split: Split, indices: Tensor, rows: Tensor, plan: Plan, epoch: i
     if not (split.frames and plan.crop_scale):
         return None
     draws = Draws(crop_generator(plan.seed, epoch, step), len(indices), rows)
-    ratio = 1 / plan.crop_ratio, plan.crop_ratio
+    shape = plan.train_size.width / plan.train_size.height
+    ratio = shape / plan.crop_ratio, shape * plan.crop_ratio
     return random_boxes(split.frames.shapes(split.rows[indices[rows]]), plan.crop_scale, ratio, draws)

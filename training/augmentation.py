@@ -51,22 +51,22 @@ def flip_and_shift(crops: Tensor, flip: bool, padding: int, draws: Draws) -> Ten
     The same as a padded random crop with mirrored edges (the edge pixel itself is not repeated).
 
     Args:
-        crops: uint8 (N, S, S, 3).
-        padding: px, 0 for no shift, below S.
+        crops: uint8 (N, H, W, 3).
+        padding: px, 0 for no shift, below H and W.
 
     Returns:
-        uint8 (N, S, S, 3).
+        uint8 (N, H, W, 3).
     """
     if not flip and not padding:
         return crops
-    count, size = crops.shape[:2]
+    count, height, width = crops.shape[:3]
     mirrored = draws.uniform(crops.device) < 0.5 if flip else torch.zeros(count, dtype=torch.bool, device=crops.device)
     if not padding:
         return torch.where(mirrored[:, None, None, None], crops.flip(2), crops)  # a tenth of a gather's time
-    steps = torch.arange(size, device=crops.device).expand(count, size)
-    columns = torch.where(mirrored[:, None], size - 1 - steps, steps)
-    rows = _mirror(steps + draws.integers(-padding, padding, crops.device), size)
-    columns = _mirror(columns + draws.integers(-padding, padding, crops.device), size)
+    rows, columns = (torch.arange(side, device=crops.device).expand(count, side) for side in (height, width))
+    columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
+    rows = _mirror(rows + draws.integers(-padding, padding, crops.device), height)
+    columns = _mirror(columns + draws.integers(-padding, padding, crops.device), width)
     images = torch.arange(count, device=crops.device)
     return crops[images[:, None, None], rows[:, :, None], columns[:, None, :]]
 
@@ -110,10 +110,10 @@ def jitter(crops: Tensor, strength: float, draws: Draws) -> Tensor:
     """Brightness, contrast and saturation of each image, each by a factor from 1 - strength to 1 + strength.
 
     Args:
-        crops: uint8 (N, S, S, 3).
+        crops: uint8 (N, H, W, 3).
 
     Returns:
-        uint8 (N, S, S, 3).
+        uint8 (N, H, W, 3).
     """
     if not strength:
         return crops
@@ -193,13 +193,13 @@ def erase(crops: Tensor, share: float, draws: Draws) -> Tensor:
 
 
 def shrink(images: Tensor) -> Tensor:
-    """float (N, 3, S, S) at three quarters of the side, antialiased."""
-    return interpolate(images, size=shrunk(images.shape[-1]), mode="bilinear", antialias=True)
+    """float (N, 3, H, W) at three quarters of each side, antialiased."""
+    return interpolate(images, size=[shrunk(side) for side in images.shape[2:]], mode="bilinear", antialias=True)
 
 
-def shrunk(size: int) -> int:
-    """The side that `shrink` gives, px."""
-    return round(0.75 * size)
+def shrunk(side: int) -> int:
+    """What `shrink` makes of a side, px."""
+    return round(0.75 * side)
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Mix:
     box: tuple[int, int, int, int] | None = None
 
     def __call__(self, images: Tensor, neighbours: Tensor) -> Tensor:
-        """Mixes float (n, 3, S, S) with as many others."""
+        """Mixes float (n, 3, H, W) with as many others."""
         if self.box is None:
             return self.kept * images + (1 - self.kept) * neighbours
         top, bottom, left, right = self.box
@@ -223,12 +223,12 @@ class Mix:
         return mixed
 
 
-def draw_mix(mixup: float, cutmix: float, size: int, generator: Generator) -> Mix | None:
+def draw_mix(mixup: float, cutmix: float, height: int, width: int, generator: Generator) -> Mix | None:
     """mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019), a coin deciding where both are on; None with both off.
 
     Args:
         mixup, cutmix: alpha of the Beta(alpha, alpha) that the shares are drawn from; 0 for off.
-        size: side of the images, px.
+        height, width: of the images, px.
     """
     if not mixup and not cutmix:
         return None
@@ -238,12 +238,12 @@ def draw_mix(mixup: float, cutmix: float, size: int, generator: Generator) -> Mi
     kept = float(random.beta(cutmix, cutmix) if cut else random.beta(mixup, mixup))
     if not cut:
         return Mix(kept)
-    side = size * (1 - kept) ** 0.5
-    y, x = random.uniform(0, size, 2)
-    top, bottom, left, right = (
-        int(np.clip(round(v), 0, size)) for v in (y - side / 2, y + side / 2, x - side / 2, x + side / 2)
-    )
-    return Mix(1 - (bottom - top) * (right - left) / size**2, (top, bottom, left, right))
+    edges = []
+    for side in (height, width):
+        middle, half = random.uniform(0, side), side * (1 - kept) ** 0.5 / 2
+        edges += [int(np.clip(round(edge), 0, side)) for edge in (middle - half, middle + half)]
+    top, bottom, left, right = edges
+    return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
 def _mirror(positions: Tensor, size: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,8 @@ def evaluate(
     """
     network.eval()
     if batch is None:
-        batch = min(BATCH, max(1, CPU_PIXELS // split.pixels.shape[1] ** 2)) if mean.device.type == "cpu" else BATCH
+        pixels = math.prod(split.pixels.shape[1:3])
+        batch = min(BATCH, max(1, CPU_PIXELS // pixels)) if mean.device.type == "cpu" else BATCH
     share = distributed.share(len(split))
     logits = []
     try:

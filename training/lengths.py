@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model import registry
-
-SCALED = {"resize", "train_size"}  # they belong to a size
+from training.size import ImageSize, as_size
 
 
 def fitted(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,17 +23,22 @@ def fitted(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     values = dict(recipe)
     if "size" not in values:
         return values
-    arch, size = given.get("arch", values["arch"]), given.get("size")
+    arch, own = given.get("arch", values["arch"]), as_size(values["size"])
+    size = as_size(given["size"]) if given.get("size") else None
     weights = Path(given["weights"]) if given.get("weights") else None
     if is_other := arch != values["arch"] or registry.spec_beside(weights):
         registry.check_name(arch)
         values.pop("resize", None)  # the margin is the network's own
-        if not size and (weights or values.get("pretrained") or not registry.can_build(arch, values["size"])):
-            size = registry.own_rule(arch, weights).height
+        if not size and (weights or values.get("pretrained") or not registry.can_build(arch, own)):
+            rule = registry.own_rule(arch, weights)
+            size = ImageSize(rule.height, rule.width)
             del values["size"]
-    if size:
-        values |= {name: round(values[name] * size / recipe["size"]) for name in SCALED & values.keys()}
+    if size and "resize" in values:
+        values["resize"] = round(values["resize"] * min(size) / min(own))
+    if size and "train_size" in values:
+        sides = zip(as_size(values["train_size"]), size, own, strict=True)
+        values["train_size"] = ImageSize(*(round(side * new / old) for side, new, old in sides)).typed
     is_new = (size or is_other) and "train_size" in values and not given.get("train_size")
-    if is_new and not registry.can_build(arch, size or values["size"], values["train_size"]):
+    if is_new and not registry.can_build(arch, size or own, as_size(values["train_size"])):
         del values["train_size"]
     return values

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import cache
@@ -18,6 +19,7 @@ import yaml
 
 from predictor.files import write_text
 from training.lengths import fitted
+from training.size import as_size
 
 RECIPES = Path(__file__).with_name("recipes.yaml")
 
@@ -47,6 +49,7 @@ def _option(
     card: str = "",
     announced: bool = False,
     rgb: type | None = None,
+    is_size: bool = False,
 ) -> Any:
     """A field with what the lists are made from.
 
@@ -57,8 +60,10 @@ def _option(
         card: whether the model card shows it: ALWAYS, IF_CHANGED (from the default), WITH_STEP (schedule), or never.
         announced: whether it is said at the beginning of a run that it is not at its default.
         rgb: of a text of three numbers, R,G,B, their type.
+        is_size: whether it is what `training.size.as_size` takes, with the range for each side.
     """
     metadata = {"group": group, "help": help, "low": low, "high": high, "choices": choices, "rgb": rgb}
+    metadata["is_size"] = is_size
     uses = {"resumable": resumable, "scoring": scoring, "card": card, "announced": announced}
     return field(default=default, metadata=metadata | uses)
 
@@ -117,8 +122,13 @@ class TrainOptions:
         "simplecnn, fastnet, fastnet_small, a torchvision classifier, or timm/NAME for one of timm's (--list-archs) "
         "(default: what suits the images; simplecnn for small ones)",
     )
-    size: int | None = _option(
-        None, "network", "side of the square that the network sees, px (default: its own)", low=1, high=4096
+    size: int | str | None = _option(
+        None,
+        "network",
+        "what the network sees, px: the side of a square, or HEIGHTxWIDTH such as 160x224 (default: its own)",
+        low=1,
+        high=4096,
+        is_size=True,
     )
     resize: int | None = _option(
         None,
@@ -231,7 +241,7 @@ class TrainOptions:
     crop_padding: int | None = _option(
         None,
         "augmentation",
-        "shift by up to this many px, edges mirrored; 0 for off (default: size / 8)",
+        "shift by up to this many px, edges mirrored; 0 for off (default: an eighth of --size's short edge)",
         low=0,
         high=4096,
         card=ALWAYS,
@@ -244,19 +254,21 @@ class TrainOptions:
         high=1,
         card=IF_CHANGED,
     )
-    train_size: int | None = _option(
+    train_size: int | str | None = _option(
         None,
         "augmentation",
-        "side of the random crops of --crop-scale, px, which may be smaller than what is evaluated (default: --size)",
+        "side of the random crops of --crop-scale, or HEIGHTxWIDTH, px; they may be smaller than what is evaluated "
+        "(default: --size)",
         low=1,
         high=4096,
         card=IF_CHANGED,
+        is_size=True,
     )
     crop_ratio: float = _option(
         DEFAULT_CROP_RATIO,
         "augmentation",
-        "largest aspect ratio of the random crops of --crop-scale, width to height and height to width; 1: squares "
-        "only (default: 4/3)",
+        "how many times as wide, or as high, as the network's own shape the random crops of --crop-scale may be; 1: of "
+        "that shape only (default: 4/3)",
         low=1,
         high=10,
         card=IF_CHANGED,
@@ -650,12 +662,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         else:
+            metavar = "R,G,B" if meta["rgb"] else "N|HEIGHTxWIDTH" if meta["is_size"] else METAVARS[kind]
             keywords |= {
-                "type": kind,
+                "type": _number_or_text if meta["is_size"] else kind,
                 "choices": meta["choices"],
-                "metavar": "R,G,B" if meta["rgb"] else None if meta["choices"] else METAVARS[kind],
+                "metavar": None if meta["choices"] else metavar,
             }
         groups[meta["group"]].add_argument(flag(option.name), **keywords)
+
+
+def _number_or_text(text: str) -> int | str:
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else text
 
 
 def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
@@ -676,13 +693,14 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         return
     if high is None and not low < value < float("inf"):
         raise ValueError(f"{flag(name)} {value}: must be above {low}")
-    if high is not None and not low <= value <= high:
+    sides = as_size(value, flag(name)) if metadata["is_size"] else (value,)
+    if high is not None and not all(low <= side <= high for side in sides):
         raise ValueError(f"{flag(name)} {value}: must be from {low} to {high}")
 
 
 @cache
 def _kinds() -> dict[str, type]:
-    """The type of each option: bool, int, float or str; `int | None` counts as int."""
+    """The type of each option: bool, int, float or str; `int | None` and `int | str | None` count as int."""
     hints = get_type_hints(TrainOptions)
     kinds = {option.name: hints[option.name] for option in fields(TrainOptions)}
     return {
@@ -693,15 +711,15 @@ def _kinds() -> dict[str, type]:
 
 def _typed(where: str, name: str, value: Any) -> Any:
     """`value` as the option's type, if it is one; `where` is what the error message calls it."""
-    kind = _kinds()[name]
-    if value is None and type(None) in get_args(get_type_hints(TrainOptions)[name]):
-        return None
+    kind, hint = _kinds()[name], get_type_hints(TrainOptions)[name]
+    kinds = get_args(hint) or (hint,)
+    if type(value) in kinds:
+        return value
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 3e-3 as a text
         except ValueError:
             pass
-    if type(value) is not kind:
-        rule = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
-        raise ValueError(f"{where} is {value!r}; it must be {rule}")
-    return value
+    rule = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+    rule += " or HEIGHTxWIDTH" if kind is int and str in kinds else ""
+    raise ValueError(f"{where} is {value!r}; it must be {rule}")

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dataset.image_store import Data, Split
@@ -124,12 +124,13 @@ def _draw_confusion(confusion: np.ndarray) -> Any:
 
 
 def _draw_tiles(crops: Tensor) -> Image.Image:
-    """The images, uint8 (N, S, S, 3), side by side in rows of COLUMNS, each TILE px wide."""
+    """The images, uint8 (N, H, W, 3), side by side in rows of COLUMNS, each within TILE×TILE px."""
     rows = max(1, -(-len(crops) // COLUMNS))
     sheet = Image.new("RGB", (COLUMNS * TILE, rows * TILE), "white")
     for i, crop in enumerate(crops):
-        kind = Image.Resampling.NEAREST if len(crop) <= TILE else Image.Resampling.LANCZOS  # few pixels stay visible
-        tile = Image.fromarray(crop.numpy()).resize((TILE, TILE), kind)
+        is_small = max(crop.shape) <= TILE
+        kind = Image.Resampling.NEAREST if is_small else Image.Resampling.LANCZOS  # few pixels stay visible
+        tile = ImageOps.pad(Image.fromarray(crop.numpy()), (TILE, TILE), kind, "white")
         sheet.paste(tile, (i % COLUMNS * TILE, i // COLUMNS * TILE))
     return sheet
 

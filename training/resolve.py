@@ -31,17 +31,18 @@ from training.options import (
     TrainOptions,
     as_rgb,
 )
+from training.size import ImageSize, as_size
 
 
 @dataclass(frozen=True)
 class Reading:
     """How images are read: by `rule`, as the spec has it, and by `workers` threads.
 
-    train_size: side of what is trained on, px; crop_padding: px; mean, std: RGB, for pixels in 0..1.
+    train_size: of what is trained on; crop_padding: px; mean, std: RGB, for pixels in 0..1.
     """
 
     rule: PixelRule
-    train_size: int
+    train_size: ImageSize
     crop_padding: int
     workers: int
     mean: tuple[float, ...] = registry.IMAGENET_MEAN
@@ -73,7 +74,7 @@ class Plan:
     flip: bool
     crop_padding: int
     crop_scale: float
-    train_size: int
+    train_size: ImageSize
     crop_ratio: float
     jitter: float
     rotate: float
@@ -110,9 +111,9 @@ class Plan:
     seed: int
 
     @property
-    def size(self) -> int:
-        """Side of the square that is evaluated and served, px."""
-        return self.rule.height
+    def size(self) -> ImageSize:
+        """Of what is evaluated and served."""
+        return ImageSize(self.rule.height, self.rule.width)
 
 
 def resolve_reading(options: TrainOptions, weights: Pretrained | None = None) -> Reading:
@@ -125,33 +126,35 @@ def resolve_reading(options: TrainOptions, weights: Pretrained | None = None) ->
     preset = registry.preset(options.arch)
     own = weights.rule if weights else PixelRule.square(preset.size, preset.resize)
     size = size_of(options, own)
-    resize = options.resize or round(size * own.resize / own.height)
-    if resize < size:
-        raise ValueError(f"--resize {resize}: must be at least --size {size}")
+    short = min(size)
+    resize = options.resize or round(short * own.resize / min(own.height, own.width))
+    if resize < short:
+        raise ValueError(f"--resize {resize}: must be at least the short edge of --size {size}")
     padding = options.crop_padding
     if padding is None:
-        padding = 0 if options.flips_only or options.crop_scale else size // 8
-    if padding >= size:
-        raise ValueError(f"--crop-padding {padding}: must be below --size {size}")
-    network = registry.build(options.arch, 2, size)
+        padding = 0 if options.flips_only or options.crop_scale else short // 8
+    if padding >= short:
+        raise ValueError(f"--crop-padding {padding}: must be below the short edge of --size {size}")
+    network = registry.build(options.arch, 2, *size)
     if options.train_size and not options.crop_scale:
         raise ValueError(f"--train-size {options.train_size}: is the side of random crops; pass --crop-scale too")
     if options.crop_ratio != DEFAULT_CROP_RATIO and not options.crop_scale:
         raise ValueError(f"--crop-ratio {options.crop_ratio:g}: is the shape of random crops; pass --crop-scale too")
-    seen = options.train_size or size
-    if seen != size and not registry.takes(network, 2, seen):
+    seen = as_size(options.train_size) if options.train_size else size
+    if seen != size and not registry.takes(network, 2, *seen):
         raise ValueError(f"--train-size {seen}: {options.arch} of {size} px cannot take {seen} px; leave it out")
-    if options.low_res and not registry.takes(network, 2, shrunk(seen)):
+    smaller = ImageSize(*map(shrunk, seen))
+    if options.low_res and not registry.takes(network, 2, *smaller):
         raise ValueError(
-            f"--low-res {options.low_res}: {options.arch} of {size} px cannot take {shrunk(seen)} px; pass --low-res 0"
+            f"--low-res {options.low_res}: {options.arch} of {size} px cannot take {smaller} px; pass --low-res 0"
         )
     fit = options.fit or own.fit
     if options.fill and fit != "pad":
         raise ValueError(f"--fill {options.fill}: is the colour around a padded image; pass --fit pad too")
     rule = PixelRule(
-        height=size,
-        width=size,
-        resize=resize if fit == "crop" else size,
+        height=size.height,
+        width=size.width,
+        resize=resize if fit == "crop" else short,
         interpolation=options.interpolation or own.interpolation,
         fit=fit,
         fill=as_rgb(options.fill, int) if options.fill else own.fill,
@@ -160,9 +163,9 @@ def resolve_reading(options: TrainOptions, weights: Pretrained | None = None) ->
     return Reading(rule, seen, padding, workers_of(options), *_mean_and_std(options, weights))
 
 
-def size_of(options: TrainOptions, own: PixelRule) -> int:
-    """Side of the square that the network sees, px; `own`: the rule that the network or its weights want."""
-    return options.size or own.height
+def size_of(options: TrainOptions, own: PixelRule) -> ImageSize:
+    """What the network sees; `own`: the rule that the network or its weights want."""
+    return as_size(options.size) if options.size else ImageSize(own.height, own.width)
 
 
 def workers_of(options: TrainOptions) -> int:
@@ -186,7 +189,7 @@ def resolve(options: TrainOptions, reading: Reading, *, images: int, flips: bool
     Raises:
         ValueError: the device or the number of images does not suit the options.
     """
-    many_and_small = images >= MANY_IMAGES and reading.rule.height < LARGE_SIZE
+    many_and_small = images >= MANY_IMAGES and max(reading.rule.height, reading.rule.width) < LARGE_SIZE
     minutes = options.minutes or math.inf
     decided = {
         "rule": reading.rule,
@@ -216,7 +219,7 @@ def recorded(options: TrainOptions, plan: Plan) -> TrainOptions:
     """
     return replace(
         options,
-        size=plan.size,
+        size=plan.size.typed,
         resize=plan.rule.resize,
         fit=plan.rule.fit,
         interpolation=plan.rule.interpolation,
@@ -225,7 +228,7 @@ def recorded(options: TrainOptions, plan: Plan) -> TrainOptions:
         mean=_as_text(plan.mean),
         std=_as_text(plan.std),
         crop_padding=plan.crop_padding,
-        train_size=plan.train_size if plan.crop_scale else None,
+        train_size=plan.train_size.typed if plan.crop_scale else None,
         flip=plan.flip,
         batch_size=plan.batch_size,
         lr=plan.lr,

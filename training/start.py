@@ -51,7 +51,7 @@ def read_weights(options: TrainOptions) -> Pretrained | None:
     if not (options.pretrained or file):
         return None
     registry.check_name(arch)
-    network = registry.build(arch, 2, size_of(options, registry.own_rule(arch, file)))
+    network = registry.build(arch, 2, *size_of(options, registry.own_rule(arch, file)))
     with nullcontext() if file else distributed.first_alone():  # they may be downloaded
         pretrained = registry.read_pretrained(arch, file)
     registry.load_pretrained(network, arch, pretrained)
@@ -65,15 +65,16 @@ def make_network(
 
     The seed decides its random weights, and from here on what dropout draws.
     """
-    if plan.device.type == "cpu" and plan.size < LARGE_SIZE:  # else memory is dear, and a step long
+    if plan.device.type == "cpu" and max(plan.size) < LARGE_SIZE:  # else memory is dear, and a step long
         keep_freed()
     torch.manual_seed(plan.seed)
-    network = registry.build(plan.arch, len(data.labels), plan.size)
+    network = registry.build(plan.arch, len(data.labels), *plan.size)
     if pretrained:
         fresh = registry.load_pretrained(network, plan.arch, pretrained)
         log.info(f"weights: {pretrained.source}; from scratch: {', '.join(fresh) or 'nothing'}")
     elif isinstance(network, FastNet):
-        wanted = max(100, WHITENED_BY * 32**2 // max(32, plan.size) ** 2)  # each has a patch for each pixel
+        area = max(32, plan.size.height) * max(32, plan.size.width)
+        wanted = max(100, WHITENED_BY * 32**2 // area)  # each has a patch for each pixel
         some = data.train.crops(slice(None, None, -(-len(data.train) // wanted)))  # of every class
         network.whiten(normalise(some, torch.tensor(plan.mean), torch.tensor(plan.std)))
     network.to(plan.device)

