@@ -237,7 +237,7 @@ def is_finished(progress: Progress, plan: Plan, schedule: Schedule) -> bool:
     """Whether no other epoch begins."""
     if schedule.is_over(progress.epochs):
         return True
-    if stuck := is_out_of_patience(progress.history, plan, schedule.progress):
+    if stuck := is_out_of_patience(progress.history, plan):
         log.info(f"no better {MEASURES[plan.select]} for {plan.patience} epochs: stopping early")
     return stuck
 

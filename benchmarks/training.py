@@ -36,7 +36,6 @@ from benchmarks.machine import describe, keep
 from dataset.image_store import Data, Split
 from dataset.loading import load
 from model import registry
-from model.fastnet import FastNet, ShiftNorm
 from predictor.spec import PixelRule
 from train import train
 from training.evaluation import evaluate
@@ -106,25 +105,11 @@ def run(options: dict[str, Any]) -> tuple[float, float]:
     return metrics["test"]["accuracy"], metrics["train"]["seconds"]
 
 
-def learns_first_layer(network: FastNet, images: Tensor) -> None:
-    """In the place of `FastNet.whiten`: the first layer keeps its random weights, and learns."""
-    network.whitening.weight.requires_grad_(True)
-
-
 def cifar_resnet18(arch: str, classes: int, size: int, width: int | None) -> nn.Module:
     """In the place of `registry._build`: ResNet-18 with a first layer for 32 px, 3×3 without stride or pooling."""
     network = torchvision.models.resnet18(num_classes=classes)
     network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     return network
-
-
-class ScaledNorm(ShiftNorm):
-    """In the place of `ShiftNorm`: it learns a scale too."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        del self.weight
-        self.weight = nn.Parameter(torch.ones(channels))
 
 
 RESNET: dict[str, Any] = {
@@ -151,11 +136,6 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 ON_A_GPU = {"CIFAR ResNet-18 30 seconds": RESNET | {"minutes": 0.5}}  # only if it is named
 
-# What stands in the place of a part that no flag takes away.
-LEARNS_FIRST_LAYER: dict[str, Any] = {"model.fastnet.FastNet.whiten": learns_first_layer}
-PYTORCHS_START: dict[str, Any] = {"torch.nn.init.dirac_": lambda weight: weight}
-WITH_A_SCALE: dict[str, Any] = {"model.fastnet.ShiftNorm": ScaledNorm}
-
 # One change each, of the quick recipe.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -165,15 +145,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "channels first": {"channels_last": False},
     "no label smoothing": {"label_smoothing": 0.0},
     "batches of 256": {"batch_size": 256, "lr": 0.085},
-    "32 px from the beginning": {"low_res": 0.0},
     "shifts of 4 px": {"crop_padding": 4},
     "cosine schedule": {"schedule": "cosine"},
     "EMA of 0.99": {"ema": 0.99},
     "the wide network": {"arch": "fastnet"},
-    "a first layer that learns": {"without": LEARNS_FIRST_LAYER},
-    "PyTorch's initialisation": {"without": PYTORCHS_START},
-    "BatchNorm with a scale": {"without": WITH_A_SCALE},
-    "these three at once": {"without": LEARNS_FIRST_LAYER | PYTORCHS_START | WITH_A_SCALE},
 }
 
 

@@ -39,7 +39,7 @@ def run(folder, tmp_path_factory):
     """A run whose first half epoch sees still smaller images."""
     out = tmp_path_factory.mktemp("runs") / "oblong"
     with reports(write_report):
-        options = [*TRAINED, *AUGMENTED, "--low-res", "0.25", "--epochs", "2"]
+        options = [*TRAINED, *AUGMENTED, "--epochs", "2"]
         assert main(["--data", str(folder), *options, "--out", str(out)]) == 0
     return out
 

@@ -16,7 +16,7 @@ from dataset.splits import SPLITS
 from model import checkpoint, registry
 from predictor.files import sha256
 from predictor.spec import PixelRule
-from tests.learning import Training, first, make_plan
+from tests.learning import Training, make_plan
 from train import main
 from training import step
 from training.augmentation import Mix
@@ -198,23 +198,6 @@ def test_mixup_counts_both_labels(digits, monkeypatch):
     logits, targets = network((images + images.roll(1, 0)) / 2), digits.train.targets[indices]
     losses = [nn.functional.cross_entropy(logits, labels).item() for labels in (targets, targets.roll(1))]
     assert float(loss) == pytest.approx(sum(losses) / 2, rel=1e-5)
-
-
-def test_the_first_part_of_a_run_sees_smaller_images(digits):
-    training = make(replace(digits, train=first(digits.train, 320)), arch="fastnet_small", epochs=4, low_res=0.375)
-    sides = []
-    training.network.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
-    for _ in range(3):
-        training.epoch()
-    steps = len(training.batches())
-    small = -(-steps * 3 // 2)
-    assert sides == [24] * small + [32] * (3 * steps - small)
-
-
-def test_a_network_for_one_size_cannot_begin_with_smaller_images(tmp_path, capsys):
-    assert main(["--data", "digits", "--low-res", "0.5", "--out", str(tmp_path / "run")]) == 2
-    assert "--low-res 0.5: simplecnn of 32 px cannot take 24 px; pass --low-res 0" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_average_follows_the_weights():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from torch.nn.functional import affine_grid, grid_sample, interpolate
+from torch.nn.functional import affine_grid, grid_sample
 
 ATTEMPTS = 10  # at a box that lies within its image, as torchvision's RandomResizedCrop
 ERASED, ERASED_RATIO = (0.02, 0.33), (1 / 3, 3.0)  # shares of an image's area, and aspect ratios
@@ -190,16 +190,6 @@ def erase(crops: Tensor, share: float, draws: Draws) -> Tensor:
     across, down = (x >= left) & (x < right), (y >= top) & (y < bottom)  # (N, W) and (N, H)
     erased = chosen[:, None, None] & down[:, :, None] & across[:, None, :]
     return torch.where(erased[..., None], noise, crops)
-
-
-def shrink(images: Tensor) -> Tensor:
-    """float (N, 3, H, W) at three quarters of each side, antialiased."""
-    return interpolate(images, size=[shrunk(side) for side in images.shape[2:]], mode="bilinear", antialias=True)
-
-
-def shrunk(side: int) -> int:
-    """What `shrink` makes of a side, px."""
-    return round(0.75 * side)
 
 
 @dataclass(frozen=True)

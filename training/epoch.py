@@ -128,7 +128,7 @@ def train_epoch(
         )
         ahead.prepare(step)
         seed_dropout(plan.seed, epoch, step, distributed.rank())
-        loss, correct = train_step(learner, batch, plan, smaller=schedule.progress < plan.low_res)
+        loss, correct = train_step(learner, batch, plan)
         tally.add(loss, correct, schedule.lr, len(indices))
         now = time.perf_counter()
         slow = distributed.world() == 1 and now - looked >= SECONDS_A_LOOK  # several would have to agree on it

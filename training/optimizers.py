@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from model.fastnet import ShiftNorm
 from model.registry import layer_numbers
 from training.muon import Muon
 from training.resolve import Plan
@@ -25,8 +24,8 @@ def make_optimizer(network: nn.Module, plan: Plan, backbone: Sequence[nn.Paramet
     lr = plan.lr
     trainable = [p for p in network.parameters() if p.requires_grad]
     if plan.optimizer == "muon":
-        shifts = [module.bias for module in network.modules() if isinstance(module, ShiftNorm)]
-        return Muon(trainable, lr, plan.momentum, plan.weight_decay, shifts)
+        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        return Muon(trainable, lr, plan.momentum, plan.weight_decay, [norm.bias for norm in norms])
     groups = [
         {"params": [p for p in some if (p.ndim > 1) == matrices], "lr": rate, "weight_decay": decay}
         for some, rate in (*_by_rate(network, plan), (backbone, BACKBONE_RATE * lr))

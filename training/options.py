@@ -389,15 +389,6 @@ class TrainOptions:
         card=IF_CHANGED,
         announced=True,
     )
-    low_res: float = _option(
-        0.0,
-        "optimisation",
-        "share of the run, from its beginning, that sees the images at three quarters of --size, which is faster",
-        low=0,
-        high=1,
-        card=IF_CHANGED,
-        announced=True,
-    )
     clip_grad_norm: float = _option(
         0.0,
         "optimisation",
@@ -492,7 +483,6 @@ class TrainOptions:
                 "erase",
                 "mixup",
                 "cutmix",
-                "low_res",
             ):
                 if value := getattr(self, name):
                     typed = flag(name) if value is True else f"{flag(name)} {value}"

@@ -18,7 +18,6 @@ from model import registry
 from model.registry import Pretrained
 from predictor.spec import PixelRule
 from training import distributed
-from training.augmentation import shrunk
 from training.options import (
     DEFAULT_BATCH,
     DEFAULT_CROP_RATIO,
@@ -99,7 +98,6 @@ class Plan:
     gamma: float
     clip_grad_norm: float
     ema: float
-    low_res: float
     balance: str
     select: str
     patience: int
@@ -143,11 +141,6 @@ def resolve_reading(options: TrainOptions, weights: Pretrained | None = None) ->
     seen = as_size(options.train_size) if options.train_size else size
     if seen != size and not registry.takes(network, 2, *seen):
         raise ValueError(f"--train-size {seen}: {options.arch} of {size} px cannot take {seen} px; leave it out")
-    smaller = ImageSize(*map(shrunk, seen))
-    if options.low_res and not registry.takes(network, 2, *smaller):
-        raise ValueError(
-            f"--low-res {options.low_res}: {options.arch} of {size} px cannot take {smaller} px; pass --low-res 0"
-        )
     fit = options.fit or own.fit
     if options.fill and fit != "pad":
         raise ValueError(f"--fill {options.fill}: is the colour around a padded image; pass --fit pad too")

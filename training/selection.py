@@ -55,18 +55,17 @@ def snapshot(epoch: float, val: dict[str, Any], network: nn.Module) -> Best:
     return Best(epoch, val["accuracy"], val["loss"], weights, val["macro"]["f1"])
 
 
-def is_out_of_patience(history: Sequence[dict[str, float]], plan: Plan, progress: float) -> bool:
+def is_out_of_patience(history: Sequence[dict[str, float]], plan: Plan) -> bool:
     """Whether the measure of `plan.select` has not improved for `plan.patience` epochs.
 
     With accuracy or macro F1, a lower loss alone is no gain.
 
-    What is yet to come counts: a backbone that is frozen still, and images of the full size.
+    What is yet to come counts: a backbone that is frozen still.
 
     Args:
         history: a row for each epoch, as in history.csv.
-        progress: how much of the run is done, 0..1.
     """
-    if not plan.patience or progress < plan.low_res:
+    if not plan.patience:
         return False
     values = [-row["val_loss"] if plan.select == "loss" else row[_COLUMNS[plan.select]] for row in history]
     gain = values.index(max(values)) + 1  # the last epoch with one

@@ -14,16 +14,12 @@ from dataset.image_store import Data, on_device
 from dataset.loading import load
 from dataset.sources import BUILT_IN, Source
 from model import registry
-from model.fastnet import FastNet
 from model.registry import Pretrained
-from model.tensor_preprocessing import normalise
 from training import distributed
 from training.console import image_progress
 from training.memory import keep_freed
 from training.options import LARGE_SIZE, TrainOptions, flag
 from training.resolve import Plan, Reading, size_of
-
-WHITENED_BY = 5000  # images of up to 32 px; fewer of larger ones
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +68,6 @@ def make_network(
     if pretrained:
         fresh = registry.load_pretrained(network, plan.arch, pretrained)
         log.info(f"weights: {pretrained.source}; from scratch: {', '.join(fresh) or 'nothing'}")
-    elif isinstance(network, FastNet):
-        area = max(32, plan.size.height) * max(32, plan.size.width)
-        wanted = max(100, WHITENED_BY * 32**2 // area)  # each has a patch for each pixel
-        some = data.train.crops(slice(None, None, -(-len(data.train) // wanted)))  # of every class
-        network.whiten(normalise(some, torch.tensor(plan.mean), torch.tensor(plan.std)))
     network.to(plan.device)
     if distributed.rank() > 0:
         torch.manual_seed(plan.seed + distributed.rank())  # dropout draws differently in each process

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from dataset.image_store import Split
 from model.tensor_preprocessing import normalise
 from training import distributed
-from training.augmentation import Draws, Mix, draw_mix, erase, flip_and_shift, jitter, rotate, shrink
+from training.augmentation import Draws, Mix, draw_mix, erase, flip_and_shift, jitter, rotate
 from training.learner import Learner
 from training.resolve import Plan
 from training.trivial_augment import trivial_augment
@@ -71,15 +71,12 @@ def make_batch(
     return Batch(crops, targets, mix, len(indices))
 
 
-def train_step(learner: Learner, batch: Batch, plan: Plan, *, smaller: bool = False) -> tuple[Tensor, Tensor]:
+def train_step(learner: Learner, batch: Batch, plan: Plan) -> tuple[Tensor, Tensor]:
     """One step of the optimizer on a batch; this process takes its share of it, in `plan.accumulate` micro-batches.
 
     The gradient is that of the mean loss over the whole batch, however it is cut. With `--balance loss` each image's
     loss has the weight of its class. These weights have the mean 1 over the training images, not over each batch, so
     that a batch with more images of rare classes counts more.
-
-    Args:
-        smaller: the network sees the images at three quarters of their size.
 
     Returns:
         Loss and correct predictions of the share, on the device; the losses of all shares add up to the batch's mean
@@ -92,7 +89,7 @@ def train_step(learner: Learner, batch: Batch, plan: Plan, *, smaller: bool = Fa
         part = slice(part.start, part.stop + 1)  # with the neighbour in front
         waits = learner.ddp is not None and i < plan.accumulate - 1  # only the last part sums over the processes
         with learner.ddp.no_sync() if learner.ddp and waits else contextlib.nullcontext():
-            loss, hits = summed_loss(learner, batch.inputs[part], batch.targets[part], batch.mix, plan, smaller)
+            loss, hits = summed_loss(learner, batch.inputs[part], batch.targets[part], batch.mix, plan)
             loss = loss / batch.whole
             # DistributedDataParallel takes the mean of the gradients, where the sum is wanted.
             learner.scaler.scale(loss * distributed.world()).backward()
@@ -110,7 +107,7 @@ def train_step(learner: Learner, batch: Batch, plan: Plan, *, smaller: bool = Fa
 
 
 def summed_loss(
-    learner: Learner, inputs: Tensor, targets: Tensor, mix: Mix | None, plan: Plan, smaller: bool
+    learner: Learner, inputs: Tensor, targets: Tensor, mix: Mix | None, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """Summed loss and correct predictions of n images, given n + 1: the first is only the second's neighbour."""
     own, wanted = inputs[1:], [(1.0, targets[1:])]
@@ -119,9 +116,8 @@ def summed_loss(
     if mix:
         own = mix(own, normalise(inputs[:-1], *learner.scale))
         wanted = [(mix.kept, targets[1:]), (1 - mix.kept, targets[:-1])]
-    if not learner.features:
-        own = shrink(own) if smaller else own
-        own = own.contiguous(memory_format=torch.channels_last) if plan.channels_last else own
+    if plan.channels_last and not learner.features:
+        own = own.contiguous(memory_format=torch.channels_last)
     with torch.autocast(plan.device.type, plan.amp, enabled=plan.amp is not torch.float32):
         logits = learner.forward(own)
     predicted = logits.detach().argmax(dim=1)
