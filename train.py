@@ -29,11 +29,12 @@ from typing import Any
 import torch
 
 from dataset import splits
-from dataset.image_store import Data
+from dataset.decoded_images import Data
 from dataset.sources import Source
 from model import checkpoint, registry
 from training import console, distributed, resume_state, run_folder
 from training.command_line import check_flags, parse, training_options
+from training.early_stopping import is_out_of_patience
 from training.epoch import PartialEpoch, evaluate_val, make_row, train_epoch
 from training.evaluation import show_evaluation
 from training.failures import Diverged, Interrupted, OutOfMemory, check_loss, explained, has_finite_weights
@@ -50,7 +51,7 @@ from training.results import score_splits, training_facts, write_results
 from training.resume_state import Progress
 from training.run_folder import EpochFiles
 from training.schedule import Schedule
-from training.selection import MEASURES, is_better, is_out_of_patience, snapshot
+from training.selection import MEASURES, is_better, snapshot
 from training.start import check_weights, make_network, near, read_data, read_weights
 from training.suggestion import choose_options
 

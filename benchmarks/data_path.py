@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe, keep
+from dataset.decoded_images import Split
 from dataset.frames import edge_for
-from dataset.image_store import Split
 from dataset.loading import load
 from model import registry
 from predictor.spec import PixelRule

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.data_path import BATCH, prepared
 from benchmarks.machine import describe, keep
-from dataset.image_store import Split
+from dataset.decoded_images import Split
 from model.registry import train_mode
 from training.ahead import Ahead
 from training.epoch import shuffled

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.machine import describe, keep
-from dataset.image_store import Data, Split
+from dataset.decoded_images import Data, Split
 from dataset.loading import load
 from model import registry
 from predictor.spec import PixelRule

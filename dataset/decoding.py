@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.image_store import FilePixels
+from dataset.decoded_images import FilePixels
 from dataset.sources import DataError, Entry, ImageInput, Source, Unreadable, printable
 from predictor.pillow_preprocessing import ImageError, crop, read
 from predictor.spec import PixelRule

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from dataset import splits
+from dataset.decoded_images import Data, Split, StreamedPixels, allocate
 from dataset.decoding import as_file, decode_each, name_unreadable, square, unreadable_images
 from dataset.frames import Frames, FrameSquares, make_frame
-from dataset.image_store import Data, Split, StreamedPixels, allocate
 from dataset.placement import Wanted, bodies_for
 from dataset.sample_images import choose_samples, name_samples
 from dataset.sources import DataError, Source, open_source, printable

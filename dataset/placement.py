@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.decoded_images import free_memory
 from dataset.frames import ENCODINGS, MemoryBodies
-from dataset.image_store import free_memory
 from dataset.sources import DataError, Source
 from dataset.store import ABOUT, StoredBodies, default_root, image_digests, store_folder
 from predictor.spec import PixelRule
@@ -100,7 +100,7 @@ def _say_what_is_added(bodies: StoredBodies, root: Path, size: int, say: Callabl
 
 
 def _in_memory(wanted: Wanted, free: int, say: Callable[[str], None], can_be_stored: bool) -> MemoryBodies:
-    """The frames; crops that have no room stream from a temporary file (`image_store.allocate`)."""
+    """The frames; crops that have no room stream from a temporary file (`decoded_images.allocate`)."""
     raw, jpeg = (wanted.bytes(encoding) for encoding in ("raw", "jpeg"))
     encoding = "raw" if raw <= free // 2 else "jpeg"
     if wanted.frames and encoding == "jpeg":

@@ -36,8 +36,8 @@ import PIL
 from PIL import Image
 from torch import Tensor
 
+from dataset.decoded_images import StreamedPixels
 from dataset.frames import encode
-from dataset.image_store import StreamedPixels
 from dataset.sources import DataError, Source
 from dataset.store_files import check_folder, explained, locked, open_own, read_own
 from predictor.files import sync_folder, write_text

@@ -363,9 +363,10 @@ def test_ties_are_counted_and_not_held_against_a_runtime():
     assert not parity.compare("pixels", "x", "1", reference, torch.full((2, 2), torch.nan), 1.0, ["a", "b"]).passed
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small"])
-def test_other_architectures_export_and_agree(tmp_path, arch):
+def test_another_architecture_exports_and_agrees(tmp_path):
+    """`benchmarks.architectures` has a dozen more."""
     torch.manual_seed(0)
+    arch = "mobilenet_v3_small"
     size = 64
     network = registry.build(arch, 3, size).eval()
     out = tmp_path / "net"

@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 from tests.learning import make_plan
-from training.selection import MEASURES, Best, is_better, is_out_of_patience, snapshot
+from training.early_stopping import is_out_of_patience
+from training.selection import MEASURES, Best, is_better, snapshot
 
 # Three epochs, each the best by another measure.
 EPOCHS = [
@@ -55,5 +56,5 @@ def test_patience_counts_by_the_measure_that_was_named(select, over):
     columns = ("val_accuracy", "val_macro_f1", "val_loss")
     rows = [(0.9, 0.5, 0.1), (0.8, 0.4, 0.2), (0.8, 0.6, 0.3)]
     history = [dict(zip(columns, row, strict=True)) for row in rows]
-    assert is_out_of_patience(history, make_plan(patience=2, select=select), 0.5) is over
-    assert not is_out_of_patience(history[:2], make_plan(patience=2, select=select), 0.5)
+    assert is_out_of_patience(history, make_plan(patience=2, select=select)) is over
+    assert not is_out_of_patience(history[:2], make_plan(patience=2, select=select))

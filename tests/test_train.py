@@ -21,9 +21,9 @@ from tests.kinds import HEIC
 from tests.learning import make_plan
 from train import main, train
 from training.console import on_terminal
+from training.early_stopping import is_out_of_patience
 from training.failures import Diverged
 from training.options import TrainOptions
-from training.selection import is_out_of_patience
 
 
 def test_a_run_folder_holds_what_the_contract_names(run):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dataset.image_store import on_device
+from dataset.decoded_images import on_device
 from dataset.loading import load
 from dataset.splits import SPLITS
 from model import checkpoint, registry

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dataset.decoded_images import Split
 from dataset.frames import BATCHES_AHEAD
-from dataset.image_store import Split
 from training.augmentation import Draws, random_boxes
 from training.learner import Learner
 from training.randomness import crop_generator

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dataset.image_store import Split
+from dataset.decoded_images import Split
 from model.tensor_preprocessing import normalise
 
 USUAL_MOMENTUM = 0.1  # PyTorch's default: such averages follow within tens of steps, and are left alone

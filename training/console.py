@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dataset.image_store import Data
+from dataset.decoded_images import Data
 from dataset.terminal import printed
 from training import distributed
 from training.balance import say_uneven

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.image_store import Data, Split
+from dataset.decoded_images import Data, Split
 from model.registry import train_mode
 from training import distributed
 from training.ahead import Ahead

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dataset import splits
+from dataset.decoded_images import Split, allocate
 from dataset.decoding import decode_all, name_unreadable
-from dataset.image_store import Split, allocate
 from dataset.sources import DataError, Entry, Source, open_source
 from model import load_run
 from model.tensor_preprocessing import normalise

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dataset.image_store import Data, free_memory
+from dataset.decoded_images import Data, free_memory
 from model.registry import head_name
 from model.tensor_preprocessing import normalise
 from training import distributed

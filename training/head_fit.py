@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dataset.image_store import Data
+from dataset.decoded_images import Data
 from training import distributed
 from training.balance import class_weights
 from training.epoch import history_row

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dataset.image_store import Split
+from dataset.decoded_images import Split
 from training.ahead import draw_boxes
 from training.epoch import shuffled
 from training.learner import Learner

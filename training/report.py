@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dataset.image_store import Data, Split
+from dataset.decoded_images import Data, Split
 from predictor.files import atomic_write, write_text
 from predictor.spec import ModelSpec
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataset.image_store import Data
+from dataset.decoded_images import Data
 from dataset.sample_images import save_samples
 from model.registry import is_timm
 from predictor.files import sha256, write_text

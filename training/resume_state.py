@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.image_store import Data
+from dataset.decoded_images import Data
 from model import checkpoint
 from model.checkpoint import CheckpointError, load_into
 from training.epoch import PartialEpoch

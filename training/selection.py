@@ -1,18 +1,14 @@
-"""Which epoch is the best one, and when there is no use in more of them."""
+"""Which epoch is the best one, whose weights are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training.resolve import Plan
-
 MEASURES = {"accuracy": "val accuracy", "macro-f1": "val macro F1", "loss": "val loss"}  # as --select names them
-_COLUMNS = {"accuracy": "val_accuracy", "macro-f1": "val_macro_f1"}  # of the history
 
 
 @dataclass(frozen=True)
@@ -53,20 +49,3 @@ def snapshot(epoch: float, val: dict[str, Any], network: nn.Module) -> Best:
         for name, value in network.state_dict().items()
     }
     return Best(epoch, val["accuracy"], val["loss"], weights, val["macro"]["f1"])
-
-
-def is_out_of_patience(history: Sequence[dict[str, float]], plan: Plan) -> bool:
-    """Whether the measure of `plan.select` has not improved for `plan.patience` epochs.
-
-    With accuracy or macro F1, a lower loss alone is no gain.
-
-    What is yet to come counts: a backbone that is frozen still.
-
-    Args:
-        history: a row for each epoch, as in history.csv.
-    """
-    if not plan.patience:
-        return False
-    values = [-row["val_loss"] if plan.select == "loss" else row[_COLUMNS[plan.select]] for row in history]
-    gain = values.index(max(values)) + 1  # the last epoch with one
-    return len(history) - max(gain, plan.unfreeze_at) >= plan.patience

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dataset.decoded_images import Data, on_device
 from dataset.frames import edge_for
-from dataset.image_store import Data, on_device
 from dataset.loading import load
 from dataset.sources import BUILT_IN, Source
 from model import registry

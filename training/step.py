@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dataset.image_store import Split
+from dataset.decoded_images import Split
 from model.tensor_preprocessing import normalise
 from training import distributed
 from training.augmentation import Draws, Mix, draw_mix, erase, flip_and_shift, jitter, rotate

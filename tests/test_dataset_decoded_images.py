@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from dataset import image_store
-from dataset.image_store import FilePixels, allocate, free_memory
+from dataset import decoded_images
+from dataset.decoded_images import FilePixels, allocate, free_memory
 from dataset.loading import load
 from dataset.sources import DataError, open_source
 from model import checkpoint
@@ -28,7 +28,7 @@ def test_what_does_not_fit_in_memory_is_kept_in_a_file(tmp_path, monkeypatch):
     class Little:
         available = 1000
 
-    monkeypatch.setattr(image_store.psutil, "virtual_memory", lambda: Little)
+    monkeypatch.setattr(decoded_images.psutil, "virtual_memory", lambda: Little)
     said = []
     got = load(str(folder), rule=PixelRule.square(16), store="memory", scratch=tmp_path, say=said.append)
     assert f"they stream from a temporary file in {tmp_path}" in said[-1]
@@ -37,12 +37,12 @@ def test_what_does_not_fit_in_memory_is_kept_in_a_file(tmp_path, monkeypatch):
 
 def test_a_disk_without_room_for_the_file_is_an_error_before_anything_is_read(tmp_path, monkeypatch):
     folder = make_folder(tmp_path, count=6)
-    monkeypatch.setattr(image_store, "free_memory", lambda processes: 1000)
+    monkeypatch.setattr(decoded_images, "free_memory", lambda processes: 1000)
 
     class Full:
         free = 2000
 
-    monkeypatch.setattr(image_store.shutil, "disk_usage", lambda folder: Full)
+    monkeypatch.setattr(decoded_images.shutil, "disk_usage", lambda folder: Full)
     with pytest.raises(DataError, match=r"has room for 0.0 GB; choose another disk \(--out\)"):
         load(str(folder), rule=PixelRule.square(16), store="memory", scratch=tmp_path)
 
@@ -58,7 +58,7 @@ def test_a_run_that_streams_ends_with_the_bits_of_one_that_does_not(tmp_path, mo
         return read(self, rows)
 
     monkeypatch.setattr(FilePixels, "_read", noted)
-    monkeypatch.setattr(image_store, "free_memory", lambda processes: 1000)
+    monkeypatch.setattr(decoded_images, "free_memory", lambda processes: 1000)
     assert main([*train, "--out", str(tmp_path / "streamed")]) == 0
     weights = [checkpoint.load_state_dict(tmp_path / name / "model.pt") for name in ("whole", "streamed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -70,7 +70,7 @@ def test_the_processes_of_a_machine_share_its_memory(tmp_path, monkeypatch):
     class Some:
         available = 100 * 2 * 16 * 16 * 3  # bytes: twice what 100 images take
 
-    monkeypatch.setattr(image_store.psutil, "virtual_memory", lambda: Some)
+    monkeypatch.setattr(decoded_images.psutil, "virtual_memory", lambda: Some)
     assert free_memory(1) >= 50 * free_memory(100)
     assert isinstance(allocate(100, 16, 16, tmp_path, processes=1), torch.Tensor)
     assert isinstance(allocate(100, 16, 16, tmp_path, processes=2, say=lambda line: None), FilePixels)
@@ -79,7 +79,7 @@ def test_the_processes_of_a_machine_share_its_memory(tmp_path, monkeypatch):
 def test_training_tells_how_many_processes_share_the_memory(tmp_path, monkeypatch):
     told = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    monkeypatch.setattr(image_store, "free_memory", lambda processes: told.append(processes) or 1 << 40)
+    monkeypatch.setattr(decoded_images, "free_memory", lambda processes: told.append(processes) or 1 << 40)
     reading = Reading(rule=PixelRule.square(16), train_size=ImageSize(16, 16), crop_padding=0, workers=1)
     read_data(TrainOptions(data="digits", out=str(tmp_path)), reading)
     assert told == [3]
@@ -97,7 +97,7 @@ def test_a_temporary_file_that_was_cut_is_an_error(tmp_path):
 @pytest.mark.parametrize("free", [1 << 40, 1000], ids=["memory", "file"])
 def test_images_need_not_be_squares(tmp_path, monkeypatch, free):
     folder, rule = make_folder(tmp_path, count=6), PixelRule(height=12, width=20, resize=12)
-    monkeypatch.setattr(image_store, "free_memory", lambda processes: free)
+    monkeypatch.setattr(decoded_images, "free_memory", lambda processes: free)
     source, labels = open_source(str(folder)), ("blue", "green", "red")
     loaded = load(str(folder), rule=rule, scratch=tmp_path, say=lambda line: None).train
     scored = read_images(source, labels, rule, range(18), TrainOptions(data=str(folder), out=""))
