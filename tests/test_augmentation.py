@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional
 
-from training.augmentation import Draws, draw_mix, erase, flip_and_shift, jitter, random_boxes, rotate, shrink, turn
+from training.augmentation import Draws, draw_mix, erase, flip_and_shift, jitter, random_boxes, rotate, turn
 from training.trivial_augment import OPERATIONS, trivial_augment
 
 
@@ -246,10 +246,6 @@ def test_images_are_erased_as_often_as_was_asked():
     crops = torch.zeros((400, 8, 8, 3), dtype=torch.uint8)
     erased = erase(crops, 0.25, draws(400)).flatten(1).any(dim=1).sum()
     assert 60 < erased < 140
-
-
-def test_a_smaller_image_keeps_its_shape():
-    assert shrink(torch.zeros(2, 3, 16, 40)).shape == (2, 3, 12, 30)
 
 
 def by_torchvision(name, image, level):

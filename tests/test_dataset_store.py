@@ -92,7 +92,7 @@ def test_frames_in_a_store_are_those_in_memory(folder, root):
     got, stored = read(folder, root)
     assert got == expected
     boxes = torch.tensor([[0.1, 0.2, 0.9, 0.8]]).repeat(TRAIN, 1)
-    crops = [data.train.frames.crops(data.train.rows, boxes, 12) for data in (in_memory, stored)]
+    crops = [data.train.frames.crops(data.train.rows, boxes, (12, 12)) for data in (in_memory, stored)]
     assert torch.equal(*crops)
 
 
