@@ -21,7 +21,7 @@ BIN     = .venv/bin
 # is the same everywhere, oneDNN's convolutions without AVX-512 and without AVX. Each changes results here.
 PORTABLE  = "ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE" ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=SSE41
 NUMERICAL = architectures augmentation backends batchnorm calibration dataset_frames distributed evaluation explanations \
-	export fastnet features golden handler head_fit metrics pixel_rules predictor preprocessing recipes reduced runtimes \
+	export fastnet features golden handler head_fit metrics oblong pixel_rules predictor preprocessing recipes reduced runtimes \
 	train training_step
 TOOLCHAINS = client_batch client_cpp client_node client_web
 PARALLEL  = $(if $(filter-out 1,$(JOBS)),--numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder)
