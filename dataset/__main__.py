@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m dataset", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    store = commands.add_parser("store", help="lists and clears the stores of decoded training images")
+    store = commands.add_parser("store", help="lists and clears the stores of decoded images")
     store.add_argument("--store", type=Path, default=default_root(), metavar="DIR", help="as in train.py (%(default)s)")
     store.add_argument("--clear", metavar="NAME", help="remove this store, or all")
     options = parser.parse_args(arguments)

@@ -106,7 +106,7 @@ class Split:
         """The whole images, by `rows`; None where there are only the rule's crops."""
         return self.pixels.frames if isinstance(self.pixels, FrameSquares) else None
 
-    def read_ahead(self, chosen: Tensor) -> None:
+    def read_ahead(self, chosen: Tensor | slice) -> None:
         """Says that these are wanted next: where images stream from disk, they are read meanwhile."""
         if isinstance(self.pixels, StreamedPixels):
             self.pixels.read_ahead(self.rows[chosen])

@@ -105,7 +105,7 @@ class _Kept:
         self._is_whole = set(self._whole)
         self._sampled = choose_samples(source.entries, assigned)
         self.files: dict[int, bytes] = {}
-        wanted = Wanted(self._whole, self._crops, edge or max(rule.height, rule.width), rule)
+        wanted = Wanted(self._whole, self._crops, edge or 0, rule)
         self.bodies = bodies_for(data, source, wanted, store, processes=processes, say=say)
         self._cropped: Tensor | StreamedPixels
         if isinstance(self.bodies, StoredBodies):

@@ -3,6 +3,7 @@ anything is written."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ JPEG_FACTOR = 4  # photographs take a sixth to a tenth of their pixels' bytes; t
 class Wanted:
     """The images of a data set, by their indices, and what is kept of them.
 
-    frames: as whole frames with a short edge of at most `edge` px.
+    frames: as whole frames with a short edge of at most `edge` px; 0 where there are none.
     crops: as crops by `rule`.
     """
 
@@ -34,11 +35,13 @@ class Wanted:
     def __len__(self) -> int:
         return len(self.frames) + len(self.crops)
 
-    def bytes(self, encoding: str) -> int:
-        """What all take, about."""
-        frames = len(self.frames) * 3 * self.edge * round(self.edge * ASPECT)
-        crops = len(self.crops) * 3 * self.rule.height * self.rule.width
-        return crops + (frames if encoding == "raw" else frames // JPEG_FACTOR)
+    def bytes(self, encoding: str, rows: Sequence[int] | None = None) -> int:
+        """What all take, about; or those of some `rows`, where frames come first."""
+        rows = range(len(self)) if rows is None else rows
+        frames = sum(row < len(self.frames) for row in rows)
+        crops = len(rows) - frames
+        frame = 3 * self.edge * round(self.edge * ASPECT) // (1 if encoding == "raw" else JPEG_FACTOR)
+        return frames * frame + crops * 3 * self.rule.height * self.rule.width
 
 
 def bodies_for(
@@ -59,17 +62,28 @@ def bodies_for(
     have_room = wanted.bytes("raw") <= free // 2 and (processes == 1 or not wanted.frames)
     if where == "memory" or (where == "auto" and (have_room or not can_be_stored)):
         return _in_memory(wanted, free, say, can_be_stored)
+    try:
+        return _stored(data, source, wanted, where, say)
+    except DataError as error:
+        if where != "auto":
+            raise
+        say(f"no store: {error}")
+        return _in_memory(wanted, free, say, can_be_stored)
+
+
+def _stored(data: str, source: Source, wanted: Wanted, where: str, say: Callable[[str], None]) -> StoredBodies:
     frames, crops = image_digests(source, wanted.frames), image_digests(source, wanted.crops, wanted.rule)
     if frames is None or crops is None:
         raise DataError(f"--store {where}: is for folders, archives and tables of images; leave it out for {data}")
     root = default_root() if where == "auto" else Path(where)
+    check_writable(root)
     edge, colour = wanted.edge, wanted.rule.colour
     folders = {encoding: store_folder(root, data, source.name, edge, encoding, colour) for encoding in ENCODINGS}
     known = next((encoding for encoding, folder in folders.items() if (folder / ABOUT).exists()), None)
     has_room = not wanted.frames or wanted.bytes("raw") <= free_disk(root) // 2
     encoding = known or ("raw" if has_room else "jpeg")
     bodies = StoredBodies(folders[encoding], [*frames, *crops], encoding, data)
-    _say_what_is_added(bodies, root, wanted.bytes(encoding), say)
+    _say_what_is_added(bodies, root, wanted, say)
     return bodies
 
 
@@ -79,24 +93,35 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _say_what_is_added(bodies: StoredBodies, root: Path, size: int, say: Callable[[str], None]) -> None:
+def check_writable(root: Path) -> None:
     """
-    Args:
-        size: bytes that all images take.
+    Raises:
+        DataError: the folder cannot be written, or made.
+    """
+    try:
+        there = next(parent for parent in (root.absolute(), *root.absolute().parents) if parent.exists())
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+            return
+    except OSError:  # a folder on the way may not be entered
+        pass
+    raise DataError(f"{root}: cannot be written; give another --store DIR")
 
+
+def _say_what_is_added(bodies: StoredBodies, root: Path, wanted: Wanted, say: Callable[[str], None]) -> None:
+    """
     Raises:
         DataError: the disk has no room for what is missing.
     """
-    space, count, added = free_disk(root), len(bodies.shapes), len(bodies.fresh)
-    needed = size * added // max(1, count)
+    space, fresh = free_disk(root), bodies.fresh
+    added, needed = len(fresh), wanted.bytes(bodies.encoding, fresh)
     if needed > space:
         raise DataError(
             f"{root}: has room for {space / 1e9:.1f} GB, and {added:,} images take about {needed / 1e9:.1f} GB "
             "decoded; give --store DIR on another disk, or a smaller --size"
         )
-    kind = {"raw": "as pixels", "jpeg": "as JPEG"}[bodies.encoding]
+    kind = "as JPEG" if bodies.encoding == "jpeg" and fresh and fresh[0] < len(wanted.frames) else "as pixels"
     rest = f"; {added:,} are added {kind}, about {needed / 1e9:.1f} GB of the {space / 1e9:.1f} GB that are free"
-    say(f"{count - len(bodies.missing):,} images lie decoded in {bodies.folder}{rest if added else ''}")
+    say(f"{len(wanted) - len(bodies.missing):,} images lie decoded in {bodies.folder}{rest if added else ''}")
 
 
 def _in_memory(wanted: Wanted, free: int, say: Callable[[str], None], can_be_stored: bool) -> MemoryBodies:

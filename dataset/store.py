@@ -57,9 +57,16 @@ RECORD = np.dtype(
 
 
 def default_root() -> Path:
-    """Where stores lie unless the user says otherwise: in the cache folder of the XDG base directories."""
+    """Where stores lie unless the user says otherwise: in the cache folder of the XDG base directories.
+
+    Raises:
+        DataError: the user has no home.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "classify-and-serve" / "store"
+    try:
+        return Path(cache).expanduser() / "classify-and-serve" / "store"
+    except RuntimeError as error:
+        raise DataError(f"{cache}: {error}; set HOME or XDG_CACHE_HOME, or give --store DIR") from None
 
 
 def store_folder(root: Path, data: str, name: str, edge: int, encoding: str, colour: str) -> Path:

@@ -13,7 +13,6 @@ from torch.nn.functional import gelu, max_pool2d
 
 STEM = 24  # filters of the first layer, 2×2
 SCALE = 1 / 9  # of the logits: keeps the first losses, and with them the first steps, small
-MOMENTUM = 0.4  # of BatchNorm's statistics: trainings are short
 
 
 class FastNet(nn.Module):
@@ -38,15 +37,22 @@ class FastNet(nn.Module):
         return self.classifier(features.flatten(1) * SCALE)
 
 
+class FastNorm(nn.BatchNorm2d):
+    """BatchNorm whose statistics follow quickly, as trainings are short; Muon moves its bias fast."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, momentum=0.4)
+
+
 class Block(nn.Module):
     """Two 3×3 convolutions with BatchNorm and GELU; the first one's output is halved in width and height."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs, momentum=MOMENTUM)
+        self.norm1 = FastNorm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs, momentum=MOMENTUM)
+        self.norm2 = FastNorm(outputs)
 
     def forward(self, features: Tensor) -> Tensor:
         features = gelu(self.norm1(max_pool2d(self.conv1(features), 2)))

@@ -308,7 +308,7 @@ def test_who_finds_a_store_under_construction_waits_and_says_so(folder, root, de
     assert len(got) == len(expected) + 1
 
 
-def test_two_that_build_at_once_decode_each_image_once(folder, root, decoded):
+def test_two_that_build_at_once_decode_each_image_once(folder, root, decoded, cropped):
     found = {}
     both = [threading.Thread(target=lambda i=i: found.setdefault(i, read(folder, root)[0])) for i in range(2)]
     for one in both:
@@ -317,6 +317,8 @@ def test_two_that_build_at_once_decode_each_image_once(folder, root, decoded):
         one.join()
     assert found[0] == found[1]
     assert len(decoded) == TRAIN
+    samples = len(read(folder, "memory")[1].samples)
+    assert len(cropped) - (IMAGES - TRAIN) == (IMAGES - TRAIN) + samples  # of one of the two, and in memory
 
 
 def place(folder, where, monkeypatch, memory, disk, processes=1):
@@ -403,6 +405,53 @@ def test_an_unreadable_image_is_left_out_each_time_and_nobody_waits_for_it_again
     assert len(locks) == 1
     assert said[1] == said[2] == f"{IMAGES - 1} images lie decoded in {only_store(root)}"
     assert list_stores(root)[0].images == IMAGES - 1
+
+
+@pytest.mark.parametrize("edge", [EDGE, None], ids=["with frames", "crops alone"])
+def test_an_unreadable_test_image_is_left_out_each_time(folder, root, locks, edge):
+    (folder / "test" / "red" / "0.jpg").write_bytes(b"nothing")
+    found = []
+    for where in (root, root, "memory"):
+        data = load(
+            str(folder), rule=PixelRule.square(16), edge=edge, store=str(where), skip_bad=True, say=lambda line: None
+        )
+        found.append({name: getattr(data, name).crops(slice(None)) for name in ("train", "val", "test")})
+        assert [line.partition(":")[0] for line in data.skipped] == ["test/red/0.jpg"]
+        assert len(data.test) == TRAIN - 1
+    assert all(torch.equal(found[i][name], found[2][name]) for i in (0, 1) for name in found[2])
+    assert len(locks) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_images_stay_in_memory(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with monkeypatch.context() as patched:
+        patched.setattr(placement.os, "access", lambda *_: False)
+        bodies, said = place(folder, "auto", monkeypatch, memory=RAW, disk=100 * RAW)
+        assert (type(bodies), bodies.encoding) == (MemoryBodies, "jpeg")
+        assert said[0].startswith(f"no store: {tmp_path / 'cache'}")
+        assert "cannot be written; give another --store DIR" in said[0]
+        with pytest.raises(DataError, match="cannot be written; give another --store DIR"):
+            place(folder, str(tmp_path / "store"), monkeypatch, memory=RAW, disk=100 * RAW)
+    bodies, said = place(folder, "auto", monkeypatch, memory=RAW, disk=0)
+    assert isinstance(bodies, MemoryBodies)
+    assert "has room for 0.0 GB" in said[0]
+
+
+def test_a_user_without_a_home_has_no_store(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", lambda path: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(DataError, match=r"no home; set HOME or XDG_CACHE_HOME, or give --store DIR"):
+        store.default_root()
+
+
+def test_room_is_reckoned_for_what_is_missing(folder, root, monkeypatch):
+    """Crops are smaller than frames: where only these are missing, little is."""
+    read(folder, root)
+    crops = 3 * 16 * 16 * (IMAGES - TRAIN)
+    monkeypatch.setattr(placement, "free_disk", lambda folder: crops * 6 // 5)
+    said = []
+    read(folder, root, rule=replace(PixelRule.square(16), interpolation="bicubic"), say=said.append)
+    assert f"{IMAGES - TRAIN} are added as pixels" in said[0]
 
 
 def test_an_image_that_becomes_readable_is_added(folder, root, decoded, locks, monkeypatch):
@@ -631,7 +680,7 @@ def test_a_store_that_others_can_change_is_refused(folder, root, tmp_path, monke
 
 def test_a_folder_that_cannot_be_written_is_one_line(folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot be written .*; give another --store DIR"):
+    with pytest.raises(DataError, match=r"cannot be written.*; give another --store DIR"):
         read(folder, tmp_path / "file" / "store")
 
 

@@ -63,10 +63,13 @@ def test_muon_trains_parameters_of_every_shape():
 
 
 def test_muons_rates_are_those_of_filters_matrices_vectors_and_biases_of_norms():
-    network = registry.build("fastnet_small", 10, 32)
-    optimizer = make_optimizer(network, make_plan(optimizer="muon", lr=0.1))
-    by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    rates = {name: by_id[id(p)] for name, p in network.named_parameters()}
+    def rates_of(arch):
+        network = registry.build(arch, 10, 32)
+        optimizer = make_optimizer(network, make_plan(optimizer="muon", lr=0.1))
+        by_id = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        return {name: by_id[id(p)] for name, p in network.named_parameters()}
+
+    rates = rates_of("fastnet_small")
     norms = {
         kind: {rate for name, rate in rates.items() if "norm" in name and name.endswith(kind)}
         for kind in ("bias", "weight")
@@ -75,6 +78,7 @@ def test_muons_rates_are_those_of_filters_matrices_vectors_and_biases_of_norms()
     assert rates["stem.bias"] == VECTORS * 0.1
     assert rates["classifier.weight"] == HEAD * 0.1
     assert rates["stem.weight"] == rates["blocks.0.conv1.weight"] == 0.1
+    assert max(rates_of("resnet18").values()) == HEAD * 0.1  # the norms of others learn as other vectors do
 
 
 def test_muon_keeps_the_norm_of_filters_and_moves_the_rest_as_nesterov_sgd_does():

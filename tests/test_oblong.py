@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
-    """A run whose first half epoch sees still smaller images."""
+    """A run of two epochs, with most augmentations."""
     out = tmp_path_factory.mktemp("runs") / "oblong"
     with reports(write_report):
         options = [*TRAINED, *AUGMENTED, "--epochs", "2"]

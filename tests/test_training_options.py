@@ -86,6 +86,15 @@ def test_every_option_survives_the_file(tmp_path):
     assert make_options(None, read_config(tmp_path / "config.yaml")) == config
 
 
+def test_an_option_that_is_no_more_is_passed_over_where_it_was_not_used(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("epochs: 3\nlow_res: 0.0\n")
+    assert read_config(file) == {"epochs": 3}
+    file.write_text("low_res: 0.6\n")
+    with pytest.raises(ValueError, match="'low_res' is no option"):
+        read_config(file)
+
+
 def test_the_card_shows_the_recipe_and_what_was_switched_on_and_no_paths():
     shown = shown_on_card(vars(make_options(None, {"data": "/secret", "out": "x", "mixup": 0.2})))
     assert (shown["mixup"], shown["schedule"], shown["optimizer"]) == (0.2, "cosine", "adamw")

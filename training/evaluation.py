@@ -64,6 +64,8 @@ def evaluate(
             for start in range(share.start, share.stop, batch):
                 stop = min(start + batch, share.stop)
                 crops = split.crops(slice(start, stop)).to(mean.device)
+                if stop < share.stop:
+                    split.read_ahead(slice(stop, min(stop + batch, share.stop)))
                 images = normalise(crops.flip(2) if mirrored else crops, mean, std)
                 logits.append(network(images).float().cpu())
                 progress((stop - share.start) * len(split) // (share.stop - share.start), len(split))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from model.fastnet import FastNorm
 from model.registry import layer_numbers
 from training.muon import Muon
 from training.resolve import Plan
@@ -24,7 +25,7 @@ def make_optimizer(network: nn.Module, plan: Plan, backbone: Sequence[nn.Paramet
     lr = plan.lr
     trainable = [p for p in network.parameters() if p.requires_grad]
     if plan.optimizer == "muon":
-        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        norms = [module for module in network.modules() if isinstance(module, FastNorm)]
         return Muon(trainable, lr, plan.momentum, plan.weight_decay, [norm.bias for norm in norms])
     groups = [
         {"params": [p for p in some if (p.ndim > 1) == matrices], "lr": rate, "weight_decay": decay}

@@ -22,6 +22,7 @@ from training.lengths import fitted
 from training.size import as_size
 
 RECIPES = Path(__file__).with_name("recipes.yaml")
+REMOVED = {"low_res"}  # options of earlier versions, which stand in the config.yaml of their runs
 
 # What the help promises for an option that is not given, and training/resolve.py keeps.
 DEFAULT_EPOCHS = 10
@@ -562,6 +563,8 @@ def read_config(path: Path | str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        if name in REMOVED and not value:
+            continue
         if name not in _kinds():
             close = difflib.get_close_matches(name, _kinds(), n=1)
             hint = f"did you mean {close[0]}?" if close else "the names are those of the flags (train.py --help)"
