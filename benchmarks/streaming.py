@@ -30,18 +30,7 @@ from benchmarks.machine import describe, keep
 PROJECT = Path(__file__).resolve().parent.parent
 SOME = 1000
 IN_MEMORY = 10_000  # images of the run that it is compared with
-TRAINING = [
-    "--arch",
-    "resnet18",
-    "--size",
-    "224",
-    "--crop-scale",
-    "0.35",
-    "--val-fraction",
-    "0.01",
-    "--test-fraction",
-    "0.01",
-]
+TRAINING = ["--arch=resnet18", "--size=224", "--crop-scale=0.35", "--val-fraction=0.01", "--test-fraction=0.01"]
 
 # The images, processes, and where they are kept; in this order, as one finds what the one before it has stored.
 RUNS = {
@@ -117,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given = ["--data", str(folder / data), "--store", store, "--minutes", f"{options.minutes:g}"]
             row = watch([*given, *TRAINING, "--out", str(folder / "run"), "--overwrite"], processes)
             results[name] = row
-            keep(options.json, machine, "results", results)
+            keep(options.json, machine, f"{options.images:,} images", results)
             print(f"{name}: {json.dumps(row)}", flush=True)
     print(json.dumps(machine))
     for name, row in results.items():

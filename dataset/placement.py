@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,9 @@ class Wanted:
         return len(self.frames) + len(self.crops)
 
     def bytes(self, encoding: str, rows: Sequence[int] | None = None) -> int:
-        """What all take, about; or those of some `rows`, where frames come first."""
+        """What all take, about; or those of some `rows`, in order, where frames come first."""
         rows = range(len(self)) if rows is None else rows
-        frames = sum(row < len(self.frames) for row in rows)
+        frames = bisect_left(rows, len(self.frames))
         crops = len(rows) - frames
         frame = 3 * self.edge * round(self.edge * ASPECT) // (1 if encoding == "raw" else JPEG_FACTOR)
         return frames * frame + crops * 3 * self.rule.height * self.rule.width
@@ -76,7 +77,7 @@ def _stored(data: str, source: Source, wanted: Wanted, where: str, say: Callable
     if frames is None or crops is None:
         raise DataError(f"--store {where}: is for folders, archives and tables of images; leave it out for {data}")
     root = default_root() if where == "auto" else Path(where)
-    check_writable(root)
+    _check_writable(root)
     edge, colour = wanted.edge, wanted.rule.colour
     folders = {encoding: store_folder(root, data, source.name, edge, encoding, colour) for encoding in ENCODINGS}
     known = next((encoding for encoding, folder in folders.items() if (folder / ABOUT).exists()), None)
@@ -89,17 +90,21 @@ def _stored(data: str, source: Source, wanted: Wanted, where: str, say: Callable
 
 def free_disk(folder: Path) -> int:
     """Bytes on the disk that a folder is on, or will be."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(_existing(folder)).free
 
 
-def check_writable(root: Path) -> None:
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+
+
+def _check_writable(root: Path) -> None:
     """
     Raises:
         DataError: the folder cannot be written, or made.
     """
     try:
-        there = next(parent for parent in (root.absolute(), *root.absolute().parents) if parent.exists())
+        there = _existing(root)
         if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
             return
     except OSError:  # a folder on the way may not be entered

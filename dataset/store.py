@@ -74,7 +74,7 @@ def store_folder(root: Path, data: str, name: str, edge: int, encoding: str, col
 
     Args:
         data: as --data has it; name: the data set's, for people.
-        edge: px; encoding: of its frames, as `dataset.frames` has them.
+        edge: px, 0 where it holds crops alone; encoding: of its frames, as `dataset.frames` has them.
         colour: as the pixel rule has it.
     """
     path = str(Path(data).resolve()) if Path(data).exists() else data

@@ -26,6 +26,7 @@ from tests.hostile_images import IMAGES
 from tests.kinds import save
 
 CLIENTS = 8
+ATTEMPTS = 20  # at a body that was put off, as the answer says
 LEAK = 64 * MIB  # that a worker may grow by in a second round
 LARGE = 200 * MIB
 COSTLY = 400 * MIB  # that all processes together may grow by while such an image is looked at
@@ -85,9 +86,17 @@ def wrong(kind, reply):
 def test_every_hostile_body_is_refused_alone_and_the_worker_lives_and_does_not_grow(lonely, post, good):
     (worker,), java = workers_of(lonely), lonely.process.pid
 
+    def looked_at(hostile):
+        """The reply to a body that is sent again while the time of its batch, on a busy machine, was not enough."""
+        for _ in range(ATTEMPTS):
+            reply = post(hostile.body, hostile.headers)
+            if reply.status_code != 503 or reply.json()["type"] != "no_time":
+                break
+        return reply
+
     def attack(number):
         hostile, (body, expected) = BODIES[number], good[number % len(good)]
-        complaint = wrong(hostile.kind, post(hostile.body, hostile.headers))
+        complaint = wrong(hostile.kind, looked_at(hostile))
         reply = post(body)
         is_right = reply.status_code == 200 and reply.json() == pytest.approx(expected, abs=1e-5)
         neighbour = None if is_right else f"its neighbour got {reply.status_code} {reply.text[:200]}"
