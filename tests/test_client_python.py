@@ -522,6 +522,35 @@ def test_a_command_that_is_killed_is_continued_where_it_was(tmp_path, kind, numb
     assert [row.image for row in rows] == [str(path) for path in sorted(folder.rglob("*.png"))]
 
 
+@pytest.mark.parametrize("words", [["--out", "out.csv"], []])
+def test_an_interrupt_in_the_instant_before_a_wait_is_seen(tmp_path, words):
+    """Such a one does not wake the main thread; nor does one that another thread receives, which can be arranged."""
+    folder, released = folder_of(tmp_path / "p", 4), threading.Event()
+
+    def answer_later(body, _):
+        released.wait(120)
+
+    with scripted(answer_later) as server:
+        arguments = [str(folder), "--url", server.url, "--model", "m", *words]
+        program = f"""
+import os, signal, sys, threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()  # which receives it
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+sys.path.insert(0, {str(PROJECT)!r})
+from clients.python import classify
+os._exit(classify.main({arguments!r}))
+"""
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
+        try:
+            wait_for(lambda: len(server.bodies) == 4, process)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            released.set()
+            process.kill()
+            process.wait()
+
+
 def test_a_file_of_other_images_is_not_continued(tmp_path, capsys):
     folder, out = folder_of(tmp_path / "p", 5), tmp_path / "out.csv"
     with scripted(by_name) as server:
